@@ -1,0 +1,1 @@
+"""Experiments on trained networks and real images; they use only the public names of nuqjax."""

@@ -1,0 +1,271 @@
+"""The demo: a small convolutional network on real images of digits, compressed in 48 ways and tested in each.
+
+`python -m experiments.digits` (or `make demo`) trains the network, compresses it with `knq`, `enq` and `uniform` at 1
+to 8 bits with one codebook per tensor and per channel, runs every result on the test images, prints a table and draws
+`demo/accuracy.png` and `demo/levels.png`.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import nuqjax
+
+METHODS = ("knq", "enq", "uniform")
+GRANULARITIES = ("tensor", "channel")
+SEED = 0
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell the methods apart in grey.
+STYLES = {
+    "knq": {"color": "#0072B2", "marker": "o"},
+    "enq": {"color": "#D55E00", "marker": "s"},
+    "uniform": {"color": "#009E73", "marker": "^"},
+}
+MEANINGS = {"knq": "k-means levels", "enq": "equal-distance intervals", "uniform": "uniform grid"}
+
+
+class Digits(NamedTuple):
+    """Images `[N, 8, 8, 1]` float32 in [0, 1] and labels `[N]` int32; the test images take no part in training."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def digits() -> Digits:
+    """scikit-learn's 1797 scanned digits: 1000 to train on, 797 held out, every class in its share."""
+    bundled: Any = load_digits()
+    images = (bundled.images[..., None] / 16).astype(np.float32)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, bundled.target.astype(np.int32), train_size=1000, stratify=bundled.target, random_state=SEED
+    )
+    return Digits(train_images, train_labels, test_images, test_labels)
+
+
+class Network(nn.Module):
+    """Two convolutions and two dense layers: images `[N, 8, 8, 1]` to logits `[N, 10]`."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.relu(nn.Conv(32, (3, 3))(images))
+        x = nn.relu(nn.Conv(64, (3, 3))(x))
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(x)
+
+
+def train(model: nn.Module, data: Digits, progress: Progress, epochs: int = 30, batch: int = 50) -> Any:
+    """The model's variables after training with Adam on a cosine schedule; the same on every run."""
+    steps = len(data.train_images) // batch
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, epochs * steps))
+    variables = model.init(jax.random.key(SEED), data.train_images[:1])
+
+    def loss(variables, images, labels):
+        logits = jnp.asarray(model.apply(variables, images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def step(variables, state, images, labels):
+        gradient = jax.grad(loss)(variables, images, labels)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(variables, updates), state
+
+    state = optimizer.init(variables)
+    shuffle = np.random.default_rng(SEED)
+    for _ in progress.track(range(epochs), description="training"):
+        for chosen in shuffle.permutation(len(data.train_images))[: steps * batch].reshape(steps, batch):
+            variables, state = step(variables, state, data.train_images[chosen], data.train_labels[chosen])
+    return variables
+
+
+@dataclass(frozen=True)
+class Result:
+    """One compressed network: how it was made, what it takes in memory (codebooks and all), and what it still knows."""
+
+    method: str
+    granularity: str
+    bits: int
+    accuracy: float
+    bytes: int
+    bits_per_weight: float
+    ratio: float
+    sqnr_db: float
+    kernels: int  # weight arrays that are compressed; one that would not get smaller stays dense
+
+
+def accuracy(logits: jax.Array, labels: np.ndarray) -> float:
+    """The share of images whose largest logit is their label's."""
+    return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels))
+
+
+def sweep(model: nn.Module, variables: Any, data: Digits, bits: Sequence[int], progress: Progress) -> list[Result]:
+    """Compresses the network in every way and runs each result, unchanged model and all, on the test images."""
+    forward = jax.jit(nuqjax.apply(model.apply))
+    plans = [(granularity, b, method) for granularity in GRANULARITIES for b in bits for method in METHODS]
+    results = []
+    for granularity, b, method in progress.track(plans, description="compressing"):
+        cparams = nuqjax.compress(variables, bits=b, method=method, granularity=granularity)
+        report = nuqjax.report(variables, cparams)
+        results.append(
+            Result(
+                method=method,
+                granularity=granularity,
+                bits=b,
+                accuracy=accuracy(forward(cparams, data.test_images), data.test_labels),
+                bytes=report.total["nbytes_after"],
+                bits_per_weight=report.total["bits_per_weight"],
+                ratio=report.total["ratio"],
+                sqnr_db=report.total["sqnr_db"],
+                kernels=len(report.compressed),
+            )
+        )
+    return results
+
+
+def table(results: Iterable[Result], granularity: str, baseline: Result) -> Table:
+    """The results of one granularity: a row for every size in memory, the methods side by side in it."""
+    rows: dict[tuple, dict[str, Result]] = {}
+    for result in results:
+        if result.granularity == granularity:
+            size = (result.bits, result.kernels, result.bytes, result.ratio, result.bits_per_weight)
+            rows.setdefault(size, {})[result.method] = result
+
+    out = Table(title=f"One codebook per {granularity}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    for heading, width in (("bits", 5), ("kernels", 7), ("bytes", 8), ("ratio", 6), ("bits per\nweight", 8)):
+        out.add_column(heading, justify="right", min_width=width)
+    for unit in ("%", "dB"):
+        for method in METHODS:
+            out.add_column(f"{method}\n{unit}", justify="right", min_width=5)
+    for (bits, kernels, size, ratio, bits_per_weight), by_method in rows.items():
+        shown = [by_method.get(method) for method in METHODS]
+        out.add_row(
+            *(f"{bits}", f"{kernels}", f"{size:,}", f"{ratio:.1f}×", f"{bits_per_weight:.2f}"),
+            *("" if result is None else f"{100 * result.accuracy:.1f}" for result in shown),
+            *("" if result is None else f"{result.sqnr_db:.1f}" for result in shown),
+        )
+    out.add_section()
+    out.add_row("float", "", f"{baseline.bytes:,}", "", "32.00", f"{100 * baseline.accuracy:.1f}")
+    return out
+
+
+def smallest_within(results: Iterable[Result], points: float, baseline: Result) -> Result | None:
+    """The smallest result, the most accurate of its size, that loses no more than `points` percent of the images."""
+    good = [result for result in results if result.accuracy >= baseline.accuracy - points / 100]
+    return min(good, key=lambda result: (result.bytes, -result.accuracy), default=None)
+
+
+def plot_accuracy(results: Sequence[Result], baseline: Result, images: int, path: Path) -> None:
+    """Accuracy against bytes: a line for each method, a panel for each granularity, the bits along the top."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
+    best = smallest_within(results, 0.5, baseline)
+    # One standard error of an accuracy measured on so many images: lines that close cannot be told apart.
+    noise = math.sqrt(baseline.accuracy * (1 - baseline.accuracy) / images)
+    figure.suptitle(
+        "Digits: test accuracy against the memory of the weights"
+        if best is None
+        else f"Digits: {best.accuracy:.1%} correct in {best.bytes / 1024:.0f} KiB ({best.method}, {best.bits} bits per "
+        f"{best.granularity}), {baseline.accuracy:.1%} in {baseline.bytes / 1024:.0f} KiB as float32",
+        fontsize=13,
+    )
+    for panel, granularity in zip(panels, GRANULARITIES, strict=True):
+        panel.axhline(baseline.accuracy, color="black", linestyle="--", linewidth=1)
+        panel.plot(
+            baseline.bytes, baseline.accuracy, "*", color="black", markersize=13, label="float32", linestyle="--"
+        )
+        panel.axhspan(baseline.accuracy - noise, baseline.accuracy + noise, color="0.94", zorder=0)
+        for method in METHODS:
+            points = [result for result in results if (result.method, result.granularity) == (method, granularity)]
+            sizes, accuracies = [point.bytes for point in points], [point.accuracy for point in points]
+            panel.plot(sizes, accuracies, **STYLES[method], label=f"{method}: {MEANINGS[method]}", alpha=0.85)
+        for size, bits in sorted({(r.bytes, r.bits) for r in results if r.granularity == granularity}):
+            panel.axvline(size, color="0.92", zorder=0)
+            panel.text(size, 1.01, f"{bits}", transform=panel.get_xaxis_transform(), ha="center", color="0.4")
+        panel.text(baseline.bytes, 1.01, "32", transform=panel.get_xaxis_transform(), ha="center", color="0.4")
+        panel.set_title(f"one codebook per {granularity}: bits per weight's index", fontsize=11, pad=20)
+        panel.set_xlabel("memory: indices, codebooks and what stays dense")
+        panel.grid(axis="y", color="0.92")
+    # Errors of 40 % and of 1 % are both to be read off: the axis is logarithmic in the error.
+    most = 1 - (1 - max(baseline.accuracy, *(result.accuracy for result in results))) / 2
+    panels[0].set_yscale("function", functions=(lambda a: -np.log(np.maximum(1 - a, 1e-9)), lambda y: 1 - np.exp(-y)))
+    panels[0].set_ylim(0, min(most, 0.9999))
+    panels[0].yaxis.set_major_locator(FixedLocator([0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99]))
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    panels[0].set_ylabel("test images classified right (grey: ± 1 standard error)")
+    panels[0].set_xscale("log", base=2)
+    panels[0].xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1024:.0f} KiB"))
+    panels[1].legend(loc="lower right", framealpha=1, edgecolor="white")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_levels(kernel: jax.Array, bits: int, path: Path) -> None:
+    """The histogram of one kernel's weights under the levels of each method."""
+    figure, panels = plt.subplots(len(METHODS), 1, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained")
+    figure.suptitle(
+        f"The {kernel.size:,} weights of a convolution and the {2**bits} levels that stand for them", fontsize=13
+    )
+    for panel, method in zip(panels, METHODS, strict=True):
+        cparams = nuqjax.compress({"kernel": kernel}, bits=bits, method=method, granularity="tensor")
+        levels = nuqjax.codebooks(cparams)["kernel"]
+        sqnr = nuqjax.report({"kernel": kernel}, cparams).total["sqnr_db"]
+        panel.hist(np.ravel(kernel), bins=200, color="0.75")
+        panel.vlines(
+            np.ravel(levels), 0, 1, transform=panel.get_xaxis_transform(), color=STYLES[method]["color"], linewidth=2
+        )
+        panel.set_title(f"{method}: {MEANINGS[method]}, {sqnr:.1f} dB of signal to noise", loc="left", fontsize=11)
+        panel.set_ylabel("weights")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("value of the weight")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(bits: Sequence[int] = range(1, 9), epochs: int = 30, folder: Path = Path("demo")) -> list[Result]:
+    """Trains, compresses, tests, tells: see the module. Returns the float network's result, then the 48 others."""
+    console = Console()
+    data, model = digits(), Network()
+    columns = (TextColumn("{task.description:>11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        variables = train(model, data, progress, epochs)
+        results = sweep(model, variables, data, bits, progress)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    right = accuracy(jax.jit(model.apply)(variables, data.test_images), data.test_labels)
+    baseline = Result("float", "", 32, right, 4 * weights, 32.0, 1.0, np.inf, 0)
+
+    for granularity in GRANULARITIES:
+        console.print(table(results, granularity, baseline))
+    images = len(data.test_labels)
+    console.print(
+        f"Accuracy in % of {images} held-out images (one is {100 / images:.2f} %), SQNR of the compressed weights in "
+        "dB. Bytes count indices, codebooks and what stays dense: the biases, and those of the 4 kernels that their "
+        "codebooks would make larger."
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_accuracy(results, baseline, images, folder / "accuracy.png")
+    plot_levels(variables["params"]["Conv_1"]["kernel"], 3, folder / "levels.png")
+    console.print(f"Pictures: {folder / 'accuracy.png'}, {folder / 'levels.png'}")
+    return [baseline, *results]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where the pictures go")
+    main(folder=parser.parse_args().folder)

@@ -1,0 +1,55 @@
+"""Trained networks as Flax linen modules, and the registry of what is needed to run them."""
+
+from pathlib import Path
+
+from flax import linen as nn
+
+from experiments.networks.alexnet import ALEXNET, AlexNet, AlexNetFeatures
+from experiments.networks.efficientnet_lite0 import EFFICIENTNET_LITE0, EfficientNetLite0
+from experiments.networks.network import Network, Variables, load_complete, load_features
+from experiments.networks.resnet20 import RESNET20, ResNet20
+from experiments.networks.tiny_darknet import TINY_DARKNET, TinyDarknet
+from experiments.networks.vgg16 import VGG16, VGG16_NETWORK, VGG16Features
+
+NETWORKS = {network.name: network for network in (EFFICIENTNET_LITE0, TINY_DARKNET, RESNET20, ALEXNET, VGG16_NETWORK)}
+
+
+def get(name: str) -> Network:
+    """The network of that name.
+
+    Raises:
+      ValueError: there is none; the message lists the known.
+
+    >>> get("resnet20").size
+    32
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}: the known are {', '.join(NETWORKS)}")
+    return NETWORKS[name]
+
+
+def load(name: str, data: Path | str, seed: int = 0) -> tuple[nn.Module, Variables]:
+    """A complete network and its variables, from the folder `data` with `weights/` in it.
+
+    Of AlexNet and VGG-16 only the convolutions are trained: their **dense layers are initialised from `seed`**, so
+    that sizes, timings and memory are right and the logits mean nothing. `load_features` gives the trained part alone.
+    """
+    network = get(name)
+    return network.module, load_complete(network, data, seed)
+
+
+__all__ = [
+    "NETWORKS",
+    "AlexNet",
+    "AlexNetFeatures",
+    "EfficientNetLite0",
+    "Network",
+    "ResNet20",
+    "TinyDarknet",
+    "VGG16",
+    "VGG16Features",
+    "get",
+    "load",
+    "load_complete",
+    "load_features",
+]

@@ -1,0 +1,35 @@
+"""Codebook quantization for JAX: any parameter pytree, provably optimal levels, the model unchanged."""
+
+from nuqjax.apply import apply
+from nuqjax.assign import Fit, assign
+from nuqjax.codebook_array import CodebookArray
+from nuqjax.compress import codebooks, compress, decompress, with_codebooks
+from nuqjax.fit import fit
+from nuqjax.fixed_point import AutoQFormat, QFormat
+from nuqjax.plan import Plan, plan
+from nuqjax.report import Report, report
+from nuqjax.rows import ChannelGroups, InputGroups
+from nuqjax.rules import Rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoQFormat",
+    "ChannelGroups",
+    "CodebookArray",
+    "Fit",
+    "InputGroups",
+    "Plan",
+    "QFormat",
+    "Report",
+    "Rule",
+    "apply",
+    "assign",
+    "codebooks",
+    "compress",
+    "decompress",
+    "fit",
+    "plan",
+    "report",
+    "with_codebooks",
+]

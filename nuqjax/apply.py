@@ -1,0 +1,298 @@
+"""Runs an unchanged function on a tree with `CodebookArray` leaves, decoding inside XLA.
+
+`apply` traces the function on the dense shapes and re-runs it with the compressed leaves (`interpret`). A leaf stays
+packed through slices of its stack axes, casts, transposes and reshapes, and is decoded where a primitive needs its
+values: each layer just before it runs, an embedding look-up only the rows looked up, a `scan` step only its slice.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+from nuqjax.codebook_array import CodebookArray, decode, decode_take, is_codebook_array
+from nuqjax.interpret import Interpreter, Site, bind
+from nuqjax.rules import path_name
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending")
+)
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A compressed leaf on its way through the program.
+
+    Attributes:
+      leaf: the `CodebookArray`, sliced along its stack axes as the program sliced it.
+      path: where it stands among the function's arguments.
+      pending: equations of one operand (casts, transposes, reshapes…) to bind on the decoded array, in order.
+    """
+
+    leaf: CodebookArray
+    path: str
+    pending: tuple[core.JaxprEqn, ...] = ()
+
+    @property
+    def only_cast(self) -> bool:
+        """Whether the pending equations commute with slicing."""
+        return all(eqn.primitive.name == "convert_element_type" for eqn in self.pending)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a slice of the leaf's arrays along their first axis is a slice of the value."""
+        return bool(self.leaf.stack_shape) and self.only_cast
+
+    def finish(self, array: jax.Array) -> jax.Array:
+        """The pending equations on a decoded array."""
+        for eqn in self.pending:
+            [array] = bind(eqn, [array])
+        return array
+
+
+def apply(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Lifts a function of dense arrays to one that takes `CodebookArray` leaves anywhere in its arguments.
+
+    The function is not changed: a Flax `model.apply`, an NNX call, an equinox module's, any JAX code. What it computes
+    is what it computes on `nuqjax.decompress` of its arguments: bit for bit when run eagerly, and under `jit` up to the
+    order in which XLA sums. Compose it with `jit` (pass the tree as an argument, so that it is not baked in), `grad`,
+    `vmap`, sharding and `jax.export`. Arguments that are not arrays (`train=False`, `mutable=…`) are static.
+
+    Each call traces the function anew: put it under `jax.jit` where it runs more than once.
+
+    Args:
+      fn: a function that JAX can trace.
+
+    Returns:
+      A function of the same arguments and outputs; outputs are dense.
+
+    >>> import jax, jax.numpy as jnp, nuqjax
+    >>> predict = lambda params, x: jnp.tanh(x @ params["w"] + params["b"])
+    >>> params = {"w": jnp.linspace(-1, 1, 512).reshape(16, 32), "b": jnp.zeros(32)}
+    >>> cparams = nuqjax.compress(params, bits=4)
+    >>> jax.jit(apply(predict))(cparams, jnp.ones((2, 16))).shape
+    (2, 32)
+    """
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)
+        traced = [n for n, (_, x) in enumerate(flat) if is_codebook_array(x) or _is_array(x)]
+
+        def dense(*arrays):
+            values = [x for _, x in flat]
+            for n, array in zip(traced, arrays, strict=True):
+                values[n] = array
+            args, kwargs = structure.unflatten(values)
+            return fn(*args, **kwargs)
+
+        jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*(_shape_of(flat[n][1]) for n in traced))
+        values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in (flat[n] for n in traced)]
+        outputs = _INTERPRETER.lower_all(_INTERPRETER.evaluate(jaxpr, values))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return run
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    if is_codebook_array(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    aval = jax.typeof(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding in its place.
+#
+# Inside `jit` nothing but data dependencies orders the decoding of different layers, and XLA on CPU would decode every
+# weight first and hold them all. So the packed bytes are made to depend on the activation that they meet.
+
+_after_p = core.Primitive("after")
+
+
+def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
+    """`packed`, not before `token` is known."""
+    return _after_p.bind(packed, lax.stop_gradient(token))
+
+
+def _after_by_data(packed, token):
+    """A zero that no simplifier can see through, since a float times zero may be NaN, is added to the bytes."""
+    first = lax.reshape(lax.slice(token, (0,) * token.ndim, (1,) * token.ndim), ())
+    never = first.astype(jnp.float32) * 0 > 0
+    return packed ^ never.astype(packed.dtype)
+
+
+def _after_by_barrier(packed, token):
+    return lax.optimization_barrier((packed, token))[0]
+
+
+def _batch_after(args, dims):
+    packed, token = args
+    if dims[1] is not None:  # any one example will do: decoding must not be repeated for each
+        token = lax.index_in_dim(token, 0, dims[1], keepdims=False)
+    return _after_p.bind(packed, token), dims[0]
+
+
+def _jvp_after(primals, tangents):
+    output = _after_p.bind(*primals)
+    del tangents  # the bytes have none, and the token does not count
+    return output, ad.Zero.from_primal_value(output)
+
+
+_after_p.def_impl(lambda packed, token: packed)
+_after_p.def_abstract_eval(lambda packed, token: packed)
+batching.primitive_batchers[_after_p] = _batch_after
+ad.primitive_jvps[_after_p] = _jvp_after
+mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_barrier, multiple_results=False))
+mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_data, multiple_results=False), platform="cpu")
+
+
+def _token(others: Sequence[Any]) -> jax.Array | None:
+    """An operand whose value the decoding can wait for."""
+    for x in others:
+        if isinstance(x, jax.core.Tracer) and x.size and (
+            jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+        ):
+            return x
+    return None
+
+
+def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
+    """Decodes a leaf on its way to an equation with these other operands."""
+    leaf, token = value.leaf, _token(others)
+    if token is not None:
+        leaf = replace(leaf, packed=_after(leaf.packed, token))
+    with jax.named_scope(f"decode {value.path}"):
+        return value.finish(decode(leaf))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: what a primitive does with a packed leaf other than decode it.
+
+
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest):
+    """A change of shape or dtype waits until the leaf is decoded."""
+    if rest:
+        return bind(eqn, interpreter.lower_all((value, *rest)))
+    return [replace(value, pending=(*value.pending, eqn))]
+
+
+def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+    """Stack axes of length 1 are taken off the leaf itself."""
+    dimensions, stack = eqn.params["dimensions"], len(value.leaf.stack_shape)
+    if value.only_cast and all(d < stack for d in dimensions):
+        return [replace(value, leaf=jax.tree.map(lambda a: lax.squeeze(a, dimensions), value.leaf))]
+    return _keep(interpreter, site, eqn, value)
+
+
+def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+    """Along stack axes the leaf itself is sliced; a short run of one other axis is decoded alone."""
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(start)
+    shape = eqn.invars[0].aval.shape
+    cut = [a for a, n in enumerate(shape) if (start[a], limit[a], strides[a]) != (0, n, 1)]
+    stack = len(value.leaf.stack_shape)
+    if value.only_cast and all(a < stack for a in cut):
+        index = tuple(slice(start[a], limit[a], strides[a]) for a in range(stack))
+        return [replace(value, leaf=value.leaf[index])]
+    if value.only_cast and not stack and len(cut) == 1:
+        [a] = cut
+        run = range(start[a], limit[a], strides[a])
+        return [_take(value, jnp.arange(run.start, run.stop, run.step, dtype=jnp.int32), a)]
+    return _keep(interpreter, site, eqn, value)
+
+
+def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start):
+    """As `_slice`, with computed starts, which `dynamic_slice` moves inside the array."""
+    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    if not isinstance(value, Packed) or any(map(interpreter.is_lifted, start)) or not value.only_cast:
+        return bind(eqn, interpreter.lower_all((value, *start)))
+    cut = [a for a, n in enumerate(shape) if sizes[a] != n]
+    stack = len(value.leaf.stack_shape)
+    if all(a < stack for a in cut):
+
+        def sliced(array):
+            rest = array.ndim - stack
+            zeros = [jnp.zeros((), start[0].dtype)] * rest
+            return lax.dynamic_slice(array, [*start[:stack], *zeros], [*sizes[:stack], *array.shape[stack:]])
+
+        return [replace(value, leaf=jax.tree.map(sliced, value.leaf))]
+    if not stack and len(cut) == 1:
+        [a] = cut
+        first = jnp.clip(start[a], 0, shape[a] - sizes[a])
+        return [_take(value, first + jnp.arange(sizes[a], dtype=first.dtype), a)]
+    return bind(eqn, interpreter.lower_all((value, *start)))
+
+
+def _take(value: Packed, index: jax.Array, axis: int) -> jax.Array:
+    with jax.named_scope(f"decode {value.path}"):
+        return value.finish(decode_take(value.leaf, index, axis))
+
+
+def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices):
+    """A look-up along one axis (`jnp.take`, `Embed`) decodes only what is looked up; any other gather decodes all."""
+    axis = _taken_axis(eqn)
+    if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
+        return bind(eqn, interpreter.lower_all((value, indices)))
+    shape, params = eqn.invars[0].aval.shape, eqn.params
+    lead = indices.shape[:-1]
+    index = indices.reshape(math.prod(lead))
+    inside = jnp.clip(index, 0, shape[axis] - 1)
+    stack = len(value.leaf.stack_shape)
+    if axis < stack:  # whole slices: look up their codebooks and indices
+        leaf = jax.tree.map(lambda a: jnp.take(a, inside, axis=axis), value.leaf)
+        taken = replace(value, leaf=leaf)
+        with jax.named_scope(f"decode {value.path}"):
+            taken = value.finish(decode(taken.leaf))
+    elif stack:
+        return bind(eqn, interpreter.lower_all((value, indices)))
+    else:
+        taken = _take(value, inside, axis)
+    taken = jnp.moveaxis(taken, axis, 0)
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = params["fill_value"]
+        valid = (index == inside).reshape(-1, *(1,) * (taken.ndim - 1))
+        taken = jnp.where(valid, taken, jnp.array(jnp.nan if fill is None else fill, taken.dtype))
+    offset = params["dimension_numbers"].offset_dims
+    batch = [d for d in range(len(lead) + len(offset)) if d not in offset]
+    order = np.argsort([*batch, *offset])
+    return [taken.reshape(*lead, *taken.shape[1:]).transpose(order)]
+
+
+def _taken_axis(eqn: core.JaxprEqn) -> int | None:
+    """The axis along which a gather takes whole slices of length 1; None if it does anything else."""
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
+        return None
+    [axis] = numbers.start_index_map
+    whole = all(size == (1 if a == axis else n) for a, (size, n) in enumerate(zip(sizes, shape, strict=True)))
+    return axis if whole and not numbers.operand_batching_dims else None
+
+
+_INTERPRETER = Interpreter(
+    is_lifted=lambda x: isinstance(x, Packed),
+    lower=_lower,
+    rules={
+        "convert_element_type": _keep,
+        "transpose": _keep,
+        "reshape": _keep,
+        "broadcast_in_dim": _keep,
+        "rev": _keep,
+        "copy": _keep,
+        "squeeze": _squeeze,
+        "slice": _slice,
+        "dynamic_slice": _dynamic_slice,
+        "gather": _gather,
+    },
+)

@@ -1,0 +1,318 @@
+"""`CodebookArray`: a dense array as codebooks and packed indices."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax import fixed_point, packing
+from nuqjax import rows as rows_
+from nuqjax.fixed_point import QFormat
+from nuqjax.rows import ChannelGroups, Granularity, InputGroups
+
+_LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_format", "scale_group")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("levels", "packed", "scale"), meta_fields=_LAYOUT)
+@dataclass(frozen=True, eq=False, repr=False)
+class CodebookArray:
+    """A dense array `[*S, *slice_shape]` stored as sorted levels and indices of `bits` bits.
+
+    `S` are leading stack axes (scanned layers, experts): every slice has its own codebooks, so `lax.scan`, `vmap` and
+    indexing along `S` slice this as they slice an array. With O output channels of I values, R codebooks of
+    K = 2^bits levels and B = ⌈I·bits / 8⌉:
+
+    Attributes:
+      levels: `[*S, R, K]` ascending levels: floating, or raw integers of `codebook_format`.
+      packed: `[*S, O, B]` uint8: a storage row for each output channel, holding its indices in the array's own order
+        of the other axes (see `nuqjax.packing`).
+      scale: `[*S, O, G]` factors that multiply the levels, one for each run of `scale_group` values of a channel; or
+        None.
+      slice_shape: shape of one slice. Static, as is all below.
+      dtype: dtype of the dense array.
+      bits: index width, 1 to 8.
+      granularity: which values share a codebook: `"tensor"` (R = 1), `"channel"` (R = O), `ChannelGroups(n)`
+        (R = ⌈O/n⌉) or `InputGroups(n)` (R = O·⌈I/n⌉).
+      axes: the output axes of a slice, ascending.
+      codebook_format: the `QFormat` of integer levels; None where levels are floating.
+      scale_group: values of a channel that share a scale; 0 where there is no scale.
+    """
+
+    levels: jax.Array
+    packed: jax.Array
+    scale: jax.Array | None
+    slice_shape: tuple[int, ...]
+    dtype: np.dtype
+    bits: int
+    granularity: Granularity
+    axes: tuple[int, ...]
+    codebook_format: QFormat | None = None
+    scale_group: int = 0
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """S: the sizes of the stack axes."""
+        return tuple(self.packed.shape[:-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        return self.stack_shape + self.slice_shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values of the dense array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the levels, the packed indices and the scales take, padding included."""
+        arrays = [a for a in (self.levels, self.packed, self.scale) if a is not None]
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+
+    @property
+    def payload_bits(self) -> int:
+        """Bits of information: indices at `bits`, levels and scales at their word length, without padding."""
+        word = self.codebook_format.word if self.codebook_format else self.levels.dtype.itemsize * 8
+        scales = 0 if self.scale is None else math.prod(self.scale.shape) * self.scale.dtype.itemsize * 8
+        return self.size * self.bits + math.prod(self.levels.shape) * word + scales
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a CodebookArray without axes")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator["CodebookArray"]:
+        """The slices along the first stack axis."""
+        if not self.stack_shape:
+            raise TypeError("a CodebookArray is iterated over its stack axes, and this one has none")
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index) -> "CodebookArray":
+        """Slices along the stack axes, as an array: the result has its own part of the codebooks."""
+        index = index if isinstance(index, tuple) else (index,)
+        stack = len(self.stack_shape)
+        taken = sum(np.ndim(i) if _is_mask(i) else 1 for i in index if i is not None)
+        if any(i is Ellipsis for i in index) or taken > stack:
+            raise IndexError(
+                f"a CodebookArray is indexed along its {stack} stack axes only (shape {self.shape}); "
+                "nuqjax.decompress gives the dense array"
+            )
+        return jax.tree.map(lambda a: a[index], self)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        del copy  # always a new array
+        dense = np.asarray(decode(self))
+        return dense if dtype is None else dense.astype(dtype)
+
+    def __repr__(self) -> str:
+        try:
+            shape, size = list(self.shape), f", {self.nbytes} bytes"
+        except (AttributeError, TypeError):  # JAX rebuilds nodes with placeholders instead of arrays
+            shape, size = list(self.slice_shape), ""
+        extra = f", {self.codebook_format}" if self.codebook_format else ""
+        return (
+            f"CodebookArray({np.dtype(self.dtype).name}{shape}, bits={self.bits}, "
+            f"granularity={self.granularity!r}{extra}{size})"
+        )
+
+
+def _layout_to_bytes(layout: Sequence[Any]) -> bytes:
+    """The static fields, in the order of `_LAYOUT`, as JSON: with it `jax.export` serializes functions of this leaf."""
+    fields = dict(zip(_LAYOUT, layout, strict=True))
+    granularity, codebook_format = fields["granularity"], fields["codebook_format"]
+    fields["dtype"] = np.dtype(fields["dtype"]).name
+    if not isinstance(granularity, str):
+        fields["granularity"] = [type(granularity).__name__, granularity.size]
+    fields["codebook_format"] = codebook_format and [codebook_format.word, codebook_format.frac, codebook_format.signed]
+    return json.dumps(fields).encode()
+
+
+def _layout_from_bytes(data: bytes) -> tuple[Any, ...]:
+    """The inverse of `_layout_to_bytes`."""
+    fields = json.loads(data)
+    granularity, codebook_format = fields["granularity"], fields["codebook_format"]
+    fields |= {name: tuple(fields[name]) for name in ("slice_shape", "axes")}
+    fields["dtype"] = jnp.dtype(fields["dtype"])
+    if not isinstance(granularity, str):
+        kind, size = granularity
+        fields["granularity"] = {"ChannelGroups": ChannelGroups, "InputGroups": InputGroups}[kind](size)
+    fields["codebook_format"] = codebook_format and QFormat(*codebook_format)
+    return tuple(fields[name] for name in _LAYOUT)
+
+
+jax.export.register_pytree_node_serialization(
+    CodebookArray,
+    serialized_name="nuqjax.CodebookArray",
+    serialize_auxdata=_layout_to_bytes,
+    deserialize_auxdata=_layout_from_bytes,
+)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, np.ndarray | jax.Array) and index.dtype == bool
+
+
+def is_codebook_array(x: Any) -> bool:
+    """True for a `CodebookArray`: the `is_leaf` of tree functions that take it as one leaf."""
+    return isinstance(x, CodebookArray)
+
+
+def level_values(leaf: CodebookArray) -> jax.Array:
+    """`[*S, R, K]` the floating levels: fixed-point words decoded (float32), others as they are stored."""
+    return fixed_point.decode(leaf.levels, leaf.codebook_format) if leaf.codebook_format else leaf.levels
+
+
+def decode(leaf: CodebookArray) -> jax.Array:
+    """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
+    if leaf.size == 0:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return _over_stack(_decode_slice, leaf)(leaf)
+
+
+def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
+    """`take(decode(leaf), index, axis)` of a leaf without stack axes, decoding only what is taken.
+
+    Args:
+      leaf: a `CodebookArray` of shape `slice_shape`.
+      index: `[n]` integers, each inside the axis.
+      axis: which axis.
+
+    Returns:
+      The dense array with axis `axis` of length n.
+    """
+    shape = leaf.slice_shape
+    outputs, inputs = _axis_numbers(leaf, shape)
+    taken = (*shape[:axis], index.shape[0], *shape[axis + 1 :])
+    if axis in leaf.axes:
+        outputs = jnp.take(outputs, index, axis=leaf.axes.index(axis))
+    else:
+        others = [a for a in range(len(shape)) if a not in leaf.axes]
+        inputs = jnp.take(inputs, index, axis=others.index(axis))
+    outputs, inputs = outputs.reshape(-1), inputs.reshape(-1)
+    if axis in leaf.axes:
+        indices = packing.unpack(leaf.packed[outputs], leaf.bits, inputs.shape[0])
+    else:
+        indices = packing.unpack_at(leaf.packed, leaf.bits, inputs)
+    count = rows_.channel_shape(shape, leaf.axes)[1]
+    row = rows_.row_of(outputs[:, None], inputs[None, :], count, leaf.granularity)
+    values = _decoding_levels(leaf)[row, indices]
+    if leaf.scale is not None:
+        values = values * leaf.scale[outputs[:, None], inputs[None, :] // leaf.scale_group].astype(values.dtype)
+    return rows_.from_channels(values.astype(leaf.dtype), taken, leaf.axes)
+
+
+def channel_block(leaf: CodebookArray, start: int, stop: int) -> CodebookArray:
+    """Some output channels of a leaf without stack axes, as the leaf of an array `[stop − start, I]`.
+
+    With `ChannelGroups(n)`, `start` must be a multiple of n.
+    """
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    match leaf.granularity:
+        case "tensor":
+            levels = leaf.levels
+        case ChannelGroups(size):
+            levels = leaf.levels[start // size : -(-stop // size)]
+        case _:
+            count = leaf.levels.shape[0] // max(outputs, 1)
+            levels = leaf.levels[start * count : stop * count]
+    scale = None if leaf.scale is None else leaf.scale[start:stop]
+    packed = leaf.packed[start:stop]
+    return replace(leaf, levels=levels, packed=packed, scale=scale, slice_shape=(stop - start, inputs), axes=(0,))
+
+
+def _axis_numbers(leaf, shape):
+    """Channel numbers over the output axes, and positions in a channel over the others."""
+    output_shape = tuple(shape[a] for a in leaf.axes)
+    input_shape = tuple(n for a, n in enumerate(shape) if a not in leaf.axes)
+    numbers = lambda s: jnp.arange(math.prod(s), dtype=jnp.int32).reshape(s)  # noqa: E731
+    return numbers(output_shape), numbers(input_shape)
+
+
+def _over_stack(function, leaf):
+    for _ in leaf.stack_shape:
+        function = jax.vmap(function)
+    return function
+
+
+def _decoding_levels(leaf: CodebookArray) -> jax.Array:
+    """Levels in the dtype in which they are looked up: already the leaf's where nothing multiplies them."""
+    levels = level_values(leaf)
+    if leaf.scale is None:
+        return levels.astype(leaf.dtype)
+    return levels.astype(jnp.promote_types(jnp.float32, leaf.dtype))
+
+
+def _decode_slice(leaf: CodebookArray) -> jax.Array:
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    indices = packing.unpack(leaf.packed, leaf.bits, inputs)
+    rows = rows_.to_rows(indices, leaf.granularity).astype(jnp.int32)
+    values = jnp.take_along_axis(_decoding_levels(leaf), rows, axis=-1, mode="promise_in_bounds")
+    values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
+    if leaf.scale is not None:
+        factors = jnp.repeat(leaf.scale, leaf.scale_group, axis=-1)[:, :inputs]
+        values = values * factors.astype(values.dtype)
+    return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def indices_of(leaf: CodebookArray) -> jax.Array:
+    """`[*S, R, N]` uint8 indices by row; zero where a short group is padded."""
+
+    def of_slice(leaf):
+        inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)[1]
+        return rows_.to_rows(packing.unpack(leaf.packed, leaf.bits, inputs), leaf.granularity)
+
+    return _over_stack(of_slice, leaf)(leaf)
+
+
+def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:
+    """The leaf with floating levels `[*S, R, K]` in place of its own."""
+    if jnp.shape(levels) != leaf.levels.shape:
+        raise ValueError(f"levels of shape {jnp.shape(levels)}, but the leaf has {leaf.levels.shape}")
+    return replace(leaf, levels=levels, codebook_format=None)
+
+
+def check(leaf: CodebookArray, path: str = "leaf") -> None:
+    """Raises ValueError, naming `path`, unless the arrays fit the layout and hold what they must.
+
+    Not done on construction, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
+    """
+    if leaf.bits not in range(1, 9):
+        raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
+    rows_.check_granularity(leaf.granularity)
+    axes = rows_.output_axes(leaf.axes, len(leaf.slice_shape))
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, axes)
+    count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
+    stack = leaf.stack_shape
+    _check_array(f"{path}: levels", leaf.levels, (*stack, count, 1 << leaf.bits))
+    _check_array(f"{path}: packed", leaf.packed, (*stack, outputs, packing.packed_size(inputs, leaf.bits)), jnp.uint8)
+    if leaf.scale is not None:
+        groups = -(-inputs // max(leaf.scale_group, 1))
+        _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, groups))
+    expected = leaf.codebook_format.storage_dtype if leaf.codebook_format else None
+    if expected is not None and leaf.levels.dtype != expected:
+        raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {leaf.codebook_format} stores {expected}")
+    levels = np.asarray(leaf.levels).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"{path}: a level is not finite")
+    if (np.diff(levels, axis=-1) < 0).any():
+        raise ValueError(f"{path}: the levels of a codebook do not ascend")
+
+
+def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype=None) -> None:
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, but the layout needs {tuple(shape)}")
+    if dtype is not None and array.dtype != dtype:
+        raise ValueError(f"{name} has dtype {array.dtype}, but {jnp.dtype(dtype)} is wanted")

@@ -1,0 +1,466 @@
+"""The spine: a parameter tree to the same tree with `CodebookArray` leaves, and back.
+
+For each leaf: choose (`plan`) → view as rows (`rows`) → fit levels (`fit`) → round them to their format
+(`fixed_point`) → assign against the *rounded* levels (`assign`) → pack (`packing`) → `CodebookArray`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax import fixed_point, packing, rows
+from nuqjax.assign import assign, distortion
+from nuqjax.codebook_array import CodebookArray, decode, is_codebook_array, level_values, with_levels
+from nuqjax.fit import fit
+from nuqjax.fixed_point import AutoQFormat, QFormat
+from nuqjax.plan import LeafPlan, plan_leaves, scale_groups
+from nuqjax.report import build_report
+from nuqjax.rules import Options, Rule, path_name
+
+
+def compress(
+    params: Any,
+    bits: int = 4,
+    method: str = "knq",
+    *,
+    granularity="tensor",
+    axis: int | Sequence[int] = -1,
+    scale=None,
+    codebook_format=None,
+    keep_zero: bool = False,
+    rules: Sequence[Rule] = (),
+    sensitivity: Any = None,
+    tolerance: float | None = None,
+    min_size: int = 256,
+    return_report: bool = False,
+    progress: bool = False,
+) -> Any:
+    """Compresses a parameter tree: the same tree, its large floating leaves as `CodebookArray`.
+
+    A leaf is compressed if it is floating, has two or more axes (stack axes not counted) and at least `min_size`
+    values, and gets smaller; `plan` shows the choice, the report gives the reason for every leaf left dense, and a
+    `Rule` can overrule it. The input is never changed. Under `jit` (and `jax.eval_shape`) everything works but what
+    needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
+
+    Args:
+      params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
+      bits: index width, 1 to 8; a codebook has 2^bits levels.
+      method: `"knq"` (global k-means optimum), `"enq"`, `"uniform"`, `"uniform_pow2"`, `"dfp"`, `"normal"`,
+        `"quantile"` or `"pow2"`; see `nuqjax.fit`.
+      granularity: which values share a codebook: `"tensor"`, `"channel"` (each output channel its own),
+        `ChannelGroups(n)` (n neighbouring output channels) or `InputGroups(n)` (runs of n along the other axes of each
+        output channel).
+      axis: the output axis or axes of a leaf, stack axes not counted: −1 for Flax kernels, several for attention's
+        `DenseGeneral`, 0 for `[out, in]` layouts.
+      scale: None, `"channel"` or `InputGroups(n)`: the values of a channel (or of a run of n) are divided by their
+        largest magnitude before a shared codebook is fitted, in such a way that the leaf's squared error is minimised.
+      codebook_format: how levels are stored: None for the leaf's dtype, a floating dtype (such as `jnp.bfloat16` or
+        `"float8_e4m3fn"`, into whose range levels saturate), a `QFormat`, or `AutoQFormat(word)`, which chooses each
+        leaf's fraction bits to minimise its squared error. Indices are assigned to the rounded levels.
+      keep_zero: one level is exactly 0, so that pruned weights stay pruned.
+      rules: `Rule`s; the first that matches a leaf's path sets its options.
+      sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
+        squared error of each value is weighted by its own.
+      tolerance: prove each `"knq"` fit to this relative gap to the optimum and report it as `certificate`; None leaves
+        the proof out, not the optimality.
+      min_size: leaves with fewer values stay dense.
+      return_report: return `(cparams, Report)`; this report has the methods and certificates too.
+      progress: show a progress bar.
+
+    Returns:
+      The compressed tree, or with `return_report` the pair of it and its `Report`.
+
+    Raises:
+      ValueError: NaN or infinity in a leaf, an option out of range, an unknown method, a rule that matches nothing or
+        is always overruled, a negative or misshaped sensitivity. The message names the leaf.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
+    >>> nuqjax.compress(params, bits=4)["kernel"]
+    CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes)
+    """
+    options = Options(
+        bits=bits, method=method, granularity=granularity, axis=axis if isinstance(axis, int) else tuple(axis),
+        scale=scale, codebook_format=codebook_format, keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
+    )  # fmt: skip
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_codebook_array)
+    plans = plan_leaves(params, options, rules)
+    importances = _importances(sensitivity, plans)
+    results, fits = [], {}
+    for leaf, plan in _with_progress(list(zip(leaves, plans, strict=True)), progress):
+        if plan.reason is None:
+            leaf, certificate = _compress_leaf(leaf, importances.get(plan.path), plan)
+            fits[plan.path] = (plan.options.method, certificate)
+        results.append(leaf)
+    cparams = structure.unflatten(results)
+    if not return_report:
+        return cparams
+    reasons = {plan.path: plan.reason for plan in plans if plan.reason is not None}
+    return cparams, build_report(params, cparams, reasons, fits)
+
+
+def decompress(tree: Any) -> Any:
+    """The tree with every `CodebookArray` as the dense array that it stands for, of the same shape and dtype.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"kernel": jnp.arange(512.0).reshape(16, 32) % 8}
+    >>> dense = nuqjax.decompress(nuqjax.compress(params, bits=3))  # eight distinct values: nothing is lost
+    >>> bool((dense["kernel"] == params["kernel"]).all())
+    True
+    """
+    return jax.tree.map(lambda x: decode(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
+
+
+def codebooks(tree: Any) -> Any:
+    """The floating levels of every `CodebookArray`, `[*S, R, K]`, in the same tree; None in place of other leaves.
+
+    This is what `jax.grad` and optax work on: the gradient of a level is the sum over the weights that share it.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> cparams = nuqjax.compress({"w": jnp.ones((16, 32)), "b": jnp.zeros(32)}, bits=1)
+    >>> codebooks(cparams)
+    {'b': None, 'w': Array([[1., 1.]], dtype=float32)}
+    """
+    return jax.tree.map(lambda x: level_values(x) if is_codebook_array(x) else None, tree, is_leaf=is_codebook_array)
+
+
+def with_codebooks(tree: Any, levels: Any) -> Any:
+    """The tree with other levels: `with_codebooks(tree, codebooks(tree))` decodes to the same values.
+
+    Levels are taken as they are: floating, in the dtype given, not rounded to a codebook format.
+
+    Args:
+      tree: a compressed tree.
+      levels: what `codebooks` gives for it, with other values.
+
+    Raises:
+      ValueError: the levels of a leaf are missing or have another shape.
+
+    >>> import jax, jax.numpy as jnp, nuqjax
+    >>> cparams = nuqjax.compress({"w": jnp.eye(16)}, bits=1, min_size=0)
+    >>> loss = lambda levels: nuqjax.decompress(with_codebooks(cparams, levels))["w"].sum()
+    >>> jax.grad(loss)(codebooks(cparams))["w"].tolist()  # 240 zeros and 16 ones
+    [[240.0, 16.0]]
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_codebook_array)
+    given = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(levels)[0]}
+    result = []
+    for path, leaf in flat:
+        if is_codebook_array(leaf):
+            name = path_name(path)
+            if name not in given:
+                raise ValueError(f"with_codebooks: no levels for {name}")
+            try:
+                leaf = with_levels(leaf, given[name])
+            except ValueError as error:
+                raise ValueError(f"with_codebooks: {name}: {error}") from error
+        result.append(leaf)
+    return structure.unflatten(result)
+
+
+class _Rows(NamedTuple):
+    """A leaf as rows, and what was taken out of it."""
+
+    values: Any  # [S·R, N]
+    mask: Any  # [S·R, N] bool, or None
+    weights: Any  # [S·R, N], or None
+    factors: Any  # [S, O, G] scales, or None
+
+
+def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
+    """The leaf, and its certificate."""
+    options = plan.options
+    if 0 in plan.shape:
+        return _empty_leaf(plan), 0.0 if options.method == "knq" and options.tolerance is not None else None
+    array = _on_host(array)
+    _check_finite(array, plan.path)
+    outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
+    count, length = rows.row_shape(outputs, inputs, options.granularity)
+    view = _view(array, importance, plan)
+    fitted = _fit(view, 2**options.bits, options)
+    certificate = _certificate(fitted) if options.method == "knq" and options.tolerance is not None else None
+    codebook_format = options.codebook_format
+    if isinstance(codebook_format, AutoQFormat):
+        codebook_format = _choose_format(codebook_format, fitted.levels, view, plan)
+    dtype = jnp.dtype(plan.dtype)
+    stored, values = _round_levels(fitted.levels, codebook_format, dtype, scaled=view.factors is not None)
+    indices = _assign(view.values, values).reshape(-1, count, length)
+    back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=options.granularity)
+    packed = packing.pack(_each(back, indices), options.bits)
+    return _leaf(plan, stored, packed, view.factors, codebook_format), certificate
+
+
+def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_format: Any) -> CodebookArray:
+    """The leaf of levels `[S·R, K]`, packed indices `[S, O, B]` and scales `[S, O, G]` or None."""
+    options = plan.options
+    stack = plan.shape[: options.stack_axes]
+    outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
+    count, _ = rows.row_shape(outputs, inputs, options.granularity)
+    return CodebookArray(
+        levels=jnp.reshape(levels, (*stack, count, 2**options.bits)),
+        packed=jnp.reshape(packed, (*stack, outputs, packing.packed_size(inputs, options.bits))),
+        scale=None if factors is None else jnp.reshape(factors, (*stack, *factors.shape[1:])),
+        slice_shape=plan.slice_shape,
+        dtype=jnp.dtype(plan.dtype),
+        bits=options.bits,
+        granularity=options.granularity,
+        axes=plan.axes,
+        codebook_format=codebook_format if isinstance(codebook_format, QFormat) else None,
+        scale_group=scale_groups(inputs, options.scale)[1],
+    )
+
+
+def _empty_leaf(plan: LeafPlan) -> CodebookArray:
+    """The leaf of an array without values: what codebooks it has are zero."""
+    options, dtype = plan.options, jnp.dtype(plan.dtype)
+    stack = math.prod(plan.shape[: options.stack_axes])
+    outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
+    count, _ = rows.row_shape(outputs, inputs, options.granularity)
+    groups, _ = scale_groups(inputs, options.scale)
+    codebook_format = options.codebook_format
+    if isinstance(codebook_format, AutoQFormat):
+        codebook_format = QFormat(codebook_format.word, 0, codebook_format.signed)
+    levels, _ = _round_levels(jnp.zeros((stack * count, 2**options.bits)), codebook_format, dtype, scaled=False)
+    packed = jnp.zeros((stack, outputs, packing.packed_size(inputs, options.bits)), jnp.uint8)
+    factors = jnp.zeros((stack, outputs, groups), dtype) if options.scale is not None else None
+    return _leaf(plan, levels, packed, factors, codebook_format)
+
+
+def _on_host(array: Any) -> Any:
+    """A NumPy view of an array that one CPU holds: moving data there compiles nothing. Others stay where they are."""
+    if isinstance(array, jax.core.Tracer):
+        return array
+    if isinstance(array, jax.Array):
+        devices = array.devices()
+        return np.asarray(array) if len(devices) == 1 and next(iter(devices)).platform == "cpu" else array
+    array = np.asarray(array)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
+def _check_finite(array: Any, path: str) -> None:
+    if isinstance(array, jax.core.Tracer):
+        return
+    xp = rows.namespace(array)
+    bad = ~xp.isfinite(array)
+    number = int(bad.sum())
+    if number:
+        first = np.unravel_index(int(xp.argmax(bad)), array.shape)
+        value = float(array[first])
+        raise ValueError(
+            f"{path}: {number} of {array.size} values are NaN or infinite, the first {value} at "
+            f"{[int(i) for i in first]}; compress needs finite values"
+        )
+
+
+def _each(function: Callable, slices: Any) -> Any:
+    """The function applied to each slice `[S, …]`."""
+    return np.stack([function(s) for s in slices]) if isinstance(slices, np.ndarray) else jax.vmap(function)(slices)
+
+
+def _view(array: Any, importance: Any, plan: LeafPlan) -> _Rows:
+    """The leaf as rows of values (divided by their scales), with the weights of their squared errors."""
+    options = plan.options
+    slices = array.reshape(-1, *plan.slice_shape)
+    outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
+    xp = rows.namespace(slices)
+    channels = _each(partial(rows.to_channels, axes=plan.axes), slices)
+    weights = None
+    if importance is not None:
+        weights = xp.asarray(importance, np.float32).reshape(slices.shape)
+        weights = _each(partial(rows.to_channels, axes=plan.axes), weights)
+    groups, size = scale_groups(inputs, options.scale)
+    factors = None
+    if groups:
+        padded = xp.pad(xp.abs(channels), ((0, 0), (0, 0), (0, groups * size - inputs)))
+        factors = padded.reshape(*channels.shape[:2], groups, size).max(axis=-1)
+        spread = xp.repeat(factors.astype(np.float32), size, axis=-1)[..., :inputs]
+        channels = channels.astype(np.float32) / xp.where(spread > 0, spread, 1)
+        # The leaf's squared error is Σ scale² (x/scale − level)²: relative to the largest, so that it stays in range.
+        share = (spread / xp.maximum(spread.max(), np.float32(np.finfo(np.float32).tiny))) ** 2
+        weights = share if weights is None else weights * share
+    to_rows = partial(rows.to_rows, granularity=options.granularity)
+    mask = rows.row_mask(outputs, inputs, options.granularity)
+    if mask is not None:
+        mask = np.broadcast_to(mask, (slices.shape[0], *mask.shape)).reshape(-1, mask.shape[-1])
+    flat = lambda channels: _flat_rows(_each(to_rows, channels))  # noqa: E731
+    return _Rows(flat(channels), mask, None if weights is None else flat(weights), factors)
+
+
+def _flat_rows(grouped):
+    return grouped.reshape(-1, grouped.shape[-1])
+
+
+def _bucket(n: int) -> int:
+    """The least of a few sizes per octave that holds n, so that leaves of many shapes share executables."""
+    step = 1 << max(n - 1, 0).bit_length() >> 3 if n > 8 else 1
+    return -(-n // step) * step
+
+
+def _padded(array: Any, fill=0) -> Any:
+    """`[R, N]` padded to bucketed sizes."""
+    if array is None or isinstance(array, jax.core.Tracer):
+        return array
+    count, length = array.shape
+    widths = ((0, _bucket(count) - count), (0, _bucket(length) - length))
+    return array if widths == ((0, 0), (0, 0)) else rows.namespace(array).pad(array, widths, constant_values=fill)
+
+
+_jit_fit = jax.jit(fit, static_argnames=("num_levels", "method", "keep_zero", "tolerance"))
+_jit_assign = jax.jit(assign)
+_jit_distortion = jax.jit(distortion)
+
+
+def _padded_view(view: _Rows) -> tuple[Any, Any, Any]:
+    """Values, weights and mask, padded alike."""
+    values = _padded(view.values)
+    mask = view.mask
+    if values.shape != view.values.shape and mask is None:
+        mask = np.ones(view.values.shape, bool)
+    return values, _padded(view.weights), _padded(mask, fill=False)
+
+
+def _fit(view: _Rows, num_levels: int, options: Options):
+    given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": options.tolerance}
+    if options.method == "knq" or isinstance(view.values, jax.core.Tracer):
+        return fit(view.values, num_levels, weights=view.weights, mask=view.mask, **given)
+    values, weights, mask = _padded_view(view)
+    count = view.values.shape[0]
+    return jax.tree.map(lambda x: x[:count], _jit_fit(values, num_levels, weights=weights, mask=mask, **given))
+
+
+def _certificate(fitted) -> float:
+    """The relative gap Σ (sse − lower_bound) / Σ sse over a leaf's rows."""
+    scale = np.asarray(fitted.scale, np.float64) ** 2
+    sse = float((np.asarray(fitted.sse, np.float64) * scale).sum())
+    bound = float((np.asarray(fitted.lower_bound, np.float64) * scale).sum())
+    return (sse - bound) / sse if sse > 0 else 0.0
+
+
+def _round_levels(levels: jax.Array, codebook_format, dtype, scaled: bool) -> tuple[jax.Array, jax.Array]:
+    """Levels as they are stored, and the values that they decode to."""
+    if isinstance(codebook_format, QFormat):
+        stored = fixed_point.encode(levels, codebook_format).astype(codebook_format.storage_dtype)
+        values = fixed_point.decode(stored, codebook_format)
+    else:
+        target = jnp.dtype(dtype if codebook_format is None else codebook_format)
+        largest = float(jnp.finfo(target).max)
+        stored = jnp.clip(levels, -largest, largest).astype(target)
+        values = stored
+    working = jnp.promote_types(jnp.float32, levels.dtype)
+    return stored, (values if scaled else values.astype(dtype)).astype(working)
+
+
+def _choose_format(auto: AutoQFormat, levels: jax.Array, view: _Rows, plan: LeafPlan) -> QFormat:
+    """The `QFormat` whose fraction bits give the leaf the least squared error."""
+    if isinstance(levels, jax.core.Tracer):
+        raise ValueError(f"{plan.path}: {auto} chooses its fraction bits from values: under jit give a QFormat")
+    whole = max(math.frexp(float(jnp.max(jnp.abs(levels))))[1], -120)  # no level reaches 2^whole
+    values, weights, mask = _padded_view(view)
+    unit = np.float32(2.0 ** (1 - whole))
+    values = values.astype(np.float32) * unit
+    dtype = jnp.dtype(plan.dtype)
+
+    def error_of(levels) -> float:
+        return float(np.asarray(_jit_distortion(values, levels, weights, mask), np.float64).sum())
+
+    unrounded = _padded_levels(levels).astype(np.float32) * unit
+    unrounded_error = error_of(unrounded)
+    mass = _jit_mass(values, unrounded, weights, mask)
+    full = auto.word - auto.signed - whole  # the finest format that saturates no level
+    best = math.inf, full
+    # Down to the coarsest format that has not only zero for these levels; up to a range that few of them are inside.
+    for frac in sorted(range(max(-whole, -512), min(full + _FINER, 512) + 1), key=lambda frac: abs(frac - full)):
+        _, rounded = _round_levels(levels, QFormat(auto.word, frac, auto.signed), dtype, view.factors is not None)
+        rounded = _padded_levels(rounded) * unit
+        # By the triangle inequality an error cannot be less than this: so most candidates are never tried.
+        moved = float(np.asarray(_jit_distortion(unrounded, rounded, mass), np.float64).sum())
+        least = max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2
+        if least * (1 - 1e-5) <= best[0]:
+            best = min(best, (error_of(rounded), frac))
+    return QFormat(auto.word, best[1], auto.signed)
+
+
+_FINER = 24  # how many more fraction bits than `full` are tried: the range is then 2^−24 of the largest level
+
+
+def _mass(values, levels, weights, mask):
+    """`[R, K]` how much weight is nearest to each level."""
+    with jax.enable_x64(True):
+        each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)
+        each = each if mask is None else jnp.where(mask, each, 0.0)
+        place = jax.vmap(lambda index, each: jnp.zeros(levels.shape[-1], jnp.float64).at[index].add(each))
+        return place(assign(values, levels), each).astype(jnp.float32)
+
+
+_jit_mass = jax.jit(_mass)
+
+
+def _padded_levels(levels: jax.Array) -> np.ndarray:
+    """`[R, K]` with as many rows as the padded values have."""
+    host = np.asarray(levels)
+    return np.pad(host, ((0, _bucket(host.shape[0]) - host.shape[0]), (0, 0)))
+
+
+def _assign(values: Any, levels: jax.Array) -> Any:
+    """`[R, N]` uint8 indices; on the host if the values are there."""
+    if not isinstance(values, np.ndarray):
+        return assign(values, levels)
+    indices = np.asarray(_jit_assign(_padded(values), _padded_levels(levels)))
+    return indices[: values.shape[0], : values.shape[1]]
+
+
+def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:
+    """The importances by path, checked against the leaves that will be compressed."""
+    if sensitivity is None:
+        return {}
+    flat, _ = jax.tree_util.tree_flatten_with_path(sensitivity)
+    given = {path_name(path): leaf for path, leaf in flat}
+    known = {plan.path for plan in plans}
+    for path in given:
+        if path not in known:
+            raise ValueError(f"sensitivity has a leaf {path!r} that the parameters do not have")
+    compressed = {plan.path: plan for plan in plans if plan.reason is None}
+    result = {}
+    for path, importance in given.items():
+        if path not in compressed:
+            continue
+        shape = compressed[path].shape
+        if jnp.shape(importance) != shape:
+            raise ValueError(f"{path}: sensitivity of shape {jnp.shape(importance)}, but the leaf has shape {shape}")
+        result[path] = importance = _on_host(importance)
+        if not isinstance(importance, jax.core.Tracer):
+            xp = rows.namespace(importance)
+            bad = ~(xp.isfinite(importance) & (importance >= 0))
+            if bad.any():
+                first = np.unravel_index(int(xp.argmax(bad)), shape)
+                raise ValueError(
+                    f"{path}: {int(bad.sum())} sensitivities are negative, NaN or infinite, the first "
+                    f"{float(importance[first])} at {[int(i) for i in first]}"
+                )
+    return result
+
+
+def _with_progress(work: Sequence[tuple[Any, LeafPlan]], show: bool) -> Iterable[tuple[Any, LeafPlan]]:
+    """The work, leaf by leaf, under a progress bar that counts weights."""
+    return _progress_bar(work) if show else work
+
+
+def _progress_bar(work: Sequence[tuple[Any, LeafPlan]]) -> Iterator[tuple[Any, LeafPlan]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    total = sum(math.prod(plan.shape) for _, plan in work if plan.reason is None)
+    text = TextColumn("{task.completed:,.0f} of {task.total:,.0f} weights, {task.fields[rate]}")
+    with Progress(TextColumn("{task.description}"), BarColumn(), text, TimeRemainingColumn()) as bar:
+        task = bar.add_task("compress", total=total, rate="")
+        for leaf, plan in work:
+            bar.update(task, description=plan.path)
+            yield leaf, plan
+            if plan.reason is None:
+                bar.advance(task, math.prod(plan.shape))
+                speed = bar.tasks[0].speed
+                bar.update(task, rate=f"{speed:,.0f}/s" if speed else "")

@@ -1,0 +1,178 @@
+"""Fixed-point words: values to raw integers and back, by named rounding and overflow.
+
+A raw integer in a `QFormat(word, frac)` stands for raw · 2^−frac.
+
+Rounding modes, with ap_fixed's, MATLAB's and IEEE 754's names:
+
+| here | a value between two words goes | ap_fixed | MATLAB fi | IEEE 754 |
+|---|---|---|---|---|
+| `floor` | down | AP_TRN | Floor | roundTowardNegative |
+| `toward_zero` | to the one nearer zero | AP_TRN_ZERO | Zero | roundTowardZero |
+| `half_up` | to the nearest, halves up | AP_RND | Nearest | |
+| `half_down` | to the nearest, halves down | AP_RND_MIN_INF | | |
+| `half_away` | to the nearest, halves away from zero | AP_RND_INF | Round | roundTiesToAway |
+| `half_toward_zero` | to the nearest, halves to zero | AP_RND_ZERO | | |
+| `half_even` | to the nearest, halves to the even word | AP_RND_CONV | Convergent | roundTiesToEven |
+
+Overflow modes: `saturate` (AP_SAT, Saturate), `saturate_symmetric` (AP_SAT_SYM: the least word is minus the largest),
+`saturate_zero` (AP_SAT_ZERO: zero), `wrap` (AP_WRAP, Wrap: modulo 2^word).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ROUNDING = ("floor", "toward_zero", "half_up", "half_down", "half_away", "half_toward_zero", "half_even")
+OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
+
+
+@dataclass(frozen=True)
+class QFormat:
+    """A fixed-point format: `word` bits in all, of which `frac` after the binary point; value = raw · 2^−frac.
+
+    Attributes:
+      word: word length in bits, 1 to 32 (31 where unsigned, since raw words are int32), sign included.
+      frac: fraction bits; may be negative or above `word`.
+      signed: two's complement if True, else non-negative.
+
+    >>> QFormat(8, 6).range
+    (-2.0, 1.984375)
+    """
+
+    word: int
+    frac: int
+    signed: bool = True
+
+    def __post_init__(self):
+        _check_word(self.word, self.signed, "QFormat")
+        if isinstance(self.frac, bool) or not isinstance(self.frac, int) or abs(self.frac) > 512:
+            raise ValueError(f"QFormat: frac {self.frac!r}, but a whole number from -512 to 512 is wanted")
+
+    @property
+    def least(self) -> int:
+        """The least raw integer."""
+        return -(1 << (self.word - 1)) if self.signed else 0
+
+    @property
+    def largest(self) -> int:
+        """The largest raw integer."""
+        return (1 << (self.word - self.signed)) - 1
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest value."""
+        return self.least * 2.0**-self.frac, self.largest * 2.0**-self.frac
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """The smallest integer dtype that holds every raw integer."""
+        kind = "int" if self.signed else "uint"
+        return jnp.dtype(f"{kind}{8 if self.word <= 8 else 16 if self.word <= 16 else 32}")
+
+
+@dataclass(frozen=True)
+class AutoQFormat:
+    """A `QFormat` of `word` bits whose fraction bits are chosen per leaf to minimise its squared error.
+
+    >>> AutoQFormat(8)
+    AutoQFormat(word=8, signed=True)
+    """
+
+    word: int
+    signed: bool = True
+
+    def __post_init__(self):
+        _check_word(self.word, self.signed, "AutoQFormat")
+
+
+def _check_word(word, signed, name) -> None:
+    most = 32 if signed else 31
+    if isinstance(word, bool) or not isinstance(word, int) or not 1 <= word <= most:
+        raise ValueError(f"{name}: a word of {word!r} bits, but a whole number from 1 to {most} is wanted")
+
+
+def check_modes(rounding: str, overflow: str) -> None:
+    """Raises ValueError, listing the known ones, unless both modes are known."""
+    if rounding not in ROUNDING:
+        raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDING)}")
+    if overflow not in OVERFLOW:
+        raise ValueError(f"unknown overflow {overflow!r}; known: {', '.join(OVERFLOW)}")
+
+
+def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow: str = "saturate") -> jax.Array:
+    """The raw integers of real values: rounded first, then brought into range.
+
+    Args:
+      x: floating values of any shape, finite.
+      fmt: the format.
+      rounding: one of `ROUNDING`.
+      overflow: one of `OVERFLOW`.
+
+    Returns:
+      int32 raw integers of the same shape. Every step is exact but the one rounding.
+
+    Raises:
+      ValueError: a mode is unknown.
+
+    >>> import jax.numpy as jnp
+    >>> encode(jnp.array([0.625, 0.875, -9.0]), QFormat(4, 2)).tolist()
+    [2, 4, -8]
+    """
+    check_modes(rounding, overflow)
+    with jax.enable_x64(True):
+        scaled = lax.convert_element_type(x, jnp.float64) * 2.0**fmt.frac
+        return lax.convert_element_type(_overflow(_round(scaled, rounding), fmt, overflow), jnp.int32)
+
+
+def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:
+    """The real values of raw integers, float32: exact for words of up to 24 bits, else rounded once.
+
+    >>> import jax.numpy as jnp
+    >>> decode(jnp.array([-8, 3]), QFormat(4, 2)).tolist()
+    [-2.0, 0.75]
+    """
+    with jax.enable_x64(True):
+        return lax.convert_element_type(lax.convert_element_type(raw, jnp.float64) * 2.0**-fmt.frac, jnp.float32)
+
+
+def _round(scaled: jax.Array, rounding: str) -> jax.Array:
+    """Float64 values to whole numbers."""
+    magnitude, negative = jnp.abs(scaled), scaled < 0
+    below = jnp.floor(magnitude)
+    rest = magnitude - below  # exact, because of the magnitude's own digits
+    half = rest == 0.5
+    match rounding:
+        case "floor":
+            up = negative & (rest > 0)
+        case "toward_zero":
+            up = jnp.zeros_like(negative)
+        case "half_up":
+            up = (rest > 0.5) | (half & ~negative)
+        case "half_down":
+            up = (rest > 0.5) | (half & negative)
+        case "half_away":
+            up = rest >= 0.5
+        case "half_toward_zero":
+            up = rest > 0.5
+        case _:
+            up = (rest > 0.5) | (half & (lax.rem(below, 2.0) != 0))
+    whole = below + up
+    return jnp.where(negative, -whole, whole)
+
+
+def _overflow(whole: jax.Array, fmt: QFormat, overflow: str) -> jax.Array:
+    """Whole float64 values into the format's range."""
+    least, largest = float(fmt.least), float(fmt.largest)
+    match overflow:
+        case "saturate":
+            return jnp.clip(whole, least, largest)
+        case "saturate_symmetric":
+            return jnp.clip(whole, -largest if fmt.signed else 0.0, largest)
+        case "saturate_zero":
+            return jnp.where((whole < least) | (whole > largest), 0.0, whole)
+    span = 2.0**fmt.word
+    wrapped = lax.rem(whole, span)  # exact, of the sign of `whole`
+    wrapped = jnp.where(wrapped < least, wrapped + span, wrapped)
+    return jnp.where(wrapped > largest, wrapped - span, wrapped)

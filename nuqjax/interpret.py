@@ -1,0 +1,238 @@
+"""Re-runs a traced function with other values in place of its arrays.
+
+A function is traced to a jaxpr, and the jaxpr is evaluated equation by equation (JAX's custom-interpreter pattern). An
+equation none of whose operands is *lifted* is bound as it stands, so inner `jit`s stay compiled and custom derivatives
+survive. One that meets a lifted operand is handed to the rule for its primitive, or to the default.
+
+What a lifted value is, and what the rules do with it, is the caller's: `Interpreter` is given both.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend import core
+
+
+class Site(NamedTuple):
+    """Where in the program an equation stands.
+
+    Attributes:
+      scope: the names that enclose it (`jax.named_scope`; Flax linen gives module paths), joined by "/".
+      primitive: its primitive's name.
+      ordinal: how many equations of that scope and primitive came before it.
+    """
+
+    scope: str
+    primitive: str
+    ordinal: int
+
+    def __str__(self) -> str:
+        return f"{self.scope or '(top)'}:{self.primitive}#{self.ordinal}"
+
+
+Rule = Callable[..., Sequence[Any]]
+"""`rule(interpreter, site, eqn, *operands) -> outputs`, some of the operands lifted."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """Evaluates jaxprs whose values may be lifted.
+
+    Attributes:
+      is_lifted: tells lifted values from arrays.
+      lower: `lower(value, others) -> array`: a lifted value as an array, on its way to an equation whose other operands
+        are `others`.
+      rules: by primitive name, what to do with an equation that has a lifted operand; the default lowers the operands
+        and binds the equation. Rules for control flow are built in.
+    """
+
+    is_lifted: Callable[[Any], bool]
+    lower: Callable[[Any, Sequence[Any]], Any]
+    rules: Mapping[str, Rule]
+
+    def evaluate(self, jaxpr: core.ClosedJaxpr, args: Sequence[Any], scope: str = "") -> list[Any]:
+        """The outputs of a closed jaxpr; `args` and outputs may be lifted."""
+        inner = jaxpr.jaxpr
+        env: dict[Any, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
+        env.update(zip(inner.invars, args, strict=True))
+        last_use = _last_uses(inner)
+        seen: dict[tuple[str, str], int] = {}
+        for number, eqn in enumerate(inner.eqns):
+            operands = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
+            here = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
+            name = eqn.primitive.name
+            ordinal = seen.get((here, name), 0)
+            seen[here, name] = ordinal + 1
+            env.update(zip(eqn.outvars, self._equation(Site(here, name, ordinal), eqn, operands), strict=True))
+            for var in last_use.get(number, ()):  # so that eager evaluation frees what it no longer needs
+                del env[var]
+        return [v.val if isinstance(v, core.Literal) else env[v] for v in inner.outvars]
+
+    def _equation(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+        if not any(map(self.is_lifted, operands)):
+            return bind(eqn, operands)
+        rule = self.rules.get(site.primitive) or _CONTROL_FLOW.get(site.primitive)
+        if rule is None:
+            return bind(eqn, self.lower_all(operands))
+        return rule(self, site, eqn, *operands)
+
+    def lower_all(self, operands: Sequence[Any]) -> list[Any]:
+        """The operands with every lifted one lowered."""
+        arrays = [x for x in operands if not self.is_lifted(x)]
+        return [self.lower(x, arrays) if self.is_lifted(x) else x for x in operands]
+
+
+def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
+    """By equation number, the variables that nothing after it reads."""
+    last = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        for var in (*eqn.invars, *eqn.outvars):
+            if not isinstance(var, core.Literal):
+                last[var] = number
+    kept = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    uses: dict[int, list[Any]] = {}
+    for var, number in last.items():
+        if var not in kept:
+            uses.setdefault(number, []).append(var)
+    return uses
+
+
+def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """The equation's outputs for arrays, exactly as JAX would compute them."""
+    with eqn.ctx.manager:
+        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return outputs if eqn.primitive.multiple_results else [outputs]
+
+
+def _closed(jaxpr: Any) -> core.ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def _jit(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    return interpreter.evaluate(_closed(eqn.params["jaxpr"]), operands, site.scope)
+
+
+def _call(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    return interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
+
+
+def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """Inside `jax.checkpoint` again: what is lowered there is lowered anew on the backward pass."""
+    jaxpr, params = _closed(eqn.params["jaxpr"]), eqn.params
+
+    def inside(*operands):
+        return interpreter.lower_all(interpreter.evaluate(jaxpr, operands, site.scope))
+
+    return jax.checkpoint(inside, prevent_cse=params["prevent_cse"], policy=params["policy"])(*operands)
+
+
+def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """Goes inside for the value; a derivative is taken by the function's own rule, on lowered operands."""
+
+    @jax.custom_jvp
+    def call(operands):
+        inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
+        return tuple(interpreter.lower_all(inside))
+
+    @call.defjvp
+    def _(primals, tangents):
+        return jax.jvp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), primals, tangents)
+
+    return call(operands)
+
+
+def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """Goes inside for the value; a derivative is taken by the function's own rule, on lowered operands."""
+
+    @jax.custom_vjp
+    def call(operands):
+        inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
+        return tuple(interpreter.lower_all(inside))
+
+    def forward(operands):
+        return jax.vjp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), operands)
+
+    def backward(vjp, cotangents):
+        return vjp(cotangents)
+
+    call.defvjp(forward, backward)
+    return call(operands)
+
+
+def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands):
+    """Each branch is evaluated with the lifted operands."""
+
+    def of(branch):
+        return lambda *operands: tuple(interpreter.lower_all(interpreter.evaluate(_closed(branch), operands, site.scope)))
+
+    if interpreter.is_lifted(index):
+        index = interpreter.lower(index, ())
+    return lax.switch(index, [of(branch) for branch in eqn.params["branches"]], *operands)
+
+
+def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """Lifted constants stay lifted; the carry is lowered."""
+    params = eqn.params
+    cond_jaxpr, body_jaxpr = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
+    first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, body_consts = operands[:first], operands[first:second]
+    carry = tuple(interpreter.lower_all(operands[second:]))
+
+    def condition(carry):
+        [going] = interpreter.lower_all(interpreter.evaluate(cond_jaxpr, (*cond_consts, *carry), site.scope))
+        return going
+
+    def body(carry):
+        return tuple(interpreter.lower_all(interpreter.evaluate(body_jaxpr, (*body_consts, *carry), site.scope)))
+
+    return lax.while_loop(condition, body, carry)
+
+
+def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """Lifted constants stay lifted, scanned lifted operands are sliced as they are; the carry is lowered."""
+    params, jaxpr = eqn.params, _closed(eqn.params["jaxpr"])
+    first, second = _scan_parts(params, len(operands))
+    consts, xs = operands[:first], operands[second:]
+    carry = tuple(interpreter.lower_all(operands[first:second]))
+    xs = [x if not interpreter.is_lifted(x) or _can_scan(x) else interpreter.lower(x, ()) for x in xs]
+
+    def body(carry, xs):
+        outputs = interpreter.lower_all(interpreter.evaluate(jaxpr, (*consts, *carry, *xs), site.scope))
+        return tuple(outputs[: len(carry)]), tuple(outputs[len(carry) :])
+
+    carry, ys = lax.scan(
+        body, carry, tuple(xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return (*carry, *ys)
+
+
+def _scan_parts(params: Mapping[str, Any], count: int) -> tuple[int, int]:
+    """Where a scan's carry and its scanned operands begin among `count` operands."""
+    if "ft_in" in params:  # jax 0.11 and newer
+        consts, carry, _ = (list(part) for part in params["ft_in"].update(range(count)).unpack())
+        return len(consts), len(consts) + len(carry)
+    return params["num_consts"], params["num_consts"] + params["num_carry"]
+
+
+def _can_scan(value: Any) -> bool:
+    """Whether slicing a lifted value's arrays along their first axis slices the value."""
+    return bool(getattr(value, "stacked", False))
+
+
+_CONTROL_FLOW: dict[str, Rule] = {
+    "jit": _jit,
+    "pjit": _jit,
+    "closed_call": _call,
+    "core_call": _call,
+    "checkpoint": _remat,
+    "remat2": _remat,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+    "custom_vjp_call_jaxpr": _custom_vjp,
+    "cond": _cond,
+    "while": _while,
+    "scan": _scan,
+}

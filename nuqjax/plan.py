@@ -1,0 +1,268 @@
+"""What `compress` will do with each leaf, and what it will cost, from shapes alone."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from nuqjax import packing, rows
+from nuqjax.codebook_array import is_codebook_array
+from nuqjax.fit import check_method
+from nuqjax.fixed_point import AutoQFormat, QFormat
+from nuqjax.report import render
+from nuqjax.rows import InputGroups
+from nuqjax.rules import Options, Rule, path_name, resolve
+
+
+@dataclass(frozen=True)
+class LeafPlan:
+    """What happens to one leaf.
+
+    Attributes:
+      path: its keys, joined by "/".
+      shape: its shape, stack axes included; () for what is not an array.
+      dtype: name of its dtype (where it is compressed, as JAX holds it: float32 for NumPy's float64 without x64), or of
+        its Python type.
+      options: the options that apply to it.
+      reason: why it stays dense; None where it is compressed.
+      nbytes_before: bytes of memory as it is.
+      nbytes_after: bytes of memory of the result: packed indices, codebooks and scales, padding included.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    options: Options
+    reason: str | None
+    nbytes_before: int
+    nbytes_after: int
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """Shape without the stack axes."""
+        return self.shape[self.options.stack_axes :]
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The output axes of a slice."""
+        return rows.output_axes(self.options.axis, len(self.slice_shape))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The table of what `compress` would do: `str` prints it, `to_dict` gives its numbers.
+
+    Attributes:
+      leaves: a `LeafPlan` for each leaf, in the tree's order.
+    """
+
+    leaves: tuple[LeafPlan, ...]
+
+    @property
+    def nbytes_before(self) -> int:
+        """Bytes of memory of the tree as it is."""
+        return sum(leaf.nbytes_before for leaf in self.leaves)
+
+    @property
+    def nbytes_after(self) -> int:
+        """Bytes of memory of the compressed tree."""
+        return sum(leaf.nbytes_after for leaf in self.leaves)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers and strings."""
+        names = ("path", "shape", "dtype", "reason", "nbytes_before", "nbytes_after")
+        leaves = [
+            {name: getattr(leaf, name) for name in names}
+            | {name: _plain(value) for name, value in vars(leaf.options).items() if name not in ("skip", "min_size")}
+            for leaf in self.leaves
+        ]
+        return {"leaves": leaves, "nbytes_before": self.nbytes_before, "nbytes_after": self.nbytes_after}
+
+    def __str__(self) -> str:
+        table = Table(title="compression plan")
+        for name in ("leaf", "shape", "dtype", "method", "bits", "granularity", "bytes before", "bytes after"):
+            table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
+        for leaf in self.leaves:
+            o = leaf.options
+            chosen = (o.method, str(o.bits), str(o.granularity)) if leaf.reason is None else ("dense", "", leaf.reason)
+            sizes = f"{leaf.nbytes_before:,}", f"{leaf.nbytes_after:,}"
+            table.add_row(leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
+        table.add_section()
+        table.add_row("in all", "", "", "", "", "", f"{self.nbytes_before:,}", f"{self.nbytes_after:,}")
+        return render(table)
+
+
+def _plain(value):
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def plan(
+    params: Any,
+    bits: int = 4,
+    method: str = "knq",
+    *,
+    granularity="tensor",
+    axis: int | Sequence[int] = -1,
+    scale=None,
+    codebook_format=None,
+    keep_zero: bool = False,
+    rules: Sequence[Rule] = (),
+    min_size: int = 256,
+) -> Plan:
+    """The table of what `compress` would do with the same options, with sizes, from shapes alone.
+
+    Args:
+      params: the tree, or one of `jax.ShapeDtypeStruct` (as from `jax.eval_shape`).
+      bits: as in `nuqjax.compress`, like all that follow.
+      method: how levels are fitted; here it is only looked up and shown.
+      granularity: which values share a codebook.
+      axis: the output axis or axes.
+      scale: which values are divided by a common scale.
+      codebook_format: how levels are stored.
+      keep_zero: one level is exactly 0.
+      rules: options by path.
+      min_size: leaves with fewer values stay dense.
+
+    Returns:
+      A `Plan`.
+
+    Raises:
+      ValueError: an option is out of range, or a rule matches nothing.
+
+    >>> import jax, jax.numpy as jnp
+    >>> tree = {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+    >>> p = plan(tree, bits=4)
+    >>> p.nbytes_before, p.nbytes_after  # 2048 indices of 4 bits and 16 levels
+    (8192, 1088)
+    """
+    options = Options(
+        bits=bits, method=method, granularity=granularity, axis=axis if isinstance(axis, int) else tuple(axis),
+        scale=scale, codebook_format=codebook_format, keep_zero=keep_zero, min_size=min_size,
+    )  # fmt: skip
+    return Plan(tuple(plan_leaves(params, options, rules)))
+
+
+def plan_leaves(params: Any, options: Options, rules: Sequence[Rule]) -> list[LeafPlan]:
+    """A `LeafPlan` for each leaf of the tree; a `CodebookArray` is one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
+    paths = [path_name(path) for path, _ in flat]
+    _check_options(options, "compress")
+    resolved = resolve(paths, options, rules)
+    return [_plan_leaf(path, leaf, o) for path, (_, leaf), o in zip(paths, flat, resolved, strict=True)]
+
+
+def _plan_leaf(path: str, leaf: Any, options: Options) -> LeafPlan:
+    options = replace(options, axis=options.axis if isinstance(options.axis, int) else tuple(options.axis))
+    if options.rule is not None:
+        _check_options(options, path)
+    if is_codebook_array(leaf):
+        if options.skip is False:
+            raise ValueError(
+                f"{path}: rule {options.rule!r} insists on compressing it, but it is a CodebookArray already"
+            )
+        return LeafPlan(path, leaf.shape, str(leaf.dtype), options, "already compressed", leaf.nbytes, leaf.nbytes)
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        if options.skip is False:
+            kind = f"a {type(leaf).__name__}, not an array"
+            raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but it is {kind}")
+        return LeafPlan(path, (), type(leaf).__name__, options, "not an array", 0, 0)
+    shape = tuple(leaf.shape)
+    size, before = math.prod(shape), math.prod(shape) * leaf.dtype.itemsize
+
+    def dense(reason: str) -> LeafPlan:
+        return LeafPlan(path, shape, str(leaf.dtype), options, reason, before, before)
+
+    if options.skip:
+        return dense(f"rule {options.rule!r}")
+    insists = options.skip is False
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        reason = f"dtype {leaf.dtype} is not floating"
+        if insists:
+            raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but its {reason}")
+        return dense(reason)
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if options.stack_axes > len(shape):
+        raise ValueError(f"{path}: stack_axes={options.stack_axes}, but the leaf has shape {shape}")
+    ndim = len(shape) - options.stack_axes
+    if not insists and ndim < 2:
+        return dense("one axis" if ndim == 1 else "no axes")
+    if not insists and size < options.min_size:
+        return dense(f"{size} values, min_size is {options.min_size}")
+    if ndim == 0:
+        options = replace(options, axis=())  # a scalar has no axis to choose
+    try:
+        rows.output_axes(options.axis, ndim)
+    except ValueError as error:
+        raise ValueError(f"{path} (shape {shape}): {error}") from error
+    compressed = LeafPlan(path, shape, dtype.name, options, None, before, _nbytes_after(shape, dtype, options))
+    if not insists and compressed.nbytes_after >= before:
+        return dense(f"would take {compressed.nbytes_after:,} bytes, not fewer")
+    return compressed
+
+
+def _nbytes_after(shape: tuple[int, ...], dtype: np.dtype, options: Options) -> int:
+    stack, slice_shape = math.prod(shape[: options.stack_axes]), shape[options.stack_axes :]
+    outputs, inputs = rows.channel_shape(slice_shape, rows.output_axes(options.axis, len(slice_shape)))
+    count, _ = rows.row_shape(outputs, inputs, options.granularity)
+    levels = count * 2**options.bits * _level_itemsize(options.codebook_format, dtype)
+    packed = outputs * packing.packed_size(inputs, options.bits)
+    scales = outputs * scale_groups(inputs, options.scale)[0] * dtype.itemsize
+    return stack * (levels + packed + scales)
+
+
+def scale_groups(inputs: int, scale) -> tuple[int, int]:
+    """`(G, n)`: how many scales a channel of `inputs` values has, and how many values share one; (0, 0) without."""
+    if scale is None:
+        return 0, 0
+    size = max(inputs, 1) if scale == "channel" else scale.size
+    return -(-inputs // size), size
+
+
+def _level_itemsize(codebook_format, dtype: np.dtype) -> int:
+    if codebook_format is None:
+        return dtype.itemsize
+    if isinstance(codebook_format, AutoQFormat):
+        codebook_format = QFormat(codebook_format.word, 0, codebook_format.signed)
+    if isinstance(codebook_format, QFormat):
+        return codebook_format.storage_dtype.itemsize
+    return jnp.dtype(codebook_format).itemsize
+
+
+def _check_options(options: Options, path: str) -> None:
+    """Raises ValueError, naming `path`, for an option out of range."""
+    o = options
+    if isinstance(o.bits, bool) or not isinstance(o.bits, int) or not 1 <= o.bits <= 8:
+        raise ValueError(f"{path}: bits={o.bits!r}, but a whole number from 1 to 8 is wanted")
+    if isinstance(o.min_size, bool) or not isinstance(o.min_size, int) or o.min_size < 0:
+        raise ValueError(f"{path}: min_size={o.min_size!r}, but a whole number, 0 or more, is wanted")
+    if o.tolerance is not None and not o.tolerance >= 0:
+        raise ValueError(f"{path}: tolerance={o.tolerance!r}, but a number, 0 or more, or None is wanted")
+    if not (o.scale in (None, "channel") or isinstance(o.scale, InputGroups)):
+        raise ValueError(f'{path}: scale={o.scale!r}, but None, "channel" or InputGroups(n) is wanted')
+    try:
+        check_method(o.method)
+        rows.check_granularity(o.granularity)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    _check_codebook_format(o.codebook_format, path)
+
+
+def _check_codebook_format(codebook_format, path: str) -> None:
+    wanted = "None, a floating dtype, a QFormat or an AutoQFormat is wanted"
+    if codebook_format is None:
+        return
+    if isinstance(codebook_format, QFormat | AutoQFormat):
+        if codebook_format.word > 24:
+            raise ValueError(f"{path}: codebook_format={codebook_format}, but levels decode exactly up to 24 bits only")
+        return
+    try:
+        dtype = jnp.dtype(codebook_format)
+    except TypeError as error:
+        raise ValueError(f"{path}: codebook_format={codebook_format!r}, but {wanted}") from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{path}: codebook_format={dtype.name}, but {wanted} (integer words: QFormat)")

@@ -1,0 +1,342 @@
+"""What compression cost: sizes, distortion and certificates, per leaf and in all."""
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nuqjax import packing
+from nuqjax import rows as rows_
+from nuqjax.codebook_array import CodebookArray, channel_block, decode, is_codebook_array
+from nuqjax.rules import path_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CHUNK = 1 << 20  # values compared at once in float64
+
+
+@dataclass(frozen=True)
+class LeafReport:
+    """One leaf, before and after.
+
+    Attributes:
+      path: its keys, joined by "/".
+      shape: its shape.
+      dtype: name of its dtype.
+      weights: number of values.
+      nbytes_before: bytes of memory of the dense leaf.
+      nbytes_after: bytes of memory of the result: packed indices, codebooks and scales, padding included.
+      reason: why it stayed dense; None where it is compressed. The rest is None for a dense leaf.
+      method: how its levels were fitted; None where that is not known.
+      bits: index width.
+      granularity: which values share a codebook.
+      codebook_format: dtype or `QFormat` of the levels.
+      levels_used: levels that at least one index names, over all codebooks.
+      levels_available: levels stored, over all codebooks.
+      payload_bits: bits of information, without padding.
+      entropy: entropy of the indices, bits each (the leaf's indices pooled).
+      signal: Σ x².
+      noise: Σ (x − decoded x)².
+      largest_error: max |x − decoded x|.
+      certificate: the relative amount by which the squared error of the fit may exceed the optimum, as proven:
+        (sse − lower_bound) / sse; None where nothing was proven.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    nbytes_before: int
+    nbytes_after: int
+    reason: str | None = None
+    method: str | None = None
+    bits: int | None = None
+    granularity: str | None = None
+    codebook_format: str | None = None
+    levels_used: int | None = None
+    levels_available: int | None = None
+    payload_bits: int | None = None
+    entropy: float | None = None
+    signal: float | None = None
+    noise: float | None = None
+    largest_error: float | None = None
+    certificate: float | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of memory for each value, codebooks, scales and padding included."""
+        return 8 * self.nbytes_after / self.weights if self.weights else 0.0
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise ratio, dB; infinite where nothing was lost, None for a dense leaf."""
+        return None if self.signal is None or self.noise is None else sqnr_db(self.signal, self.noise)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The leaf as plain numbers and strings."""
+        return vars(self) | {"bits_per_weight": self.bits_per_weight, "sqnr_db": self.sqnr_db}
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """10·log10(signal / noise), dB; infinite without noise.
+
+    >>> sqnr_db(100.0, 1.0)
+    20.0
+    """
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compressed tree beside the tree it came from: `str` prints the table, `to_dict` gives its numbers.
+
+    Attributes:
+      leaves: a `LeafReport` for each leaf, in the tree's order.
+    """
+
+    leaves: tuple[LeafReport, ...]
+
+    @property
+    def compressed(self) -> tuple[LeafReport, ...]:
+        """The leaves that are compressed."""
+        return tuple(leaf for leaf in self.leaves if leaf.reason is None)
+
+    @property
+    def dense(self) -> tuple[LeafReport, ...]:
+        """The leaves that stayed dense, each with its reason."""
+        return tuple(leaf for leaf in self.leaves if leaf.reason is not None)
+
+    @property
+    def total(self) -> dict[str, Any]:
+        """The tree in all.
+
+        Keys: `weights`, `compressed_weights`, `nbytes_before`, `nbytes_after`, `ratio` (before / after),
+        `bits_per_weight` (all leaves), `compressed_bits_per_weight` (compressed leaves), `payload_bits` and `entropy`
+        (mean bits an index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
+        `certificate` (the worst leaf's; None unless every compressed leaf has one).
+        """
+        compressed = self.compressed
+        before, after = sum(x.nbytes_before for x in self.leaves), sum(x.nbytes_after for x in self.leaves)
+        weights, count = sum(x.weights for x in self.leaves), sum(x.weights for x in compressed)
+        proven = [x.certificate for x in compressed if x.certificate is not None]
+        return {
+            "weights": weights,
+            "compressed_weights": count,
+            "nbytes_before": before,
+            "nbytes_after": after,
+            "ratio": before / after if after else 1.0,
+            "bits_per_weight": 8 * after / weights if weights else 0.0,
+            "compressed_bits_per_weight": 8 * sum(x.nbytes_after for x in compressed) / count if count else None,
+            "payload_bits": sum(x.payload_bits or 0 for x in compressed),
+            "entropy": sum((x.entropy or 0.0) * x.weights for x in compressed) / count if count else None,
+            "sqnr_db": sqnr_db(sum(x.signal or 0.0 for x in compressed), sum(x.noise or 0.0 for x in compressed))
+            if compressed
+            else None,
+            "largest_error": max((x.largest_error or 0.0 for x in compressed), default=None),
+            "certificate": max(proven) if compressed and len(proven) == len(compressed) else None,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings."""
+        return {"total": self.total, "leaves": [leaf.to_dict() for leaf in self.leaves]}
+
+    def plot(self) -> "Figure":
+        """A figure of the leaves: memory before and after, and SQNR. Needs matplotlib (the `plot` extra)."""
+        from nuqjax.plot import plot_report
+
+        return plot_report(self)
+
+    def __str__(self) -> str:
+        table = Table(title="compressed leaves")
+        for name in ("leaf", "shape", "method", "bits", "granularity", "levels used", "bits/weight", "entropy",
+                     "SQNR dB", "largest error", "certificate", "bytes"):  # fmt: skip
+            table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
+        for x in self.compressed:
+            table.add_row(
+                x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
+                f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", f"{x.entropy:.2f}",
+                f"{x.sqnr_db:.2f}", f"{x.largest_error:.2g}",
+                "" if x.certificate is None else f"{x.certificate:.1e}", f"{x.nbytes_after:,}",
+            )  # fmt: skip
+        parts = [render(table)] if self.compressed else []
+        if self.dense:
+            table = Table(title="dense leaves")
+            for name in ("leaf", "shape", "dtype", "bytes", "reason"):
+                table.add_column(name, justify="left" if name in ("leaf", "reason") else "right")
+            for x in self.dense:
+                table.add_row(x.path, "×".join(map(str, x.shape)), x.dtype, f"{x.nbytes_after:,}", x.reason)
+            parts.append(render(table))
+        t = self.total
+        line = (
+            f"{t['weights']:,} weights: {t['nbytes_before']:,} bytes before, {t['nbytes_after']:,} after "
+            f"({t['ratio']:.2f}× smaller, {t['bits_per_weight']:.3f} bits a weight all counted)"
+        )
+        if t["sqnr_db"] is not None:
+            line += f"; SQNR {t['sqnr_db']:.2f} dB"
+        return "\n".join([*parts, line])
+
+
+def render(table: Table) -> str:
+    """A rich table as text, as wide as it needs to be."""
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def report(params: Any, cparams: Any) -> Report:
+    """Compares a compressed tree with the tree it came from.
+
+    Methods and certificates are not stored in a compressed tree: `compress(…, return_report=True)` has them.
+
+    Args:
+      params: the dense tree.
+      cparams: the tree that `compress` made of it.
+
+    Returns:
+      A `Report`. Sizes are those of the arrays in memory; SQNR and errors are computed in float64 on the host.
+
+    Raises:
+      ValueError: the trees differ in structure, or a leaf in shape.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"kernel": jnp.arange(1024.0).reshape(32, 32)}
+    >>> r = report(params, nuqjax.compress(params, bits=4))
+    >>> r.total["nbytes_before"], r.total["nbytes_after"]
+    (4096, 576)
+    """
+    return build_report(params, cparams, {}, {})
+
+
+def build_report(
+    params: Any, cparams: Any, reasons: Mapping[str, str], fits: Mapping[str, tuple[str, float | None]]
+) -> Report:
+    """`report`, with what only `compress` knows: by path, why a leaf is dense, and its method and certificate."""
+    before, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
+    after, compressed_structure = jax.tree_util.tree_flatten_with_path(cparams, is_leaf=is_codebook_array)
+    if structure != compressed_structure:
+        raise ValueError(f"report: the trees differ: {structure} and {compressed_structure}")
+    leaves = []
+    for (path, dense), (_, leaf) in zip(before, after, strict=True):
+        name = path_name(path)
+        if is_codebook_array(leaf) and not is_codebook_array(dense):
+            leaves.append(_report_leaf(name, dense, leaf, *fits.get(name, (None, None))))
+        else:
+            leaves.append(_report_dense(name, leaf, reasons.get(name)))
+    return Report(tuple(leaves))
+
+
+def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return LeafReport(path, (), type(leaf).__name__, 0, 0, 0, reason or "not an array")
+    if reason is None:
+        reason = "already compressed" if is_codebook_array(leaf) else "left dense"
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            reason = f"dtype {leaf.dtype} is not floating"
+    return LeafReport(
+        path, tuple(leaf.shape), str(leaf.dtype), math.prod(leaf.shape), int(leaf.nbytes), int(leaf.nbytes), reason
+    )
+
+
+def _report_leaf(
+    path: str, dense: Any, leaf: CodebookArray, method: str | None, certificate: float | None
+) -> LeafReport:
+    if tuple(dense.shape) != leaf.shape:
+        raise ValueError(f"report: {path} has shape {tuple(dense.shape)} in one tree and {leaf.shape} in the other")
+    compared = _compare(np.asarray(dense), leaf)
+    return LeafReport(
+        path=path,
+        shape=leaf.shape,
+        dtype=np.dtype(leaf.dtype).name,
+        weights=leaf.size,
+        nbytes_before=leaf.size * dense.dtype.itemsize,
+        nbytes_after=leaf.nbytes,
+        method=method,
+        bits=leaf.bits,
+        granularity=str(leaf.granularity),
+        codebook_format=str(leaf.codebook_format or leaf.levels.dtype),
+        levels_available=math.prod(leaf.levels.shape),
+        payload_bits=leaf.payload_bits,
+        certificate=certificate,
+        **compared._asdict(),
+    )
+
+
+class _Comparison(NamedTuple):
+    """A leaf against its dense array, as `LeafReport` names it."""
+
+    signal: float
+    noise: float
+    largest_error: float
+    levels_used: int
+    entropy: float
+
+
+_decode = jax.jit(decode)
+
+
+def _compare(dense: np.ndarray, leaf: CodebookArray) -> _Comparison:
+    """Compares a few output channels at a time, in float64 on the host."""
+    leaf = jax.tree.map(np.asarray, leaf)
+    levels = 1 << leaf.bits
+    signal = noise = largest = 0.0
+    used, counts = 0, np.zeros(levels, np.int64)
+    for place in np.ndindex(leaf.stack_shape):
+        shared = np.zeros(levels, np.int64)  # by the only codebook, of "tensor" granularity
+        for original, block in _blocks(dense[place], leaf[place]):
+            x = original.astype(np.float64)
+            error = x - np.asarray(_decode(block)).astype(np.float64)
+            signal += float(np.vdot(x, x))
+            noise += float(np.vdot(error, error))
+            largest = max(largest, float(np.max(np.abs(error), initial=0)))
+            table = _count_indices(block)
+            counts += table.sum(axis=0)
+            if leaf.granularity == "tensor":
+                shared += table[0]
+            else:
+                used += int(np.count_nonzero(table))
+        used += int(np.count_nonzero(shared))
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return _Comparison(signal, noise, largest, used, float(-(share * np.log2(share)).sum()) + 0.0)
+
+
+def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray, CodebookArray]]:
+    """A slice's output channels, `_CHUNK` values or so at a time: of the dense array `[o, I]`, and of the leaf."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    if not outputs:
+        return
+    order = (*leaf.axes, *(a for a in range(dense.ndim) if a not in leaf.axes))
+    dense = dense.transpose(order) if leaf.axes else dense[None]  # a view: only blocks are copied
+    count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
+    table = count * (1 << leaf.bits) // outputs
+    width = outputs // dense.shape[0]  # channels for each index of the first output axis
+    aligned = leaf.granularity.size // math.gcd(leaf.granularity.size, width) if _is_grouped(leaf) else 1
+    step = max(_CHUNK // max(inputs * width, table * width, 1) // aligned, 1) * aligned
+    for start in range(0, dense.shape[0], step):
+        part = dense[start : start + step]
+        channels = part.shape[0] * width
+        yield part.reshape(channels, inputs), channel_block(leaf, start * width, start * width + channels)
+
+
+def _is_grouped(leaf: CodebookArray) -> bool:
+    return isinstance(leaf.granularity, rows_.ChannelGroups)
+
+
+def _count_indices(block: CodebookArray) -> np.ndarray:
+    """`[R, K]` how often each level of each codebook is named."""
+    outputs, inputs = block.slice_shape
+    indices = rows_.to_rows(packing.unpack(block.packed, block.bits, inputs), block.granularity)
+    number = np.arange(indices.shape[0])[:, None] * (1 << block.bits) + indices
+    mask = rows_.row_mask(outputs, inputs, block.granularity)
+    number = number.reshape(-1) if mask is None else number[mask]
+    return np.bincount(number, minlength=indices.shape[0] << block.bits).reshape(-1, 1 << block.bits)

@@ -1,0 +1,321 @@
+"""The networks compute what their weights were trained for."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+from experiments import images, networks
+from experiments.networks.efficientnet_lite0 import depthwise_as_sum
+from experiments.networks.network import check_variables
+
+# --- Forward passes in the layout of the weights files, written independently of the modules: PyTorch's channels come
+# first, and arrays are drawn by name and shape as they are met.
+
+
+def _conv(x, kernel, stride=1, padding="SAME", groups=1, layout="NCHW"):
+    kernel_layout = "OIHW" if layout == "NCHW" else "HWIO"
+    padding = padding if isinstance(padding, str) else [(padding, padding)] * 2
+    return lax.conv_general_dilated(
+        x, jnp.asarray(kernel, x.dtype), (stride, stride), padding,
+        dimension_numbers=(layout, kernel_layout, layout), feature_group_count=groups,
+    )  # fmt: skip
+
+
+def _normalise(x, scale, bias, mean, var, epsilon, layout="NCHW"):
+    scale, bias, mean, var = (np.asarray(a, np.float64) for a in (scale, bias, mean, var))
+    factor = scale / np.sqrt(var + epsilon)
+    shape = (-1, 1, 1) if layout == "NCHW" else (-1,)
+    return x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
+
+
+def _torch_norm(arrays, x, name, epsilon):
+    size = x.shape[1]
+    return _normalise(
+        x,
+        arrays.vector(f"{name}.weight", size, 1.0),
+        arrays.vector(f"{name}.bias", size),
+        arrays.vector(f"{name}.running_mean", size),
+        arrays.vector(f"{name}.running_var", size, 1.0),
+        epsilon,
+    )
+
+
+def _torch_conv(arrays, x, name, outputs, size, groups=1, **options):
+    inputs = x.shape[1] // groups
+    kernel = arrays.kernel(f"{name}.weight", (outputs, inputs, size, size), inputs * size * size)
+    return _conv(x, kernel, groups=groups, **options)
+
+
+def _torch_linear(arrays, x, name, outputs):
+    return x @ arrays.kernel(f"{name}.weight", (outputs, x.shape[1]), x.shape[1]).T + arrays.vector(
+        f"{name}.bias", outputs
+    )
+
+
+def efficientnet_lite0(arrays, images):
+    x = images.transpose(0, 3, 1, 2)
+    relu6 = lambda x: jnp.clip(x, 0, 6)  # noqa: E731
+    x = relu6(_torch_norm(arrays, _torch_conv(arrays, x, "_conv_stem", 32, 3, stride=2), "_bn0", 1e-3))
+    blocks = [(3, 1, 1, 16)]  # kernel, stride, expansion, channels
+    blocks += [(3, 2, 6, 24), (3, 1, 6, 24), (5, 2, 6, 40), (5, 1, 6, 40)]
+    blocks += [(3, 2, 6, 80), (3, 1, 6, 80), (3, 1, 6, 80), (5, 1, 6, 112), (5, 1, 6, 112), (5, 1, 6, 112)]
+    blocks += [(5, 2, 6, 192), (5, 1, 6, 192), (5, 1, 6, 192), (5, 1, 6, 192), (3, 1, 6, 320)]
+    for i, (size, stride, expansion, channels) in enumerate(blocks):
+        y, hidden = x, x.shape[1] * expansion
+        if expansion > 1:
+            y = _torch_conv(arrays, y, f"_blocks.{i}._expand_conv", hidden, 1)
+            y = relu6(_torch_norm(arrays, y, f"_blocks.{i}._bn0", 1e-3))
+        y = _torch_conv(arrays, y, f"_blocks.{i}._depthwise_conv", hidden, size, groups=hidden, stride=stride)
+        y = relu6(_torch_norm(arrays, y, f"_blocks.{i}._bn1", 1e-3))
+        y = _torch_norm(
+            arrays, _torch_conv(arrays, y, f"_blocks.{i}._project_conv", channels, 1), f"_blocks.{i}._bn2", 1e-3
+        )
+        x = x + y if stride == 1 and x.shape[1] == channels else y
+    x = relu6(_torch_norm(arrays, _torch_conv(arrays, x, "_conv_head", 1280, 1), "_bn1", 1e-3))
+    return _torch_linear(arrays, x.mean((2, 3)), "_fc", 1000)
+
+
+def resnet20(arrays, images):
+    x = images.transpose(0, 3, 1, 2)
+    x = jax.nn.relu(_torch_norm(arrays, _torch_conv(arrays, x, "conv1", 16, 3, padding=1), "bn1", 1e-5))
+    for stage, channels in ((1, 16), (2, 32), (3, 64)):
+        for block in range(3):
+            name, stride = f"layer{stage}.{block}.", 2 if stage > 1 and block == 0 else 1
+            y = _torch_conv(arrays, x, f"{name}conv1", channels, 3, stride=stride, padding=1)
+            y = jax.nn.relu(_torch_norm(arrays, y, f"{name}bn1", 1e-5))
+            y = _torch_conv(arrays, y, f"{name}conv2", channels, 3, padding=1)
+            y = _torch_norm(arrays, y, f"{name}bn2", 1e-5)
+            if stride == 2:
+                padding = jnp.zeros((x.shape[0], channels // 4, *y.shape[2:]))
+                x = jnp.concatenate([padding, x[:, :, ::2, ::2], padding], axis=1)
+            x = jax.nn.relu(x + y)
+    return _torch_linear(arrays, x.mean((2, 3)), "linear", 10)
+
+
+def _halve(x):
+    """2×2 maximum, for even sizes."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def tiny_darknet(arrays, x):
+    channels = [16, 32, 16, 128, 16, 128, 32, 256, 32, 256, 64, 512, 64, 512, 128]
+    sizes = [3, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1]
+    for i, (outputs, size) in enumerate(zip(channels, sizes, strict=True), start=1):
+        shape = (size, size, x.shape[-1], outputs)
+        x = _conv(x, arrays.kernel(f"conv2d_{i}/kernel", shape, math.prod(shape[:3])), layout="NHWC")
+        norm = f"batch_normalization_{i}/"
+        x = _normalise(
+            x,
+            arrays.vector(f"{norm}gamma", outputs, 1.0),
+            arrays.vector(f"{norm}beta", outputs),
+            arrays.vector(f"{norm}moving_mean", outputs),
+            arrays.vector(f"{norm}moving_variance", outputs, 1.0),
+            1e-3,
+            layout="NHWC",
+        )
+        x = jnp.where(x > 0, x, 0.1 * x)
+        if i in (1, 2, 6, 10):
+            x = _halve(x)
+    x = x.mean((1, 2))  # the last convolution is 1×1, so the mean may come first
+    return x @ arrays.kernel("conv2d_16/kernel", (1, 1, 128, 1000), 128)[0, 0] + arrays.vector("conv2d_16/bias", 1000)
+
+
+def _conv_relu(arrays, x, i, outputs, size, stride=1):
+    shape = (size, size, x.shape[-1], outputs)
+    kernel = arrays.kernel(f"Conv_{i}/kernel", shape, math.prod(shape[:3]))
+    padding = size // 2 if stride == 1 else 2
+    y = _conv(x, kernel, stride, padding, layout="NHWC") + arrays.vector(f"Conv_{i}/bias", outputs)
+    return jax.nn.relu(y)
+
+
+def vgg16(arrays, x):
+    i = 0
+    for channels, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(depth):
+            x = _conv_relu(arrays, x, i, channels, 3)
+            i += 1
+        x = _halve(x)
+    return x
+
+
+def alexnet(arrays, x):
+    def pool(x):  # 3×3 windows, two apart
+        size = (x.shape[1] - 3) // 2 * 2 + 1
+        return jnp.stack([x[:, i : i + size : 2, j : j + size : 2] for i in range(3) for j in range(3)]).max(0)
+
+    x = pool(_conv_relu(arrays, x, 0, 64, 11, stride=4))
+    x = pool(_conv_relu(arrays, x, 1, 192, 5))
+    for i, channels in ((2, 384), (3, 256), (4, 256)):
+        x = _conv_relu(arrays, x, i, channels, 3)
+    return pool(x)
+
+
+FORWARD = {  # and an input size that keeps the test quick
+    "efficientnet_lite0": (efficientnet_lite0, 64),
+    "tiny_darknet": (tiny_darknet, 32),
+    "resnet20": (resnet20, 32),
+    "alexnet": (alexnet, 79),
+    "vgg16": (vgg16, 32),
+}
+
+
+def test_every_network_is_tested():
+    assert set(FORWARD) == set(networks.NETWORKS)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_random_weights_give_the_outputs_of_an_independent_forward_pass(name, random_arrays, tmp_path):
+    network, (forward, size) = networks.get(name), FORWARD[name]
+    inputs = np.random.default_rng(3).normal(size=(2, size, size, 3))
+    with jax.enable_x64(True):  # so that only rounding far below any mistake remains
+        expected = np.asarray(jax.jit(lambda x: forward(random_arrays, x))(inputs))
+        random_arrays.save(tmp_path / "weights" / network.weights)
+        variables = networks.load_features(network, tmp_path)
+        variables = jax.tree.map(lambda a: a.astype(jnp.float64), variables)
+        for module in filter(None, (network.trained, network.cpu_module)):
+            outputs = np.asarray(jax.jit(module.apply)(variables, inputs))
+            assert outputs.dtype == np.float64
+            # Sums of at most 4608 products, 50 layers deep: relative errors stay below 50·4608·2⁻⁵³ < 3e-11.
+            np.testing.assert_allclose(outputs, expected, rtol=0, atol=3e-11 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("alexnet", 61_100_840), ("vgg16", 138_357_544)])
+def test_the_classic_networks_are_complete(name, parameters):
+    network = networks.get(name)
+    shapes = jax.eval_shape(network.module.init, jax.random.key(0), jnp.zeros((1, network.size, network.size, 3)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+    logits = jax.eval_shape(network.module.apply, shapes, jnp.zeros((2, network.size, network.size, 3)))
+    assert logits.shape == (2, 1000)
+
+
+def test_untrained_dense_layers_come_from_the_seed(random_arrays, tmp_path):
+    alexnet(random_arrays, jnp.zeros((1, 79, 79, 3)))
+    random_arrays.save(tmp_path / "weights" / "alexnet_conv_imagenet.npz")
+    params = [networks.load("alexnet", tmp_path, seed)[1]["params"] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(params[0]["Dense_1"]["kernel"], params[1]["Dense_1"]["kernel"])
+    assert not np.array_equal(params[0]["Dense_1"]["kernel"], params[2]["Dense_1"]["kernel"])
+    for params_of_seed in params:
+        np.testing.assert_array_equal(params_of_seed["features"]["Conv_2"]["kernel"], random_arrays["Conv_2/kernel"])
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "tiny_darknet", "resnet20"])
+def test_training_mode_updates_the_batch_statistics(name):
+    network = networks.get(name)
+    inputs = jnp.asarray(np.random.default_rng(4).normal(size=(2, 32, 32, 3)), jnp.float32)
+    variables = jax.jit(network.module.init)(jax.random.key(0), inputs)
+    apply = jax.jit(network.module.apply, static_argnames=("train", "mutable"))
+    _, updated = apply(variables, inputs, train=True, mutable=("batch_stats",), rngs={"dropout": jax.random.key(1)})
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"])
+    assert all(jax.tree.leaves(changed))
+
+
+@given(
+    st.integers(1, 3), st.integers(3, 9), st.integers(3, 9), st.integers(1, 4), st.sampled_from([1, 2, 3, 5]),
+    st.integers(1, 3), st.sampled_from(["SAME", "VALID", [(1, 2), (0, 1)]]), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_depthwise_as_sum_is_the_convolution(batch, height, width, channels, window, stride, padding, seed):
+    if padding == "VALID":
+        window = min(window, height, width)
+    random = np.random.default_rng(seed)
+    pixels = random.integers(-9, 10, (batch, height, width, channels)).astype(np.float32)  # so that sums are exact
+    kernel = random.integers(-9, 10, (window, window, 1, channels)).astype(np.float32)
+    arguments = (pixels, kernel, (stride, stride), padding)
+    options = {
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1),
+        "dimension_numbers": lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)),
+        "feature_group_count": channels,
+        "precision": None,
+    }
+    expected = lax.conv_general_dilated(*arguments, **options)
+    np.testing.assert_array_equal(depthwise_as_sum(*arguments, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feature_group_count": 2}, r"not a depthwise convolution: images \(1, 8, 8, 4\), kernel \(3, 3, 1, 4\)"),
+        ({"rhs_dilation": (2, 2)}, "no dilation"),
+    ],
+)
+def test_depthwise_as_sum_refuses_what_it_does_not_compute(change, message):
+    options = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 4} | change
+    with pytest.raises(ValueError, match=message):
+        depthwise_as_sum(jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4)), (1, 1), "SAME", **options)
+
+
+def test_a_network_that_is_unknown_names_the_known():
+    with pytest.raises(ValueError, match="unknown network 'resnet21': the known are efficientnet_lite0, tiny_darknet"):
+        networks.get("resnet21")
+
+
+def test_missing_weights_say_where_they_are_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"weights.resnet20_cifar10\.npz is missing.*NUQJAX_DATA"):
+        networks.load("resnet20", tmp_path)
+
+
+def test_weights_that_do_not_fit_are_listed():
+    network = networks.get("resnet20")
+    shapes = jax.eval_shape(network.module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    params = dict(shapes["params"])
+    params["Dense_0"] = {"kernel": np.zeros((64, 11)), "weight": np.zeros(10)}
+    with pytest.raises(ValueError, match="3 arrays do not fit") as error:
+        check_variables(network.module, 32, {"params": params, "batch_stats": shapes["batch_stats"]})
+    assert "params/Dense_0/kernel: file has (64, 11), network wants (64, 10)" in str(error.value)
+    assert "params/Dense_0/bias: file has nothing, network wants (10,)" in str(error.value)
+    assert "params/Dense_0/weight: file has (10,), network wants nothing" in str(error.value)
+
+
+# --- The trained weights.
+
+
+@pytest.fixture(scope="module")
+def reference(data):
+    """The data folder's own forward passes."""
+    spec = importlib.util.spec_from_file_location("reference", data / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _outputs(function, variables, network, pixels):
+    program = jax.jit(function)
+    return np.concatenate([np.asarray(program(variables, x))[:n] for x, n in images.batches(network, pixels, 10)])
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "count"),
+    [
+        ("efficientnet_lite0", lambda r: lambda w, x: r.efficientnet_lite(w, x, 1.0), 20),
+        ("tiny_darknet", lambda r: r.tiny_darknet, 50),
+        ("resnet20", lambda r: lambda w, x: r.resnet_cifar(w, x, 3), 200),
+    ],
+)
+def test_trained_networks_choose_as_the_reference_does(name, forward, count, data, reference):
+    network = networks.get(name)
+    module, variables = networks.load(name, data)
+    labelled = images.load_images(network, data, count)
+    expected = _outputs(forward(reference), reference.load(name), network, labelled.pixels).argmax(axis=1)
+    for function in filter(None, (module, network.cpu_module)):
+        chosen = _outputs(function.apply, variables, network, labelled.pixels).argmax(axis=1)
+        np.testing.assert_array_equal(chosen, expected)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16"])
+def test_trained_features_are_those_of_the_reference(name, data, reference):
+    network = networks.get(name)
+    pixels = images.load_images(network, data, 2).pixels
+    expected = _outputs(getattr(reference, f"{name}_features"), reference.load(name), network, pixels)
+    features = _outputs(network.trained.apply, networks.load_features(network, data), network, pixels)
+    # The same convolutions on the same input: rounding alone, at most 4608 products a sum in float32, 13 deep.
+    np.testing.assert_allclose(features, expected, rtol=0, atol=13 * 4608 * 2**-24 * np.abs(expected).max())

@@ -1,0 +1,126 @@
+"""The rooms of nuqjax: which module may import which, one way, and what a user gets from `import nuqjax`."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nuqjax
+
+PACKAGE = Path(nuqjax.__file__).parent
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+# room: (rooms it may import, packages it may import besides the standard library), in the order of the flow.
+# `fit_knq` stands for fit_knq.py and its parts fit_knq_*.py, which may import one another.
+ARRAYS = {"jax", "numpy"}
+FITS = {"fit_knq", "fit_enq", "fit_grid"}
+LEAF = {"rows", "packing", "fixed_point", "codebook_array"}
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "rules": (set(), {"jax"}),
+    "rows": (set(), ARRAYS),
+    "assign": (set(), ARRAYS),
+    "fit_knq": ({"assign"}, ARRAYS),
+    "fit_enq": ({"assign"}, ARRAYS),
+    "fit_grid": ({"assign"}, ARRAYS),
+    "fit": ({"assign", *FITS}, ARRAYS),
+    "fixed_point": (set(), ARRAYS),
+    "packing": ({"rows"}, ARRAYS),
+    "codebook_array": ({"rows", "packing", "fixed_point"}, ARRAYS),
+    "plot": (LEAF, {*ARRAYS, "matplotlib"}),
+    "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
+    "plan": ({"rules", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "compress": ({"rules", "assign", "fit", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "interpret": (set(), ARRAYS),
+    "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
+    "__init__": ({"rules", "assign", "fit", "plan", "compress", "apply", "report", *LEAF}, set()),
+}
+
+
+def room_of(module: str) -> str:
+    """The room a module belongs to: its own name, or that of the file whose part it is."""
+    return next((room for room in ROOMS if module.startswith(f"{room}_") and module not in ROOMS), module)
+
+
+def module_of(path: Path) -> str:
+    """`nuqjax/kernels/lut.py` → `kernels`: a folder is one room."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute dotted names of what a source file imports, wherever in the file it does; not what only types need."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["nuqjax" if node.level else "", node.module or ""]))
+            # `from nuqjax import fit` imports a module of the package, `from nuqjax.fit import fit` a name of one.
+            names |= {f"nuqjax.{alias.name}" for alias in node.names} if base == "nuqjax" else {base}
+    return names
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_table_and_the_package_name_the_same_rooms():
+    assert {room_of(module_of(path)) for path in SOURCES} == set(ROOMS)
+
+
+def test_the_arrows_of_the_table_point_one_way():
+    order = list(ROOMS)
+    for room, (may_import, _) in ROOMS.items():
+        assert may_import <= set(order[: order.index(room)]), room
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_room_imports_only_what_the_table_allows(path):
+    room = room_of(module_of(path))
+    rooms, packages = ROOMS[room]
+    modules = imported_modules(path)
+    inside = {room_of(name.split(".")[1]) for name in modules if name.startswith("nuqjax.")}
+    outside = {name.split(".")[0] for name in modules} - {"nuqjax"} - set(sys.stdlib_module_names)
+    assert inside - {room} <= rooms
+    assert outside <= packages
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda path: path.stem)
+def test_experiments_use_public_names_only(path):
+    public = {f"nuqjax.{name}" for name in nuqjax.__all__}
+    assert {name for name in imported_modules(path) if name.startswith("nuqjax.")} <= public
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    attributes = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nuqjax"
+    }
+    assert attributes <= {*nuqjax.__all__, "__version__"}
+
+
+@pytest.mark.parametrize("name", nuqjax.__all__)
+def test_every_public_name_is_documented(name):
+    public = getattr(nuqjax, name)
+    if inspect.isclass(public) or inspect.isfunction(public):
+        assert inspect.getdoc(public)
+
+
+def test_importing_nuqjax_needs_the_core_dependencies_only():
+    optional = {"flax", "optax", "matplotlib", "equinox", "sklearn", "PIL", "tensorflow_datasets"}
+    script = f"import sys, nuqjax; print(*({optional!r} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_the_package_is_marked_as_typed():
+    assert (PACKAGE / "py.typed").is_file()
