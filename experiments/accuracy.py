@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +24,12 @@ from typing import Any
 
 import flax
 import jax
-import nuqjax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import nuqjax
 from experiments import images, networks
 from experiments.networks import Network
 from experiments.settings import Setting, product
@@ -67,17 +68,17 @@ def run(
     params = variables["params"]
     remaining = [s for s in settings if dataclasses.asdict(s) not in [_plain(cell["setting"]) for cell in known]]
 
-    progress = progress or Progress(disable=True)
-    cell_bar = progress.add_task("cells", total=len(remaining) + 1)
-    image_bar = progress.add_task("float", total=len(labelled.labels))
+    bars = progress or Progress(disable=True)
+    cell_bar = bars.add_task("cells", total=len(remaining) + 1)
+    image_bar = bars.add_task("float", total=len(labelled.labels))
 
     def outputs(program: Callable, params: Any, description: str) -> np.ndarray:
-        progress.reset(image_bar, description=description)
+        bars.reset(image_bar, description=description)
         parts = []
         for inputs, valid in images.batches(network, labelled.pixels, batch):
             parts.append(np.asarray(program(variables | {"params": params}, inputs))[:valid])
-            progress.advance(image_bar, valid)
-        progress.advance(cell_bar)
+            bars.advance(image_bar, valid)
+        bars.advance(cell_bar)
         return np.concatenate(parts).reshape(len(labelled.labels), -1)
 
     labels = labelled.labels if network.complete else None
@@ -91,7 +92,7 @@ def run(
     program = jax.jit(nuqjax.apply(module.apply))
     for setting in remaining:
         start = time.perf_counter()
-        progress.reset(image_bar, description=f"compress {describe(setting)}")
+        bars.reset(image_bar, description=f"compress {describe(setting)}")
         cparams = nuqjax.compress(params, **setting.options())
         jax.block_until_ready(cparams)
         middle = time.perf_counter()
@@ -195,7 +196,11 @@ def _circumstances(network: Network, count: int, batch: int) -> dict[str, Any]:
             "flax": flax.__version__,
             "numpy": np.__version__,
         },
-        "platform": {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind, "machine": platform.machine()},
+        "platform": {
+            "backend": jax.default_backend(),
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+        },
     }
 
 
@@ -219,9 +224,8 @@ def table(results: dict[str, Any]) -> Table:
     out = Table(title=title, caption=_CAPTION)
     for name in ("method", "granularity", "scale", "levels", "rules"):
         out.add_column(name)
-    for name in (
-        "bits", "bits/weight", "compressed", "of weights %", "bytes", "ratio", "SQNR dB", "top-1 %", "top-5 %", "agree %", "out dB",
-    ):  # fmt: skip
+    numbers = ("bits", "bits/weight", "compressed", "of weights %", "bytes", "ratio", "SQNR dB")
+    for name in (*numbers, "top-1 %", "top-5 %", "agree %", "out dB"):
         out.add_column(name, justify="right")
     for cell in results["cells"]:
         setting = cell["setting"]
@@ -288,15 +292,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_known(path: Path, network: str, count: int | None) -> list[dict[str, Any]]:
-    """The cells in a results file, if it is of the same network and number of images."""
+def _command(args: argparse.Namespace) -> str:
+    """The command line that measures the same, without what differs from machine to machine."""
+    words = ["python", "-m", "experiments.accuracy"]
+    for name, value in vars(args).items():
+        if name not in ("data", "json", "resume", "rule") and value != _parser().get_default(name):
+            option = "--" + name.replace("_", "-")
+            words += [option, ",".join(value) if isinstance(value, list) else str(value)]
+    for rule in args.rule:
+        words += ["--rule", *rule]
+    return shlex.join(words)
+
+
+def _read_known(path: Path, network: str, count: int | None) -> dict[str, Any]:
+    """The results in a file, if they are of the same network and number of images."""
     before = json.loads(path.read_text())
     if before["network"] != network or (count is not None and before["images"] != count):
         raise ValueError(
             f"{path} holds {before['network']} on {before['images']} images, not {network} on {count or 'all'}: "
             "give another --json or leave out --resume"
         )
-    return before["cells"]
+    return before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -310,9 +326,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for setting in settings:
             setting.options()
         network, data = networks.get(args.network), images.data_folder(args.data)
-        known = []
+        before = {"commands": [], "cells": []}
         if args.resume and args.json is not None and args.json.exists():
-            known = _read_known(args.json, args.network, args.images)
+            before = _read_known(args.json, args.network, args.images)
+        commands = list(dict.fromkeys([*before["commands"], _command(args)]))
+
+        def keep(results: dict[str, Any]) -> None:
+            if args.json is not None:
+                write(args.json, {"commands": commands, **results})
+
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
@@ -322,10 +344,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 settings,
                 count=args.images,
                 batch=args.batch,
-                known=known,
-                on_cell=lambda results: write(args.json, results) if args.json else None,
+                known=before["cells"],
+                on_cell=keep,
                 progress=progress,
             )
+        keep(results)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     Console(width=None if sys.stdout.isatty() else 200).print(table(results))

@@ -38,7 +38,7 @@ STYLES = {
     "enq": {"color": "#D55E00", "marker": "s"},
     "uniform": {"color": "#009E73", "marker": "^"},
 }
-MEANINGS = {"knq": "k-means levels", "enq": "equal-distance intervals", "uniform": "uniform grid"}
+MEANINGS = {"knq": "k-means", "enq": "means of equal intervals", "uniform": "evenly spaced levels"}
 
 
 class Digits(NamedTuple):
@@ -54,9 +54,10 @@ def digits() -> Digits:
     """scikit-learn's 1797 scanned digits: 1000 to train on, 797 held out, every class in its share."""
     bundled: Any = load_digits()
     images = (bundled.images[..., None] / 16).astype(np.float32)
-    train_images, test_images, train_labels, test_labels = train_test_split(
+    split: Any = train_test_split(
         images, bundled.target.astype(np.int32), train_size=1000, stratify=bundled.target, random_state=SEED
     )
+    train_images, test_images, train_labels, test_labels = split
     return Digits(train_images, train_labels, test_images, test_labels)
 
 
@@ -220,7 +221,8 @@ def plot_levels(kernel: jax.Array, bits: int, path: Path) -> None:
     """The histogram of one kernel's weights under the levels of each method."""
     figure, panels = plt.subplots(len(METHODS), 1, figsize=(9, 6.6), sharex=True, sharey=True, layout="constrained")
     figure.suptitle(
-        f"The {kernel.size:,} weights of a convolution and the {2**bits} levels that stand for them", fontsize=13
+        f"The {kernel.size:,} weights of the second convolution (grey) and the {2**bits} levels of {bits} bits (lines)",
+        fontsize=12,
     )
     for panel, method in zip(panels, METHODS, strict=True):
         cparams = nuqjax.compress({"kernel": kernel}, bits=bits, method=method, granularity="tensor")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+
 import nuqjax
 
 _GROUPS = {"channel_groups": nuqjax.ChannelGroups, "input_groups": nuqjax.InputGroups}
@@ -51,7 +52,8 @@ class Setting:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Setting":
         """The setting whose `dataclasses.asdict` was written to JSON."""
-        return cls(**(fields | {"rules": tuple(tuple(words) for words in fields["rules"])}))
+        rules = tuple(tuple(words) for words in fields["rules"])
+        return cls(**{**fields, "rules": rules})
 
 
 def product(
@@ -118,8 +120,7 @@ def parse_format(text: str) -> Any:
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"unknown codebook format {text!r}: known are floating dtypes (float32, bfloat16, float16, float8_e4m3fn, …) "
-            "and fixed:N"
+            f"unknown codebook format {text!r}: known are floating dtypes (float32, bfloat16, …) and fixed:N"
         )
     return dtype
 

@@ -4,12 +4,14 @@ from nuqjax.apply import apply
 from nuqjax.assign import Fit, assign
 from nuqjax.codebook_array import CodebookArray
 from nuqjax.compress import codebooks, compress, decompress, with_codebooks
+from nuqjax.fisher import fisher
 from nuqjax.fit import fit
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.plan import Plan, plan
 from nuqjax.report import Report, report
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.rules import Rule
+from nuqjax.shardings import shardings
 
 __version__ = "0.1.0"
 
@@ -28,8 +30,10 @@ __all__ = [
     "codebooks",
     "compress",
     "decompress",
+    "fisher",
     "fit",
     "plan",
     "report",
+    "shardings",
     "with_codebooks",
 ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -23,9 +24,7 @@ from nuqjax.interpret import Interpreter, Site, bind
 from nuqjax.rules import path_name
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending")
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending"))
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A compressed leaf on its way through the program.
@@ -147,7 +146,7 @@ def _batch_after(args, dims):
 def _jvp_after(primals, tangents):
     output = _after_p.bind(*primals)
     del tangents  # the bytes have none, and the token does not count
-    return output, ad.Zero.from_primal_value(output)
+    return output, ad.Zero.from_primal_value(output)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _after_p.def_impl(lambda packed, token: packed)
@@ -161,8 +160,10 @@ mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_data, multiple_results
 def _token(others: Sequence[Any]) -> jax.Array | None:
     """An operand whose value the decoding can wait for."""
     for x in others:
-        if isinstance(x, jax.core.Tracer) and x.size and (
-            jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+        if (
+            isinstance(x, jax.core.Tracer)
+            and x.size
+            and (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer))
         ):
             return x
     return None
@@ -200,7 +201,7 @@ def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pack
     """Along stack axes the leaf itself is sliced; a short run of one other axis is decoded alone."""
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
-    shape = eqn.invars[0].aval.shape
+    shape = _operand_shape(eqn)
     cut = [a for a, n in enumerate(shape) if (start[a], limit[a], strides[a]) != (0, n, 1)]
     stack = len(value.leaf.stack_shape)
     if value.only_cast and all(a < stack for a in cut):
@@ -215,7 +216,7 @@ def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pack
 
 def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start):
     """As `_slice`, with computed starts, which `dynamic_slice` moves inside the array."""
-    sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    sizes, shape = eqn.params["slice_sizes"], _operand_shape(eqn)
     if not isinstance(value, Packed) or any(map(interpreter.is_lifted, start)) or not value.only_cast:
         return bind(eqn, interpreter.lower_all((value, *start)))
     cut = [a for a, n in enumerate(shape) if sizes[a] != n]
@@ -245,7 +246,7 @@ def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any
     axis = _taken_axis(eqn)
     if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
         return bind(eqn, interpreter.lower_all((value, indices)))
-    shape, params = eqn.invars[0].aval.shape, eqn.params
+    shape, params = _operand_shape(eqn), eqn.params
     lead = indices.shape[:-1]
     index = indices.reshape(math.prod(lead))
     inside = jnp.clip(index, 0, shape[axis] - 1)
@@ -270,9 +271,13 @@ def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any
     return [taken.reshape(*lead, *taken.shape[1:]).transpose(order)]
 
 
+def _operand_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
+    return eqn.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _taken_axis(eqn: core.JaxprEqn) -> int | None:
     """The axis along which a gather takes whole slices of length 1; None if it does anything else."""
-    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], _operand_shape(eqn)
     if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
         return None
     [axis] = numbers.start_index_map

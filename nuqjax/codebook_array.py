@@ -113,9 +113,10 @@ class CodebookArray:
         return jax.tree.map(lambda a: a[index], self)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        del copy  # always a new array
-        dense = np.asarray(decode(self))
-        return dense if dtype is None else dense.astype(dtype)
+        if copy is False:
+            raise ValueError("a CodebookArray has no dense array to share: np.asarray decodes it into a new one")
+        convert = np.array if copy else np.asarray
+        return convert(np.asarray(decode(self)), dtype)
 
     def __repr__(self) -> str:
         try:
@@ -291,22 +292,29 @@ def check(leaf: CodebookArray, path: str = "leaf") -> None:
     """
     if leaf.bits not in range(1, 9):
         raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
-    rows_.check_granularity(leaf.granularity)
-    axes = rows_.output_axes(leaf.axes, len(leaf.slice_shape))
+    try:
+        rows_.check_granularity(leaf.granularity)
+        axes = rows_.output_axes(leaf.axes, len(leaf.slice_shape))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, axes)
     count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
     stack = leaf.stack_shape
     _check_array(f"{path}: levels", leaf.levels, (*stack, count, 1 << leaf.bits))
     _check_array(f"{path}: packed", leaf.packed, (*stack, outputs, packing.packed_size(inputs, leaf.bits)), jnp.uint8)
     if leaf.scale is not None:
-        groups = -(-inputs // max(leaf.scale_group, 1))
-        _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, groups))
-    expected = leaf.codebook_format.storage_dtype if leaf.codebook_format else None
-    if expected is not None and leaf.levels.dtype != expected:
-        raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {leaf.codebook_format} stores {expected}")
-    levels = np.asarray(leaf.levels).astype(np.float64)
+        if leaf.scale_group < 1:
+            raise ValueError(f"{path}: a scale_group of {leaf.scale_group}, but with scales it is 1 or more")
+        _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, -(-inputs // leaf.scale_group)))
+        if not np.isfinite(np.asarray(leaf.scale)).all():
+            raise ValueError(f"{path}: a scale is not finite")
+    levels, fixed = np.asarray(leaf.levels).astype(np.float64), leaf.codebook_format
     if not np.isfinite(levels).all():
         raise ValueError(f"{path}: a level is not finite")
+    if fixed and leaf.levels.dtype != fixed.storage_dtype:
+        raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {fixed} stores {fixed.storage_dtype}")
+    if fixed and ((levels < fixed.least) | (levels > fixed.largest)).any():
+        raise ValueError(f"{path}: a level is outside the range of {fixed}")
     if (np.diff(levels, axis=-1) < 0).any():
         raise ValueError(f"{path}: the levels of a codebook do not ascend")
 

@@ -4,12 +4,14 @@ For each leaf: choose (`plan`) → view as rows (`rows`) → fit levels (`fit`) 
 (`fixed_point`) → assign against the *rounded* levels (`assign`) → pack (`packing`) → `CodebookArray`.
 """
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,8 +87,8 @@ def compress(
     CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes)
     """
     options = Options(
-        bits=bits, method=method, granularity=granularity, axis=axis if isinstance(axis, int) else tuple(axis),
-        scale=scale, codebook_format=codebook_format, keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
+        bits=bits, method=method, granularity=granularity, axis=axis, scale=scale, codebook_format=codebook_format,
+        keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
     )  # fmt: skip
     leaves, structure = jax.tree.flatten(params, is_leaf=is_codebook_array)
     plans = plan_leaves(params, options, rules)
@@ -139,7 +141,7 @@ def with_codebooks(tree: Any, levels: Any) -> Any:
       levels: what `codebooks` gives for it, with other values.
 
     Raises:
-      ValueError: the levels of a leaf are missing or have another shape.
+      ValueError: the levels of a leaf are missing or have another shape, or there are levels of no such leaf.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> cparams = nuqjax.compress({"w": jnp.eye(16)}, bits=1, min_size=0)
@@ -156,10 +158,12 @@ def with_codebooks(tree: Any, levels: Any) -> Any:
             if name not in given:
                 raise ValueError(f"with_codebooks: no levels for {name}")
             try:
-                leaf = with_levels(leaf, given[name])
+                leaf = with_levels(leaf, given.pop(name))
             except ValueError as error:
                 raise ValueError(f"with_codebooks: {name}: {error}") from error
         result.append(leaf)
+    if given:
+        raise ValueError(f"with_codebooks: levels for {next(iter(given))!r}, which is no compressed leaf")
     return structure.unflatten(result)
 
 
@@ -182,13 +186,12 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     count, length = rows.row_shape(outputs, inputs, options.granularity)
     view = _view(array, importance, plan)
-    fitted = _fit(view, 2**options.bits, options)
-    certificate = _certificate(fitted) if options.method == "knq" and options.tolerance is not None else None
+    levels, certificate = _fit(view, 2**options.bits, options)
     codebook_format = options.codebook_format
     if isinstance(codebook_format, AutoQFormat):
-        codebook_format = _choose_format(codebook_format, fitted.levels, view, plan)
+        codebook_format = _choose_format(codebook_format, levels, view, plan)
     dtype = jnp.dtype(plan.dtype)
-    stored, values = _round_levels(fitted.levels, codebook_format, dtype, scaled=view.factors is not None)
+    stored, values = _round_levels(levels, codebook_format, dtype, scaled=view.factors is not None)
     indices = _assign(view.values, values).reshape(-1, count, length)
     back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=options.granularity)
     packed = packing.pack(_each(back, indices), options.bits)
@@ -310,7 +313,12 @@ def _padded(array: Any, fill=0) -> Any:
     return array if widths == ((0, 0), (0, 0)) else rows.namespace(array).pad(array, widths, constant_values=fill)
 
 
-_jit_fit = jax.jit(fit, static_argnames=("num_levels", "method", "keep_zero", "tolerance"))
+@partial(jax.jit, static_argnames=("num_levels", "method", "keep_zero", "tolerance"))
+def _jit_levels(rows, num_levels, **options):
+    """The levels alone: XLA leaves out what only their error would need."""
+    return fit(rows, num_levels, **options).levels
+
+
 _jit_assign = jax.jit(assign)
 _jit_distortion = jax.jit(distortion)
 
@@ -324,13 +332,16 @@ def _padded_view(view: _Rows) -> tuple[Any, Any, Any]:
     return values, _padded(view.weights), _padded(mask, fill=False)
 
 
-def _fit(view: _Rows, num_levels: int, options: Options):
+def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[jax.Array, float | None]:
+    """The levels `[S·R, K]`, and the leaf's certificate if one is asked for."""
     given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": options.tolerance}
-    if options.method == "knq" or isinstance(view.values, jax.core.Tracer):
-        return fit(view.values, num_levels, weights=view.weights, mask=view.mask, **given)
+    traced = isinstance(view.values, jax.core.Tracer)
+    if options.method == "knq" or traced:
+        fitted = fit(view.values, num_levels, weights=view.weights, mask=view.mask, **given)
+        proven = options.method == "knq" and options.tolerance is not None and not traced
+        return fitted.levels, _certificate(fitted) if proven else None
     values, weights, mask = _padded_view(view)
-    count = view.values.shape[0]
-    return jax.tree.map(lambda x: x[:count], _jit_fit(values, num_levels, weights=weights, mask=mask, **given))
+    return _jit_levels(values, num_levels, weights=weights, mask=mask, **given)[: view.values.shape[0]], None
 
 
 def _certificate(fitted) -> float:
@@ -415,25 +426,23 @@ def _assign(values: Any, levels: jax.Array) -> Any:
 
 
 def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:
-    """The importances by path, checked against the leaves that will be compressed."""
+    """The importances by path, checked against the leaves."""
     if sensitivity is None:
         return {}
     flat, _ = jax.tree_util.tree_flatten_with_path(sensitivity)
     given = {path_name(path): leaf for path, leaf in flat}
-    known = {plan.path for plan in plans}
-    for path in given:
-        if path not in known:
-            raise ValueError(f"sensitivity has a leaf {path!r} that the parameters do not have")
-    compressed = {plan.path: plan for plan in plans if plan.reason is None}
+    shapes = {plan.path: plan.shape for plan in plans}
     result = {}
     for path, importance in given.items():
-        if path not in compressed:
-            continue
-        shape = compressed[path].shape
+        if path not in shapes:
+            near = difflib.get_close_matches(path, shapes, n=3, cutoff=0.4)
+            nearest = f"; the nearest paths are {', '.join(map(repr, near))}" if near else ""
+            raise ValueError(f"sensitivity has a leaf {path!r} that the parameters do not have{nearest}")
+        shape = shapes[path]
         if jnp.shape(importance) != shape:
             raise ValueError(f"{path}: sensitivity of shape {jnp.shape(importance)}, but the leaf has shape {shape}")
         result[path] = importance = _on_host(importance)
-        if not isinstance(importance, jax.core.Tracer):
+        if not isinstance(importance, jax.core.Tracer) and jnp.issubdtype(importance.dtype, np.number):
             xp = rows.namespace(importance)
             bad = ~(xp.isfinite(importance) & (importance >= 0))
             if bad.any():

@@ -17,8 +17,9 @@ from nuqjax.assign import Fit, finish, row_scale, working_dtype
 
 _BINS = 4096  # longer rows are searched as a histogram of so many bins
 _BATCH_VALUES = 2**20  # values searched at once: bounds memory
-_SEARCH_DEPTH = 10  # binades of steps searched, from the step that holds every value downwards
-_POW2_DEPTH = 20  # the same for power-of-two steps and levels
+_SEARCH_DEPTH = 8  # octaves of steps searched below the step whose grid just spans the values
+_SEARCH_DENSITY = 16  # steps an octave, each of which is improved
+_POW2_DEPTH = 20  # octaves of power-of-two steps and levels searched
 
 
 def _grid(num_levels: int) -> tuple[int, int]:
@@ -35,8 +36,8 @@ def _grid_levels(step: jax.Array, num_levels: int) -> jax.Array:
 def fit_uniform(rows, num_levels, *, weights=None, mask=None, keep_zero=False, tolerance=None) -> Fit:
     """The K-level two's-complement grid at the step of least squared error.
 
-    The step is found by search from the step whose grid holds every value, 10 octaves down; a row longer than 4096 is
-    searched as a histogram of 4096 bins and their means.
+    The step is found by search, down to a grid that spans 1/256 of the range; a row longer than 4096 is searched as a
+    histogram of 4096 bins and their means.
 
     Args and returns as for `nuqjax.fit`; `lower_bound` is 0.
 
@@ -264,7 +265,7 @@ def _best_step(values, mass, largest, *, num_levels):
     """The step of least squared error.
 
     Each of many steps assigns the values to multiples kᵢ; Σ wᵢ xᵢ kᵢ / Σ wᵢ kᵢ² is the best step for them, and takes
-    (Σ wᵢ xᵢ kᵢ)² / Σ wᵢ kᵢ² off the squared error of all zeros. The search is repeated more finely around the best.
+    (Σ wᵢ xᵢ kᵢ)² / Σ wᵢ kᵢ² off the squared error of all zeros. The search is repeated, more finely, around the best.
     """
 
     def improve(step):
@@ -277,12 +278,11 @@ def _best_step(values, mass, largest, *, num_levels):
         steps, errors = lax.map(improve, steps)
         return _of_least(errors, steps)
 
-    widest = 2 * jnp.where(largest > 0, largest, 1) / max(num_levels - 1, 1)  # the grid then holds every value
-    octaves = jnp.linspace(0, -_SEARCH_DEPTH, 16 * _SEARCH_DEPTH + 1, dtype=values.dtype)
-    step = search(widest * jnp.exp2(octaves))
-    for spacing in (1 / 16, 1 / 256):
-        step = search(step * jnp.exp2(spacing * jnp.linspace(-1, 1, 33, dtype=values.dtype)))
-    return step
+    widest = 2 * jnp.where(largest > 0, largest, 1)  # from where on every value is nearest to zero
+    octaves = (num_levels - 1).bit_length() + _SEARCH_DEPTH
+    step = search(widest * jnp.exp2(-jnp.linspace(0, octaves, octaves * _SEARCH_DENSITY + 1, dtype=values.dtype)))
+    around = jnp.linspace(-1, 1, 2 * _SEARCH_DENSITY + 1, dtype=values.dtype) / _SEARCH_DENSITY
+    return search(step * jnp.exp2(around))
 
 
 def _best_pow2_step(values, mass, largest, *, num_levels):
@@ -298,4 +298,4 @@ def _best_pow2_step(values, mass, largest, *, num_levels):
 
 def _powers(top: int, dtype) -> jax.Array:
     """Powers of two from 2^top downwards."""
-    return jnp.ldexp(jnp.ones(_POW2_DEPTH + 1, dtype), jnp.arange(top, top - _POW2_DEPTH - 1, -1, dtype=jnp.int32))
+    return jnp.array([2.0 ** (top - i) for i in range(_POW2_DEPTH + 1)], dtype)

@@ -166,7 +166,9 @@ def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *oper
     """Each branch is evaluated with the lifted operands."""
 
     def of(branch):
-        return lambda *operands: tuple(interpreter.lower_all(interpreter.evaluate(_closed(branch), operands, site.scope)))
+        return lambda *operands: tuple(
+            interpreter.lower_all(interpreter.evaluate(_closed(branch), operands, site.scope))
+        )
 
     if interpreter.is_lifted(index):
         index = interpreter.lower(index, ())

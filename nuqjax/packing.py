@@ -6,6 +6,7 @@ arrays alike.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def _period(bits: int) -> tuple[int, int]:
     return 8 // common, bits // common
 
 
-def pack(indices: jax.Array, bits: int) -> jax.Array:
+def pack(indices: Any, bits: int) -> Any:
     """Packs indices along the last axis.
 
     Args:
@@ -62,7 +63,7 @@ def pack(indices: jax.Array, bits: int) -> jax.Array:
     return flat[..., : packed_size(count, bits)]
 
 
-def unpack(packed: jax.Array, bits: int, count: int) -> jax.Array:
+def unpack(packed: Any, bits: int, count: int) -> Any:
     """The inverse of `pack`: the first `count` indices of each row.
 
     Args:

@@ -1,7 +1,7 @@
 """What `compress` will do with each leaf, and what it will cost, from shapes alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,8 +141,8 @@ def plan(
     (8192, 1088)
     """
     options = Options(
-        bits=bits, method=method, granularity=granularity, axis=axis if isinstance(axis, int) else tuple(axis),
-        scale=scale, codebook_format=codebook_format, keep_zero=keep_zero, min_size=min_size,
+        bits=bits, method=method, granularity=granularity, axis=axis, scale=scale, codebook_format=codebook_format,
+        keep_zero=keep_zero, min_size=min_size,
     )  # fmt: skip
     return Plan(tuple(plan_leaves(params, options, rules)))
 
@@ -157,7 +157,9 @@ def plan_leaves(params: Any, options: Options, rules: Sequence[Rule]) -> list[Le
 
 
 def _plan_leaf(path: str, leaf: Any, options: Options) -> LeafPlan:
-    options = replace(options, axis=options.axis if isinstance(options.axis, int) else tuple(options.axis))
+    if not isinstance(options.axis, int):
+        axis: Any = options.axis
+        options = replace(options, axis=tuple(axis) if isinstance(axis, Iterable) else (axis,))
     if options.rule is not None:
         _check_options(options, path)
     if is_codebook_array(leaf):
@@ -242,7 +244,7 @@ def _check_options(options: Options, path: str) -> None:
         raise ValueError(f"{path}: min_size={o.min_size!r}, but a whole number, 0 or more, is wanted")
     if o.tolerance is not None and not o.tolerance >= 0:
         raise ValueError(f"{path}: tolerance={o.tolerance!r}, but a number, 0 or more, or None is wanted")
-    if not (o.scale in (None, "channel") or isinstance(o.scale, InputGroups)):
+    if not (o.scale is None or isinstance(o.scale, InputGroups) or (isinstance(o.scale, str) and o.scale == "channel")):
         raise ValueError(f'{path}: scale={o.scale!r}, but None, "channel" or InputGroups(n) is wanted')
     try:
         check_method(o.method)

@@ -320,16 +320,13 @@ def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray
     count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
     table = count * (1 << leaf.bits) // outputs
     width = outputs // dense.shape[0]  # channels for each index of the first output axis
-    aligned = leaf.granularity.size // math.gcd(leaf.granularity.size, width) if _is_grouped(leaf) else 1
+    group = leaf.granularity.size if isinstance(leaf.granularity, rows_.ChannelGroups) else 1
+    aligned = group // math.gcd(group, width)  # blocks begin where a group does
     step = max(_CHUNK // max(inputs * width, table * width, 1) // aligned, 1) * aligned
     for start in range(0, dense.shape[0], step):
         part = dense[start : start + step]
         channels = part.shape[0] * width
         yield part.reshape(channels, inputs), channel_block(leaf, start * width, start * width + channels)
-
-
-def _is_grouped(leaf: CodebookArray) -> bool:
-    return isinstance(leaf.granularity, rows_.ChannelGroups)
 
 
 def _count_indices(block: CodebookArray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 Two views, both of one *slice* (a leaf without its stack axes):
 
-- channels `[O, I]`: the output axes flattened to O, the other axes, in the leaf's own order, flattened to I. This is the
-  order in which indices are stored.
+- channels `[O, I]`: the output axes flattened to O, the other axes, in the leaf's own order, flattened to I. This is
+  the order in which indices are stored.
 - rows `[R, N]`: the channels regrouped so that each row holds exactly the values that share a codebook; where the last
   group is short the row is padded, and `row_mask` says where.
 """
@@ -11,7 +11,7 @@ Two views, both of one *slice* (a leaf without its stack axes):
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ Granularity = Literal["tensor", "channel"] | ChannelGroups | InputGroups
 _INT32_MAX = 2**31 - 1
 
 
-def namespace(array):
+def namespace(array: Any) -> Any:
     """`numpy` for a NumPy array, else `jax.numpy`."""
     return np if isinstance(array, np.ndarray) else jnp
 
@@ -99,7 +99,7 @@ def channel_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
     return outputs, inputs
 
 
-def to_channels(array: jax.Array, axes: Sequence[int]) -> jax.Array:
+def to_channels(array: Any, axes: Sequence[int]) -> Any:
     """A slice `[…]` as its channels `[O, I]`.
 
     >>> import jax.numpy as jnp
@@ -110,7 +110,7 @@ def to_channels(array: jax.Array, axes: Sequence[int]) -> jax.Array:
     return array.transpose(order).reshape(channel_shape(array.shape, axes))
 
 
-def from_channels(channels: jax.Array, shape: Sequence[int], axes: Sequence[int]) -> jax.Array:
+def from_channels(channels: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
     """The inverse of `to_channels`: channels `[O, I]` as a slice of `shape`."""
     order = (*axes, *(a for a in range(len(shape)) if a not in axes))
     return channels.reshape([shape[a] for a in order]).transpose([order.index(a) for a in range(len(shape))])
@@ -130,7 +130,7 @@ def row_shape(outputs: int, inputs: int, granularity: Granularity) -> tuple[int,
     raise ValueError(f"unknown granularity {granularity!r}")
 
 
-def to_rows(channels: jax.Array, granularity: Granularity) -> jax.Array:
+def to_rows(channels: Any, granularity: Granularity) -> Any:
     """Channels `[O, I]` as rows `[R, N]`, zero where a short group is padded."""
     outputs, inputs = channels.shape
     rows, length = row_shape(outputs, inputs, granularity)
@@ -141,7 +141,7 @@ def to_rows(channels: jax.Array, granularity: Granularity) -> jax.Array:
     return channels.reshape(rows, length)
 
 
-def from_rows(rows: jax.Array, outputs: int, inputs: int, granularity: Granularity) -> jax.Array:
+def from_rows(rows: Any, outputs: int, inputs: int, granularity: Granularity) -> Any:
     """The inverse of `to_rows`: drops the padding and gives the channels `[O, I]`."""
     if isinstance(granularity, InputGroups) and outputs:
         return rows.reshape(outputs, -1)[:, :inputs]

@@ -26,7 +26,7 @@ class Options:
     bits: int = 4
     method: str = "knq"
     granularity: Any = "tensor"
-    axis: int | tuple[int, ...] = -1
+    axis: int | Sequence[int] = -1
     scale: Any = None
     codebook_format: Any = None
     keep_zero: bool = False

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import assign
 from nuqjax.assign import _binary_search, distortion, finish, row_scale, thresholds, working_dtype
 
 TINY, HUGE = np.finfo(np.float32).tiny, np.finfo(np.float32).max
-jit_assign = jax.jit(assign)
+FIRST, LAST = TINY.view(np.int32).item(), HUGE.view(np.int32).item()
+floats = st.floats(-float(HUGE), float(HUGE), width=32, allow_subnormal=False)
+jit_row_scale = jax.jit(row_scale)
+jit_assign, jit_thresholds, jit_binary_search = jax.jit(assign), jax.jit(thresholds), jax.jit(_binary_search)
 
 
 def exact_assign(values, levels) -> list[int]:
@@ -23,41 +26,41 @@ def exact_assign(values, levels) -> list[int]:
     return [min(range(len(levels)), key=lambda k: abs(value - levels[k])) for value in values]
 
 
+def float_at(ordinals) -> np.ndarray:
+    """The float32 values at places in their order: 0 is at 0, each sign from 2²³ on (below are the subnormal ones)."""
+    ordinals = np.clip(ordinals, -LAST, LAST)
+    magnitude = np.where(np.abs(ordinals) < FIRST, 0, np.abs(ordinals))
+    return np.copysign(magnitude.astype(np.int32).view(np.float32), ordinals).astype(np.float32) + np.float32(0)
+
+
+def next_above(x: np.float32) -> np.float32:
+    """The next float32 that is not subnormal."""
+    if -TINY <= x < TINY:
+        return np.float32(0 if x < 0 else TINY)
+    return np.nextafter(x, np.float32(np.inf))
+
+
 def near_ties(levels: np.ndarray, count: int) -> np.ndarray:
     """`count` values where a wrong rounding shows: levels, midpoints as rounded, and their neighbouring floats."""
-    levels = levels.astype(np.float64)
-    middle = ((levels[:-1] + levels[1:]) / 2).astype(np.float32)
-    at = np.concatenate([middle, levels.astype(np.float32), np.float32([0, TINY, -TINY, 1, HUGE, -HUGE])])
-    with np.errstate(over="ignore"):
-        near = np.concatenate([at, np.nextafter(at, np.float32(np.inf)), np.nextafter(at, np.float32(-np.inf))])
-    near = near[np.isfinite(near)]
-    near[np.abs(near) < TINY] = 0  # subnormal numbers count as zero
-    return np.resize(near, count)
-
-
-normal_floats = st.floats(-float(HUGE), float(HUGE), width=32, allow_subnormal=False)
-exponents = st.integers(-126, 127)
+    exact = levels.astype(np.float64)
+    at = np.concatenate([((exact[:-1] + exact[1:]) / 2).astype(np.float32), levels, np.float32([0, 1, HUGE, -HUGE])])
+    ordinals = np.copysign(np.abs(at).view(np.int32).astype(np.float64), at).astype(np.int64)
+    ordinals = np.where(np.abs(ordinals) < FIRST, 0, ordinals)
+    return np.resize(float_at(ordinals[:, None] + np.where(ordinals[:, None] == 0, FIRST, 1) * [-1, 0, 1]), count)
 
 
 @st.composite
 def adversarial_levels(draw, count: int) -> np.ndarray:
-    """Ascending levels full of trouble: neighbouring floats, equal ones, tiny ones beside huge ones, signs of zero."""
-    some = draw(st.lists(normal_floats, min_size=1, max_size=count))
-    some += [draw(st.sampled_from([-1.0, 1.0])) * 2.0**e for e in draw(st.lists(exponents, max_size=count))]
-    pool = np.float32(some)
-    steps = draw(st.lists(st.integers(-2, 2), min_size=count, max_size=count))
-    places = draw(st.lists(st.integers(0, len(pool) - 1), min_size=count, max_size=count))
-    levels = pool[places]
-    with np.errstate(over="ignore", under="ignore"):
-        for _ in range(2):
-            direction = np.float32(np.inf) * np.sign(np.float32(steps))
-            levels = np.where(np.array(steps) == 0, levels, np.nextafter(levels, direction, dtype=np.float32))
-    levels = np.clip(levels, -HUGE, HUGE)
-    levels[np.abs(levels) < TINY] = 0
-    return np.sort(levels)
+    """Ascending levels full of trouble: neighbouring floats, equal ones, tiny ones beside huge ones."""
+    powers = st.integers(1, 254).map(lambda exponent: exponent << 23)
+    anywhere = st.one_of(st.integers(-LAST, LAST), powers, powers.map(lambda n: -n), st.just(0))
+    pool = draw(st.lists(anywhere, min_size=1, max_size=6))
+    near = st.tuples(st.sampled_from(pool), st.integers(-2, 2))
+    return np.sort(float_at([sum(pair) for pair in draw(st.lists(near, min_size=count, max_size=count))]))
 
 
 @pytest.mark.parametrize("num_levels", [2, 5, 33])
+@settings(max_examples=50)
 @given(data=st.data())
 def test_nearest_level_and_ties_are_exact(num_levels, data):
     levels = data.draw(adversarial_levels(num_levels))
@@ -65,11 +68,12 @@ def test_nearest_level_and_ties_are_exact(num_levels, data):
     np.testing.assert_array_equal(jit_assign(values[None], levels[None])[0], exact_assign(values, levels))
 
 
-@pytest.mark.parametrize("num_levels", [2, 5, 33])
+@pytest.mark.parametrize("num_levels", [2, 33])
+@settings(max_examples=50)
 @given(data=st.data())
 def test_thresholds_are_the_largest_floats_not_above_the_midpoints(num_levels, data):
     levels = data.draw(adversarial_levels(num_levels))
-    cuts = np.asarray(thresholds(jnp.asarray(levels)))
+    cuts = np.asarray(jit_thresholds(levels))
     assert (np.diff(cuts[np.isfinite(cuts)]) >= 0).all()
     for k, cut in enumerate(cuts):
         later = levels[levels > levels[k]]
@@ -77,9 +81,7 @@ def test_thresholds_are_the_largest_floats_not_above_the_midpoints(num_levels, d
             assert cut == np.inf
             continue
         middle = (Fraction(float(levels[k])) + Fraction(float(later[0]))) / 2
-        above = np.nextafter(cut, np.float32(np.inf))
-        above = TINY if 0 < above < TINY else 0 if -TINY < above < 0 else above  # the next number that is not subnormal
-        assert Fraction(float(cut)) <= middle < Fraction(float(above))
+        assert Fraction(float(cut)) <= middle < Fraction(float(next_above(cut)))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**100])
@@ -87,25 +89,25 @@ def test_float32_where_the_midpoint_is_no_float(scale):
     one = np.float32(scale)
     up, down = np.nextafter(one, np.float32(np.inf)), np.nextafter(one, np.float32(0))
     levels = np.array([[down, one, up]])
-    assert assign(levels, levels).tolist() == [[0, 1, 2]]
+    assert jit_assign(levels, levels).tolist() == [[0, 1, 2]]
     # 1 + 2^-24 (the midpoint) would round to 1, and 1 belongs to the lower level.
-    assert assign(np.array([[one, up]]), np.array([[one, up]])).tolist() == [[0, 1]]
-    # The midpoint is just below 1, which therefore belongs to the upper level; mirrored, just above −1.
-    assert assign(np.array([[one]]), np.array([[down * 0, up * 2 - down * 0]]) * np.float32([0.5, 1])).tolist() == [[0]]
+    assert jit_assign(np.array([[one, up]]), np.array([[one, up]])).tolist() == [[0, 1]]
+    # The midpoint is just below half of the large level, which therefore belongs to it; mirrored, just above.
     leaning = np.array([[-np.float32(TINY), one]])
-    assert assign(np.array([[one / 2]]), leaning).tolist() == [[1]]
-    assert assign(np.array([[-one / 2]]), -leaning[:, ::-1]).tolist() == [[0]]
+    assert jit_assign(np.array([[one / 2]]), leaning).tolist() == [[1]]
+    assert jit_assign(np.array([[-one / 2]]), -leaning[:, ::-1]).tolist() == [[0]]
 
 
+@settings(max_examples=50)
 @given(data=st.data())
 def test_compare_and_binary_search_agree(data):
     levels = data.draw(adversarial_levels(32))
     values = near_ties(levels, 256)[None]
-    cuts = thresholds(jnp.asarray(levels))[None]
-    np.testing.assert_array_equal(jax.jit(_binary_search)(values, cuts), jit_assign(values, levels[None]))
+    cuts = jit_thresholds(levels)[None]
+    np.testing.assert_array_equal(jit_binary_search(values, cuts), jit_assign(values, levels[None]))
 
 
-@pytest.mark.parametrize("num_levels", [1, 2, 3, 16, 31, 32, 33, 34, 64, 100, 255, 256])
+@pytest.mark.parametrize("num_levels", [1, 2, 3, 32, 33, 100, 256])
 def test_every_number_of_levels(num_levels):
     rng = np.random.default_rng(num_levels)
     levels = np.sort(rng.normal(size=(3, num_levels)).astype(np.float32), axis=-1)
@@ -133,9 +135,9 @@ def test_narrow_dtypes_are_compared_as_float32(dtype):
     rng = np.random.default_rng(0)
     rows = jnp.asarray(rng.normal(size=(2, 100)), dtype)
     levels = jnp.sort(jnp.asarray(rng.normal(size=(2, 8)), jnp.float32))
-    np.testing.assert_array_equal(assign(rows, levels), assign(rows.astype(jnp.float32), levels))
+    np.testing.assert_array_equal(jit_assign(rows, levels), jit_assign(rows.astype(jnp.float32), levels))
     narrow = levels.astype(dtype)
-    np.testing.assert_array_equal(assign(rows, narrow), assign(rows, narrow.astype(jnp.float32)))
+    np.testing.assert_array_equal(jit_assign(rows, narrow), jit_assign(rows, narrow.astype(jnp.float32)))
 
 
 @pytest.mark.parametrize("num_levels", [4, 40])
@@ -156,7 +158,7 @@ def test_x64(num_levels):
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 @pytest.mark.parametrize("num_levels", [1, 4, 40])
 def test_zero_size_rows(shape, num_levels):
-    indices = assign(jnp.zeros(shape), jnp.zeros((shape[0], num_levels)))
+    indices = jit_assign(jnp.zeros(shape), jnp.zeros((shape[0], num_levels)))
     assert indices.shape == shape
     assert indices.dtype == jnp.uint8
 
@@ -166,10 +168,10 @@ def test_more_levels_than_an_index_counts():
         assign(jnp.zeros((1, 3)), jnp.zeros((1, 257)))
 
 
-@given(st.lists(normal_floats, min_size=6, max_size=6), st.lists(st.booleans(), min_size=6, max_size=6))
+@given(st.lists(floats, min_size=6, max_size=6), st.lists(st.booleans(), min_size=6, max_size=6))
 def test_row_scale_is_the_power_of_two_below_the_largest_magnitude(values, counted):
     rows, mask = np.float32([values]), np.array([counted])
-    scale = float(jax.jit(row_scale)(rows, mask)[0])
+    scale = float(jit_row_scale(rows, mask)[0])
     largest = float(np.abs(rows[mask]).max(initial=0))
     assert np.frexp(scale)[0] == 0.5
     assert np.frexp(1 / np.float32(scale))[0] == 0.5
@@ -194,7 +196,7 @@ def test_working_dtype():
     assert working_dtype(jnp.dtype(jnp.float64)) == jnp.float64
 
 
-@pytest.mark.parametrize("num_levels", [1, 7, 40])
+@pytest.mark.parametrize("num_levels", [7, 40])
 def test_distortion_is_the_weighted_squared_error(num_levels):
     rng = np.random.default_rng(num_levels)
     rows = rng.normal(size=(3, 500)).astype(np.float32)
@@ -215,19 +217,16 @@ def test_distortion_ignores_whatever_is_masked():
     assert distortion(rows, np.float32([[0, 1]]), None, mask).tolist() == [0.0625]
 
 
-@pytest.mark.parametrize(
-    ("levels", "wanted"),
-    [
-        ([-1, 0.5, 2], [-1, 0, 2]),
-        ([-1, 1], [0, 1]),
-        ([1, 2, 3], [0, 2, 3]),
-        ([-3, -2, -1], [-3, -2, 0]),
-        ([-2, -2, -2], [-2, -2, 0]),
-        ([2, 2, 2], [0, 2, 2]),
-        ([-1, 0, 1], [-1, 0, 1]),
-        ([5], [0]),
-    ],
-)
-def test_keep_zero_moves_the_nearest_level_to_zero(levels, wanted):
-    fitted = finish(jnp.ones((1, 4)), jnp.float32([levels]) * 1.0, None, None, keep_zero=True)
-    assert fitted.levels.tolist() == [wanted]
+def test_keep_zero_moves_the_nearest_level_to_zero():
+    moved = {
+        (-1, 0.5, 2): [-1, 0, 2],
+        (-1, 1, 2): [0, 1, 2],
+        (1, 2, 3): [0, 2, 3],
+        (-3, -2, -1): [-3, -2, 0],
+        (-2, -2, -2): [-2, -2, 0],
+        (2, 2, 2): [0, 2, 2],
+        (-1, 0, 1): [-1, 0, 1],
+    }
+    levels = jnp.array(list(moved), jnp.float32)
+    fitted = jax.jit(finish, static_argnums=4)(jnp.ones((len(moved), 4)), levels, None, None, True)
+    assert fitted.levels.tolist() == list(moved.values())

@@ -1,7 +1,7 @@
-"""The spine: trees in, the same trees with codebooks out, every value at its nearest level, checked with NumPy alone."""
+"""The spine: trees in, the same trees with codebooks out, every value at its nearest level; NumPy is the oracle."""
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import chex
 import equinox as eqx
@@ -98,16 +98,9 @@ def compress_one(array, *args, rule=None, **options):
 # ---- Structure, shapes and dtypes. ----
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(12, (3, 3))(x))
-        x = nn.BatchNorm(use_running_average=True)(x)
-        return nn.Dense(10)(x.reshape(x.shape[0], -1))
-
-
 def linen_variables():
-    return Net().init(jax.random.key(0), jnp.zeros((1, 6, 6, 3)))
+    model = nn.Sequential([nn.Dense(24), nn.BatchNorm(use_running_average=True)])
+    return model.init(jax.random.key(0), jnp.zeros((1, 16)))
 
 
 def nnx_model():
@@ -183,8 +176,9 @@ def test_the_result_does_not_alias_the_input():
 # ---- Every decoded value is the nearest level. ----
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize(
+    ("bits", "granularity"), [(bits, g) for bits in range(1, 9) for g in GRANULARITIES[bits % 2 :: 2]], ids=str
+)
 def test_every_value_is_at_its_nearest_level(bits, granularity):
     array = gaussian((3, 4, 7))
     leaf = compress_one(array, bits, "normal", granularity=granularity)
@@ -192,7 +186,7 @@ def test_every_value_is_at_its_nearest_level(bits, granularity):
     assert_nearest(array, leaf)
 
 
-@pytest.mark.parametrize("method", ["enq", "uniform", "uniform_pow2", "dfp", "quantile", "pow2", "knq"])
+@pytest.mark.parametrize("method", ["enq", "uniform", "uniform_pow2", "dfp", "quantile", "pow2"])
 def test_every_method_assigns_to_the_nearest_level(method):
     array = gaussian((3, 4, 7))
     assert_nearest(array, compress_one(array, 2, method, granularity=ChannelGroups(3)))
@@ -201,26 +195,33 @@ def test_every_method_assigns_to_the_nearest_level(method):
 @pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (-1, -2), (2, 0), (), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("granularity", GRANULARITIES[1:], ids=str)
 def test_any_axes_can_be_the_output(axis, granularity):
-    array = gaussian((3, 4, 7))
+    array = gaussian((4, 4, 4))
     assert_nearest(array, compress_one(array, 2, "normal", granularity=granularity, axis=axis), axis=axis)
 
 
-FORMATS = [None, jnp.bfloat16, "float16", "float8_e4m3fn", jnp.float32, QFormat(6, 4), AutoQFormat(6), AutoQFormat(5, False)]
+FORMATS = [None, jnp.bfloat16, "float16", "float8_e4m3fn", QFormat(6, 4), AutoQFormat(6), AutoQFormat(5, signed=False)]
 
 
-@pytest.mark.parametrize("codebook_format", FORMATS, ids=lambda f: getattr(f, "__name__", str(f)))
-@pytest.mark.parametrize("scale", [None, "channel", InputGroups(5)], ids=str)
-def test_indices_are_assigned_to_the_stored_levels(codebook_format, scale):
-    for dtype in (jnp.float32, jnp.bfloat16):
-        array = jnp.asarray(gaussian((3, 4, 7)), dtype)
-        leaf = compress_one(array, 3, "normal", granularity="channel", codebook_format=codebook_format, scale=scale)
-        assert_nearest(array, leaf)
-        if isinstance(codebook_format, QFormat | AutoQFormat):
-            assert (leaf.codebook_format.word, leaf.codebook_format.signed) == (codebook_format.word, codebook_format.signed)
-            assert leaf.levels.dtype == leaf.codebook_format.storage_dtype
-            assert leaf.codebook_format.least <= leaf.levels.min() <= leaf.levels.max() <= leaf.codebook_format.largest
-        else:
-            assert leaf.levels.dtype == jnp.dtype(codebook_format or dtype)
+@pytest.mark.parametrize(
+    ("codebook_format", "scale", "dtype"),
+    [
+        *product(FORMATS, [None, InputGroups(5)], ["float32"]),
+        *product(FORMATS[3:5], [None, "channel"], ["bfloat16"]),
+        *[("float32", None, "bfloat16"), ("float32", "channel", "float16")],
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_indices_are_assigned_to_the_stored_levels(codebook_format, scale, dtype):
+    array = jnp.asarray(gaussian((3, 4, 7)), dtype)
+    leaf = compress_one(array, 3, "normal", granularity="channel", codebook_format=codebook_format, scale=scale)
+    assert_nearest(array, leaf)
+    if isinstance(codebook_format, QFormat | AutoQFormat):
+        chosen = leaf.codebook_format
+        assert (chosen.word, chosen.signed) == (codebook_format.word, codebook_format.signed)
+        assert leaf.levels.dtype == chosen.storage_dtype
+        assert chosen.least <= leaf.levels.min() <= leaf.levels.max() <= chosen.largest
+    else:
+        assert leaf.levels.dtype == jnp.dtype(codebook_format or dtype)
 
 
 def test_levels_saturate_into_a_small_float_format():
@@ -263,16 +264,18 @@ def test_a_common_scale_makes_no_difference_to_a_fit_per_channel():
 def test_scales_weight_the_errors_so_that_the_leafs_own_error_is_minimised():
     """A shared codebook of two levels: the large channel decides where its levels lie."""
     array = np.stack([np.linspace(0.5, 1, 16), 1000 * np.repeat([0.25, 1.0], 8)], axis=1).astype(np.float32)
-    leaf = compress_one(array, 1, "knq", scale="channel")
-    # in units of the scale, the two values of the second channel weigh a million times as much
-    np.testing.assert_allclose(np.asarray(leaf.levels)[0], [0.25, 1.0], atol=1e-4)
+    leaf = compress_one(array, 1, "enq", scale="channel")
+    # Divided by their scales, the values of the second channel weigh a million times as much as those of the first.
+    np.testing.assert_allclose(np.asarray(leaf.levels)[0], [0.25, 1.0], atol=1e-5)
 
 
 # ---- Stack axes. ----
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-@pytest.mark.parametrize(("stack", "scale"), [(1, None), (2, "channel")])
+@pytest.mark.parametrize(
+    ("granularity", "stack", "scale"),
+    [("tensor", 2, None), (ChannelGroups(3), 1, "channel"), (InputGroups(5), 1, None)],
+)
 def test_a_stack_is_its_slices_compressed_alone(granularity, stack, scale):
     array = gaussian((2, 3, 4, 7)) * np.array([1, 30], np.float32).reshape(2, 1, 1, 1)
     options = {"granularity": granularity, "scale": scale, "codebook_format": QFormat(9, 4)}
@@ -304,25 +307,30 @@ SPREADS = {
     "tiny": lambda x: x * np.float32(1e-6),
     "large": lambda x: x * np.float32(3e5),
     "heavy tail": lambda x: x * abs(x) ** 6,
-    "one outlier": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, 40, 0.01 * x).astype(np.float32),
-    "positive": lambda x: abs(x),
-    "power of two": lambda x: np.sign(x) * np.float32(2),
+    "one outlier": lambda x: np.where(np.arange(x.size).reshape(x.shape) == 5, 40, 0.1 * x).astype(np.float32),
+    "positive": abs,
+    "powers of two": lambda x: np.sign(x) * np.float32(2),
 }
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize(("bits", "method", "word", "signed"), [(4, "enq", 6, True), (1, "normal", 3, True), (4, "enq", 2, False)])
+@pytest.mark.parametrize(
+    ("bits", "method", "word", "signed"), [(4, "enq", 6, True), (1, "normal", 3, True), (4, "enq", 2, False)]
+)
 def test_auto_format_has_the_least_squared_error_of_all(spread, bits, method, word, signed):
+    """By brute force: the levels as they were fitted, rounded to every format, and every value at the nearest."""
     array = SPREADS[spread](gaussian((64, 64)))
+    levels = np.asarray(compress_one(array, bits, method).levels, np.float64)[0]
     leaf = compress_one(array, bits, method, codebook_format=AutoQFormat(word, signed))
-    chosen = leaf.codebook_format.frac
-    errors = {
-        frac: squared_error(array, compress_one(array, bits, method, codebook_format=QFormat(word, frac, signed)))
-        for frac in range(chosen - 12, chosen + 13)
-    }
-    assert squared_error(array, leaf) == errors[chosen]
-    # Sums of 4096 squares in another order, and rounded to float32, differ by less than this.
-    assert errors[chosen] <= min(errors.values()) * (1 + 2**-23 + 4096 * 2**-52)
+    errors = {}
+    for frac in range(-60, 61):
+        least, largest = (-(2 ** (word - 1)), 2 ** (word - 1) - 1) if signed else (0, 2**word - 1)
+        rounded = np.clip(np.rint(levels * 2.0**frac), least, largest) * 2.0**-frac
+        errors[frac] = ((array.reshape(-1, 1) - rounded) ** 2).min(axis=1).sum()
+    # Sums of 4096 squares in float64 in any order differ by less than 2⁻⁴⁰ of them; they are rounded to float32.
+    close = 1 + 2**-23 + 2**-40
+    assert errors[leaf.codebook_format.frac] <= min(errors.values()) * close
+    np.testing.assert_allclose(squared_error(array, leaf), errors[leaf.codebook_format.frac], rtol=2**-40)
 
 
 def test_auto_format_minimises_the_weighted_error():
@@ -358,13 +366,7 @@ def test_keep_zero_keeps_pruned_weights_pruned(method, scale):
         assert not np.asarray(leaf)[array == 0].any()
 
 
-def test_keep_zero_with_knq():
-    array = gaussian((8, 8)) + 0.3
-    array[:4] = 0
-    assert not np.asarray(compress_one(array, 1, "knq", keep_zero=True))[:4].any()
-
-
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(0, 2**32 - 1))
 def test_sensitivity_lowers_the_weighted_error_of_knq(seed):
     rng = np.random.default_rng(seed)
@@ -377,7 +379,7 @@ def test_sensitivity_lowers_the_weighted_error_of_knq(seed):
     assert squared_error(array, weighted, importance) <= squared_error(array, plain, importance) * (1 + 1e-6) + slack
 
 
-@pytest.mark.parametrize("method", ["enq", "quantile", "knq"])
+@pytest.mark.parametrize("method", ["enq", "quantile"])
 def test_whole_sensitivities_are_repetitions(method):
     rng = np.random.default_rng(0)
     values = rng.normal(size=16).astype(np.float32)
@@ -407,14 +409,16 @@ def test_leaves_without_sensitivity_count_evenly():
 
 def test_the_default_choice():
     params = {
-        "kernel": gaussian((16, 24)), "stacked": gaussian((2, 300)), "vector": gaussian(500), "small": gaussian((5, 51)),
+        "kernel": gaussian((16, 24)), "stacked": gaussian((2, 300)), "vector": gaussian(500),
+        "small": gaussian((5, 51)),
         "words": np.ones((16, 24), np.int32), "flag": np.ones((16, 24), bool), "step": 3, "name": None,
         "complex": np.ones((16, 24), np.complex64), "key": jax.random.key(0), "wide": gaussian((256, 1)),
     }  # fmt: skip
     _, report = nuqjax.compress(params, 4, "normal", rules=[Rule("stacked", stack_axes=1)], return_report=True)
     reasons = {leaf.path: leaf.reason for leaf in report.leaves}
     assert reasons == {
-        "kernel": None, "wide": None, "stacked": "one axis", "vector": "one axis", "small": "255 values, min_size is 256",
+        "kernel": None, "wide": None, "stacked": "one axis", "vector": "one axis",
+        "small": "255 values, min_size is 256",
         "words": "dtype int32 is not floating", "flag": "dtype bool is not floating", "step": "not an array",
         "complex": "dtype complex64 is not floating", "key": "dtype key<fry> is not floating",
     }  # fmt: skip
@@ -462,9 +466,11 @@ EDGES = {
     "no inputs": np.zeros((0, 4), np.float32),
 }
 EDGE_OPTIONS = [
-    {}, {"granularity": "channel"}, {"granularity": InputGroups(3)}, {"granularity": ChannelGroups(3)},
-    {"scale": "channel"}, {"scale": InputGroups(3)}, {"keep_zero": True}, {"codebook_format": AutoQFormat(8)},
-]  # fmt: skip
+    {},
+    {"granularity": "channel", "scale": InputGroups(3)},
+    {"granularity": InputGroups(3), "scale": "channel"},
+    {"granularity": ChannelGroups(3), "keep_zero": True, "codebook_format": AutoQFormat(8)},
+]
 
 
 @pytest.mark.parametrize("edge", EDGES)
@@ -503,7 +509,7 @@ def test_an_empty_tree_and_a_bare_none_work():
 
 
 JIT_OPTIONS = [
-    {"method": "normal", "granularity": InputGroups(5)},
+    {"method": "normal", "granularity": InputGroups(30)},
     {"method": "enq", "scale": InputGroups(5), "codebook_format": QFormat(6, 4)},
     {"method": "quantile", "granularity": ChannelGroups(3), "codebook_format": "float8_e4m3fn", "keep_zero": True},
     {"method": "uniform", "granularity": "channel", "scale": "channel"},
@@ -512,7 +518,11 @@ JIT_OPTIONS = [
 
 @pytest.mark.parametrize("options", JIT_OPTIONS, ids=lambda options: options["method"])
 def test_compress_under_jit_gives_the_same_bits(options):
-    params = {"w": jnp.asarray(gaussian((40, 7))), "h": jnp.asarray(gaussian((40, 7), 1), jnp.bfloat16), "b": jnp.ones(3)}
+    params = {
+        "w": jnp.asarray(gaussian((40, 7))),
+        "h": jnp.asarray(gaussian((40, 7), 1), jnp.bfloat16),
+        "b": jnp.ones(3),
+    }
     importance = {"w": jnp.asarray(abs(gaussian((40, 7), 2)))}
 
     def run(params, importance):
@@ -542,8 +552,8 @@ def test_auto_format_under_jit_says_why_not():
 
 
 def test_the_same_input_gives_the_same_bits():
-    params = {"w": jnp.asarray(gaussian((40, 7)))}
-    chex.assert_trees_all_equal(*(nuqjax.compress(params, 2, "knq") for _ in range(2)))
+    array = gaussian((8, 8))
+    chex.assert_trees_all_equal(*(compress_one(array, 2, "knq") for _ in range(2)))
 
 
 def test_progress_changes_nothing(capsys):
@@ -554,8 +564,8 @@ def test_progress_changes_nothing(capsys):
 
 
 def test_knq_is_exact_where_there_are_no_more_values_than_levels():
-    array = np.random.default_rng(0).choice(gaussian(7), size=(8, 8))
-    np.testing.assert_array_equal(np.asarray(compress_one(array, 3, "knq")), array)
+    array = np.random.default_rng(0).choice(gaussian(4), size=(8, 8))
+    np.testing.assert_array_equal(np.asarray(compress_one(array, 2, "knq")), array)
 
 
 def test_tolerance_proves_knq_and_changes_no_bit():
@@ -575,9 +585,9 @@ def mixed():
     """A tree with codebooks of several kinds, and what it came from."""
     params = {"a": gaussian((3, 4, 7)), "s": gaussian((2, 12, 7), 1), "q": gaussian((12, 7), 2), "bias": gaussian(7)}
     rules = [
-        Rule("a", skip=False, granularity=InputGroups(5), scale=InputGroups(4)),
-        Rule("s", skip=False, stack_axes=1, granularity=ChannelGroups(3)),
-        Rule("q", skip=False, codebook_format=QFormat(6, 3)),
+        Rule("^a$", skip=False, granularity=InputGroups(5), scale=InputGroups(4)),
+        Rule("^s$", skip=False, stack_axes=1, granularity=ChannelGroups(3)),
+        Rule("^q$", skip=False, codebook_format=QFormat(6, 3)),
     ]
     return params, nuqjax.compress(params, 2, "enq", rules=rules)
 
@@ -655,13 +665,5 @@ def test_an_optax_step_on_the_codebooks_lowers_the_loss():
         updates, state = optimizer.update(jax.grad(loss)(levels), state)
         levels = optax.apply_updates(levels, updates)
         values.append(loss(levels))
-    assert all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(values))
     check(nuqjax.with_codebooks(cparams, levels)["w"])
-
-
-@pytest.mark.parametrize(("options", "stack_axes"), list(product([{"granularity": g} for g in GRANULARITIES], [0, 1])), ids=str)
-@pytest.mark.parametrize("bits", [3])
-def test_bfloat16_values_are_at_their_nearest_levels_too(bits, options, stack_axes):
-    array = jnp.asarray(gaussian((3, 4, 7)), jnp.bfloat16)
-    leaf = compress_one(array, bits, "enq", rule=Rule("w", skip=False, stack_axes=stack_axes), **options)
-    assert_nearest(array, leaf, stack_axes)

@@ -35,7 +35,12 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "compress": ({"rules", "assign", "fit", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
     "interpret": (set(), ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
-    "__init__": ({"rules", "assign", "fit", "plan", "compress", "apply", "report", *LEAF}, set()),
+    "shardings": (LEAF, ARRAYS),
+    "fisher": (set(), ARRAYS),
+    "__init__": (
+        {"rules", "assign", "fit", "plan", "compress", "apply", "report", "shardings", "fisher", *LEAF},
+        set(),
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from nuqjax.packing import pack, packed_size, unpack, unpack_at
 BITS = range(1, 9)
 # One compilation for every width and length would take minutes: NumPy covers all lengths up to 70, and JAX those
 # around a whole number of bytes, of indices that fill whole bytes, and of nothing.
-JAX_LENGTHS = (0, 1, 7, 8, 9, 17, 64, 70)
+JAX_LENGTHS = (0, 1, 8, 13, 70)
 
 
 def random_indices(bits: int, *shape: int) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_round_trip_of_any_indices(bits, data):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("length", [1, 8, 13, 70])
+@pytest.mark.parametrize("length", [1, 13, 70])
 def test_unpack_at_reads_any_positions(bits, length):
     indices = random_indices(bits, 2, length)
     rng = np.random.default_rng(length)

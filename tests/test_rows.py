@@ -120,7 +120,10 @@ def test_channels_are_the_output_axes_first_and_the_others_in_their_order(drawn)
 def test_jax_arrays_give_what_numpy_arrays_give(granularity, shape):
     channels = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     wanted = to_rows(channels, granularity)
-    for rows in (to_rows(jnp.asarray(channels), granularity), jax.jit(to_rows, static_argnums=1)(channels, granularity)):
+    for rows in (
+        to_rows(jnp.asarray(channels), granularity),
+        jax.jit(to_rows, static_argnums=1)(channels, granularity),
+    ):
         assert isinstance(rows, jax.Array)
         np.testing.assert_array_equal(rows, wanted)
         back = from_rows(rows, *shape, granularity)
@@ -151,13 +154,15 @@ def test_wrong_output_axes(axis, message):
 @pytest.mark.parametrize("kind", [ChannelGroups, InputGroups])
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "8", None])
 def test_wrong_group_sizes(kind, size):
-    with pytest.raises(ValueError, match=f"{kind.__name__}: a group size of {size!r}, but it must be a whole number, 1"):
+    with pytest.raises(
+        ValueError, match=f"{kind.__name__}: a group size of {size!r}, but it must be a whole number, 1"
+    ):
         kind(size)
 
 
 @pytest.mark.parametrize("granularity", ["tensors", None, 8, ChannelGroups])
 def test_wrong_granularities(granularity):
-    with pytest.raises(ValueError, match="but it must be \"tensor\", \"channel\", ChannelGroups"):
+    with pytest.raises(ValueError, match='but it must be "tensor", "channel", ChannelGroups'):
         check_granularity(granularity)
 
 

@@ -77,7 +77,7 @@ def test_resolve_agrees_with_its_definition(paths, patterns):
         bits = [o.bits for o in resolve(paths, Options(bits=8), rules)]
         assert bits == [8 if i is None else 1 + i for i in first]
     else:
-        with pytest.raises(ValueError, match="matches none of|always overruled"):
+        with pytest.raises(ValueError, match=r"matches none of|always overruled"):
             resolve(paths, Options(bits=8), rules)
 
 
@@ -100,7 +100,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("stack_axes", [-1, 1.0, True, "1"])
     def test_stack_axes_that_are_no_count(self, stack_axes):
-        with pytest.raises(ValueError, match="stack_axes=.* but 0 or more is wanted"):
+        with pytest.raises(ValueError, match=r"stack_axes=.* but 0 or more is wanted"):
             Rule("head", stack_axes=stack_axes)
 
     def test_a_rule_that_matches_nothing_names_the_nearest_paths(self):

@@ -40,13 +40,13 @@ def load(name: str, data: Path | str, seed: int = 0) -> tuple[nn.Module, Variabl
 
 __all__ = [
     "NETWORKS",
+    "VGG16",
     "AlexNet",
     "AlexNetFeatures",
     "EfficientNetLite0",
     "Network",
     "ResNet20",
     "TinyDarknet",
-    "VGG16",
     "VGG16Features",
     "get",
     "load",

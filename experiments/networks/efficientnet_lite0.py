@@ -55,12 +55,12 @@ def depthwise_as_sum(lhs, rhs, window_strides, padding, **options) -> jax.Array:
         padding = lax.padtype_to_pads(lhs.shape[1:3], window, strides, padding)
     lhs = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
     last = [(lhs.shape[1 + axis] - window[axis]) // strides[axis] * strides[axis] for axis in (0, 1)]
-    taps = (
+    taps = [
         lhs[:, i : i + last[0] + 1 : strides[0], j : j + last[1] + 1 : strides[1]] * rhs[i, j, 0]
         for i in range(window[0])
         for j in range(window[1])
-    )
-    return sum(taps, start=next(taps))
+    ]
+    return sum(taps[1:], start=taps[0])
 
 
 class MBConv(nn.Module):

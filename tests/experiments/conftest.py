@@ -56,7 +56,7 @@ def random_arrays() -> RandomArrays:
 def cifar_folder(tmp_path) -> Path:
     """A data folder with 24 random 32×32 images, labelled 0 to 9 in turn."""
     pixels = np.random.default_rng(1).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images").mkdir(exist_ok=True)
     np.savez(tmp_path / "images" / "cifar10_test_jpegcoded.npz", x=pixels, y=np.arange(24) % 10)
     return tmp_path
 
@@ -65,7 +65,7 @@ def cifar_folder(tmp_path) -> Path:
 def imagenet_folder(tmp_path) -> Path:
     """A data folder with five random 256×256 images, losslessly stored, of classes n0 to n4."""
     random = np.random.default_rng(2)
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images").mkdir(exist_ok=True)
     with zipfile.ZipFile(tmp_path / "images" / "imagenet_1000.zip", "w") as archive:
         for wnid in ("n3", "n1", "n0", "n4", "n2"):
             buffer = io.BytesIO()

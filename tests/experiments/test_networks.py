@@ -2,12 +2,13 @@
 
 import importlib.util
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
@@ -159,7 +160,7 @@ def alexnet(arrays, x):
 
 
 FORWARD = {  # and an input size that keeps the test quick
-    "efficientnet_lite0": (efficientnet_lite0, 64),
+    "efficientnet_lite0": (efficientnet_lite0, 32),
     "tiny_darknet": (tiny_darknet, 32),
     "resnet20": (resnet20, 32),
     "alexnet": (alexnet, 79),
@@ -174,7 +175,7 @@ def test_every_network_is_tested():
 @pytest.mark.parametrize("name", FORWARD)
 def test_random_weights_give_the_outputs_of_an_independent_forward_pass(name, random_arrays, tmp_path):
     network, (forward, size) = networks.get(name), FORWARD[name]
-    inputs = np.random.default_rng(3).normal(size=(2, size, size, 3))
+    inputs = np.random.default_rng(3).normal(size=(1, size, size, 3))
     with jax.enable_x64(True):  # so that only rounding far below any mistake remains
         expected = np.asarray(jax.jit(lambda x: forward(random_arrays, x))(inputs))
         random_arrays.save(tmp_path / "weights" / network.weights)
@@ -199,24 +200,31 @@ def test_the_classic_networks_are_complete(name, parameters):
 def test_untrained_dense_layers_come_from_the_seed(random_arrays, tmp_path):
     alexnet(random_arrays, jnp.zeros((1, 79, 79, 3)))
     random_arrays.save(tmp_path / "weights" / "alexnet_conv_imagenet.npz")
-    params = [networks.load("alexnet", tmp_path, seed)[1]["params"] for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(params[0]["Dense_1"]["kernel"], params[1]["Dense_1"]["kernel"])
-    assert not np.array_equal(params[0]["Dense_1"]["kernel"], params[2]["Dense_1"]["kernel"])
+    params = [networks.load("alexnet", tmp_path, seed)[1]["params"] for seed in (0, 1)]
+    assert not np.array_equal(params[0]["Dense_2"]["kernel"], params[1]["Dense_2"]["kernel"])
     for params_of_seed in params:
         np.testing.assert_array_equal(params_of_seed["features"]["Conv_2"]["kernel"], random_arrays["Conv_2/kernel"])
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "tiny_darknet", "resnet20"])
-def test_training_mode_updates_the_batch_statistics(name):
-    network = networks.get(name)
-    inputs = jnp.asarray(np.random.default_rng(4).normal(size=(2, 32, 32, 3)), jnp.float32)
-    variables = jax.jit(network.module.init)(jax.random.key(0), inputs)
-    apply = jax.jit(network.module.apply, static_argnames=("train", "mutable"))
-    _, updated = apply(variables, inputs, train=True, mutable=("batch_stats",), rngs={"dropout": jax.random.key(1)})
+def test_training_mode_gives_new_batch_statistics(name):
+    module, inputs = networks.get(name).module, jnp.zeros((2, 32, 32, 3))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+    apply = partial(module.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)})
+    _, updated = jax.eval_shape(apply, shapes, inputs)
+    assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(shapes["batch_stats"])
+
+
+def test_training_mode_updates_every_batch_statistic():
+    module = networks.get("resnet20").module
+    inputs = jnp.asarray(np.random.default_rng(4).normal(size=(2, 8, 8, 3)), jnp.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    _, updated = jax.jit(partial(module.apply, train=True, mutable=["batch_stats"]))(variables, inputs)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"])
     assert all(jax.tree.leaves(changed))
 
 
+@settings(max_examples=25)
 @given(
     st.integers(1, 3), st.integers(3, 9), st.integers(3, 9), st.integers(1, 4), st.sampled_from([1, 2, 3, 5]),
     st.integers(1, 3), st.sampled_from(["SAME", "VALID", [(1, 2), (0, 1)]]), st.integers(0, 2**32 - 1),
@@ -296,9 +304,9 @@ def _outputs(function, variables, network, pixels):
 @pytest.mark.parametrize(
     ("name", "forward", "count"),
     [
-        ("efficientnet_lite0", lambda r: lambda w, x: r.efficientnet_lite(w, x, 1.0), 20),
-        ("tiny_darknet", lambda r: r.tiny_darknet, 50),
-        ("resnet20", lambda r: lambda w, x: r.resnet_cifar(w, x, 3), 200),
+        ("efficientnet_lite0", lambda r: lambda w, x: r.efficientnet_lite(w, x, 1.0), 10),
+        ("tiny_darknet", lambda r: r.tiny_darknet, 30),
+        ("resnet20", lambda r: lambda w, x: r.resnet_cifar(w, x, 3), 100),
     ],
 )
 def test_trained_networks_choose_as_the_reference_does(name, forward, count, data, reference):

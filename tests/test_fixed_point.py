@@ -1,0 +1,296 @@
+"""Fixed point: every rounding and overflow against APyTypes, against Python integers, and by the published vectors."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import apytypes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from apytypes import OverflowMode, QuantizationMode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nuqjax import AutoQFormat, QFormat
+from nuqjax.fixed_point import OVERFLOW, ROUNDING, check_modes, decode, encode
+
+jit_encode = jax.jit(encode, static_argnames=("fmt", "rounding", "overflow"))
+jit_decode = jax.jit(decode, static_argnames="fmt")
+MODES = list(itertools.product(ROUNDING, OVERFLOW))
+APYTYPES_ROUNDING = {
+    "floor": QuantizationMode.TO_NEG,
+    "toward_zero": QuantizationMode.TO_ZERO,
+    "half_up": QuantizationMode.TIES_POS,
+    "half_down": QuantizationMode.TIES_NEG,
+    "half_away": QuantizationMode.TIES_AWAY,
+    "half_toward_zero": QuantizationMode.TIES_ZERO,
+    "half_even": QuantizationMode.TIES_EVEN,
+}
+APYTYPES_OVERFLOW = {"saturate": OverflowMode.SAT, "wrap": OverflowMode.WRAP}
+
+# All 12-bit words with 6 fraction bits, and formats that drop bits, keep them, or add some; short and long words,
+# signed and not, with no integer bits at all and with trailing zeros.
+WORDS = np.arange(-2048, 2048)
+SOURCE = QFormat(12, 6)
+TARGETS = (
+    QFormat(6, 3),
+    QFormat(8, 3),
+    QFormat(4, 0),
+    QFormat(12, 6),
+    QFormat(5, 6),
+    QFormat(9, 8),
+    QFormat(3, -2),
+    QFormat(1, 1),
+    QFormat(7, 3, signed=False),
+    QFormat(3, 5, signed=False),
+)
+
+
+def rounded(value: Fraction, rounding: str) -> int:
+    """A fraction to a whole number, in exact arithmetic."""
+    below = math.floor(value)
+    rest = value - below
+    if rest == 0:
+        return below
+    half = Fraction(1, 2)
+    if rest != half and rounding not in ("floor", "toward_zero"):
+        return below + (rest > half)
+    away, toward = (below + 1, below) if value > 0 else (below, below + 1)
+    return {
+        "floor": below,
+        "toward_zero": toward,
+        "half_up": below + 1,
+        "half_down": below,
+        "half_away": away,
+        "half_toward_zero": toward,
+        "half_even": below + below % 2,
+    }[rounding]
+
+
+def in_range(whole: int, word: int, signed: bool, overflow: str) -> int:
+    """A whole number brought into the range of a word."""
+    least, largest = (-(2 ** (word - 1)), 2 ** (word - 1) - 1) if signed else (0, 2**word - 1)
+    if least <= whole <= largest and not (overflow == "saturate_symmetric" and signed and whole == least):
+        return whole
+    match overflow:
+        case "saturate":
+            return largest if whole > 0 else least
+        case "saturate_symmetric":
+            return largest if whole > 0 else -largest if signed else 0
+        case "saturate_zero":
+            return 0
+        case "wrap":
+            return (whole - least) % 2**word + least
+    raise AssertionError(overflow)
+
+
+@jax.jit
+def encode_words(x):
+    """Every mode and target of the exhaustive test in one compilation."""
+    return [encode(x, f, rounding=r, overflow=o) for f, (r, o) in itertools.product(TARGETS, MODES)]
+
+
+@pytest.fixture(scope="module")
+def encoded_words():
+    keys = [(f, *modes) for f, modes in itertools.product(TARGETS, MODES)]
+    return dict(zip(keys, jax.device_get(encode_words(np.float32(WORDS / 64))), strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_12_bit_word_against_python_integers(encoded_words, target):
+    exact = [Fraction(int(word), 64) * Fraction(2) ** target.frac for word in WORDS]
+    for rounding in ROUNDING:
+        whole = [rounded(value, rounding) for value in exact]
+        for overflow in OVERFLOW:
+            raw = encoded_words[target, rounding, overflow]
+            assert raw.dtype == np.int32
+            wanted = [in_range(w, target.word, target.signed, overflow) for w in whole]
+            np.testing.assert_array_equal(raw, wanted, err_msg=f"{rounding}, {overflow}")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_12_bit_word_against_apytypes(encoded_words, target):
+    source = apytypes.APyFixedArray(WORDS.tolist(), bits=SOURCE.word, frac_bits=SOURCE.frac)
+    # APyTypes has signed words only: for an unsigned target it rounds into a wide word, and the range is taken here.
+    wide = target.word if target.signed else 40
+    for rounding, overflow in itertools.product(APYTYPES_ROUNDING, APYTYPES_OVERFLOW):
+        cast = source.cast(
+            bits=wide,
+            frac_bits=target.frac,
+            quantization=APYTYPES_ROUNDING[rounding],
+            overflow=APYTYPES_OVERFLOW[overflow],
+        )
+        bits = np.array(cast.to_bits(), np.int64)
+        wanted = np.where(bits >= 2 ** (wide - 1), bits - 2**wide, bits)
+        if not target.signed:
+            wanted = np.clip(wanted, 0, target.largest) if overflow == "saturate" else wanted % 2**target.word
+        np.testing.assert_array_equal(
+            encoded_words[target, rounding, overflow], wanted, err_msg=f"{rounding}, {overflow}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted"),
+    [
+        (20, [2, 2, 3, 2, 3, 2, 2]),
+        (-20, [-3, -2, -2, -2, -3, -3, -2]),
+        (-28, [-4, -3, -3, -3, -4, -4, -4]),
+        (-1, [-1, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_rounding_vectors(word, wanted):
+    """Three fraction bits dropped, by ap_fixed's modes in their order there."""
+    order = ("floor", "toward_zero", "half_up", "half_toward_zero", "half_away", "half_down", "half_even")
+    got = [jit_encode(jnp.float32(word / 8), QFormat(16, 0), rounding=mode).item() for mode in order]
+    assert got == wanted
+
+
+@pytest.mark.parametrize(
+    ("word", "rounding", "overflow", "wanted"),
+    [
+        (60, "half_up", "wrap", -8),
+        (60, "half_up", "saturate", 7),
+        (60, "half_up", "saturate_zero", 0),
+        (-68, "floor", "wrap", 7),
+        (-68, "floor", "saturate", -8),
+        (-68, "floor", "saturate_symmetric", -7),
+    ],
+)
+def test_overflow_vectors(word, rounding, overflow, wanted):
+    assert jit_encode(jnp.float32(word / 8), QFormat(4, 0), rounding=rounding, overflow=overflow).item() == wanted
+
+
+FORMATS = (QFormat(8, 7), QFormat(24, 0), QFormat(32, 40), QFormat(31, 3, signed=False))
+
+
+@jax.jit
+def encode_any(x):
+    return [encode(x, f, rounding=r, overflow=o) for f, (r, o) in itertools.product(FORMATS, MODES)]
+
+
+def check_any(values):
+    """All modes on the given values, of float32 or float64, against exact arithmetic."""
+    got = jax.device_get(encode_any(values))
+    for (fmt, (rounding, overflow)), raw in zip(itertools.product(FORMATS, MODES), got, strict=True):
+        exact = [Fraction(float(v)) * Fraction(2) ** fmt.frac for v in values]
+        wanted = [in_range(rounded(v, rounding), fmt.word, fmt.signed, overflow) for v in exact]
+        assert raw.dtype == np.int32
+        assert raw.tolist() == wanted, (fmt, rounding, overflow)
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
+halves = st.builds(math.ldexp, st.integers(-(2**23), 2**23), st.sampled_from([-1, -4, -8, -41]))
+
+
+@given(st.lists(floats | halves, min_size=8, max_size=8))
+def test_any_float32_is_rounded_once_and_exactly(values):
+    check_any(np.float32(values))
+
+
+def test_float64_beside_a_half_is_rounded_exactly():
+    at = np.array([0.5, 1.5, 2.5, 1.0, 1e15 + 0.5, 0.25])
+    at = np.concatenate([at, -at])
+    values = np.concatenate([at, np.nextafter(at, np.inf), np.nextafter(at, -np.inf)])
+    with jax.enable_x64(True):
+        check_any(np.concatenate([values * 2.0**-f.frac for f in FORMATS]))
+
+
+def test_defaults_are_half_even_and_saturate():
+    x = np.float32(WORDS / 64)
+    for target in TARGETS[:2]:
+        explicit = jit_encode(x, target, rounding="half_even", overflow="saturate")
+        np.testing.assert_array_equal(jit_encode(x, target), explicit)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats_are_encoded_by_their_exact_values(dtype):
+    x = jnp.asarray(np.linspace(-3, 3, 500), dtype)
+    np.testing.assert_array_equal(jit_encode(x, QFormat(9, 6)), jit_encode(x.astype(jnp.float32), QFormat(9, 6)))
+
+
+@pytest.mark.parametrize(
+    "fmt", [QFormat(1, 0), QFormat(8, 6), QFormat(12, 20), QFormat(12, -7), QFormat(12, 3, signed=False)], ids=str
+)
+def test_every_word_comes_back(fmt):
+    words = np.arange(fmt.least, fmt.largest + 1)
+    values = jit_decode(jnp.asarray(words), fmt)
+    assert values.dtype == jnp.float32
+    np.testing.assert_array_equal(values, words * 2.0**-fmt.frac)
+    assert (values[0], values[-1]) == fmt.range
+    for rounding, overflow in [("half_even", "saturate"), ("floor", "wrap"), ("toward_zero", "saturate_zero")]:
+        np.testing.assert_array_equal(jit_encode(values, fmt, rounding=rounding, overflow=overflow), words)
+    stored = words.astype(fmt.storage_dtype)
+    np.testing.assert_array_equal(stored, words)
+    np.testing.assert_array_equal(jit_decode(jnp.asarray(stored), fmt), values)
+
+
+def test_decode_rounds_long_words_once():
+    words = np.array([2**31 - 1, 2**30 + 1, -(2**31), 2**24 + 1, 2**25 + 3, -(2**26) - 9], np.int32)
+    for frac in (0, 31, -20):
+        wanted = (words.astype(np.float64) * 2.0**-frac).astype(np.float32)
+        np.testing.assert_array_equal(jit_decode(jnp.asarray(words), QFormat(32, frac)), wanted)
+
+
+def test_the_same_bits_with_x64_on():
+    x = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    fmt = QFormat(8, 6)
+    raw, values = jit_encode(x, fmt), jit_decode(jit_encode(x, fmt), fmt)
+    with jax.enable_x64(True):
+        assert jit_encode(jnp.asarray(x), fmt).dtype == jnp.int32
+        assert jit_decode(raw, fmt).dtype == jnp.float32
+        np.testing.assert_array_equal(jit_encode(jnp.asarray(x), fmt), raw)
+        np.testing.assert_array_equal(jit_decode(raw, fmt), values)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (2, 3)])
+def test_shapes(shape):
+    raw = jit_encode(jnp.ones(shape), QFormat(8, 4))
+    assert raw.shape == shape
+    assert jit_decode(raw, QFormat(8, 4)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("word", "signed", "least", "largest", "storage"),
+    [
+        (1, True, -1, 0, "int8"),
+        (8, True, -128, 127, "int8"),
+        (9, True, -256, 255, "int16"),
+        (17, True, -65536, 65535, "int32"),
+        (32, True, -(2**31), 2**31 - 1, "int32"),
+        (1, False, 0, 1, "uint8"),
+        (8, False, 0, 255, "uint8"),
+        (16, False, 0, 65535, "uint16"),
+        (31, False, 0, 2**31 - 1, "uint32"),
+    ],
+)
+def test_range_and_storage(word, signed, least, largest, storage):
+    fmt = QFormat(word, 3, signed)
+    assert (fmt.least, fmt.largest) == (least, largest)
+    assert fmt.range == (least / 8, largest / 8)
+    assert fmt.storage_dtype == storage
+
+
+@pytest.mark.parametrize("kind", [lambda *a: QFormat(a[0], 0, *a[1:]), AutoQFormat], ids=["QFormat", "AutoQFormat"])
+@pytest.mark.parametrize(
+    ("word", "signed", "most"), [(0, True, 32), (33, True, 32), (32, False, 31), (8.0, True, 32), (True, True, 32)]
+)
+def test_wrong_words(kind, word, signed, most):
+    with pytest.raises(ValueError, match=f"QFormat: a word of {word!r} bits, but a whole number from 1 to {most} is"):
+        kind(word, signed)
+
+
+@pytest.mark.parametrize("frac", [513, -513, 1.5, True, None])
+def test_wrong_fraction_bits(frac):
+    with pytest.raises(ValueError, match=f"QFormat: frac {frac!r}, but a whole number from -512 to 512"):
+        QFormat(8, frac)
+
+
+def test_wrong_modes_are_told_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown rounding 'nearest'; known: floor, .*half_even"):
+        encode(jnp.ones(2), QFormat(8, 4), rounding="nearest")
+    with pytest.raises(ValueError, match=r"unknown overflow 'clip'; known: saturate, .*wrap"):
+        encode(jnp.ones(2), QFormat(8, 4), overflow="clip")
+    for rounding, overflow in MODES:
+        check_modes(rounding, overflow)
