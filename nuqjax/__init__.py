@@ -1,4 +1,4 @@
-"""Codebook quantization for JAX: any parameter pytree, provably optimal levels, the model unchanged."""
+"""Codebook quantization for JAX: any parameter pytree, k-means levels, the model unchanged."""
 
 from nuqjax.apply import apply
 from nuqjax.assign import Fit, assign

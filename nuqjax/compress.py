@@ -68,8 +68,8 @@ def compress(
       rules: `Rule`s; the first that matches a leaf's path sets its options.
       sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
         squared error of each value is weighted by its own.
-      tolerance: prove each `"knq"` fit to this relative gap to the optimum and report it as `certificate`; None leaves
-        the proof out, not the optimality.
+      tolerance: a number has a lower bound on each `"knq"` fit's error computed, and the relative gap to it reported as
+        `certificate` (`nuqjax.fit` says how tight it is); None leaves the proof out, not the quality.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
       progress: show a progress bar.

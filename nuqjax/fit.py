@@ -41,7 +41,8 @@ def fit(
     """Fits `num_levels` levels to each row of values. Pure, and jittable with all but the arrays static.
 
     Methods:
-      - `"knq"`: the levels that minimise Σ wᵢ (xᵢ − level)² over all choices of levels: the global k-means optimum.
+      - `"knq"`: the levels that minimise Σ wᵢ (xᵢ − level)² over all choices of levels: the global k-means optimum,
+        exact and proven on short rows (`nuqjax.fit_knq` says how far on long ones).
       - `"enq"`: equal-width intervals represented by their means (our reading of arXiv 1607.02720).
       - `"uniform"`, `"uniform_pow2"`: the two's-complement grid at the (power-of-two) step of least squared error.
       - `"dfp"`: Ristretto's dynamic fixed point.
@@ -56,8 +57,9 @@ def fit(
       weights: `[R, N]` non-negative importances; a value of weight 0 does not count. None: 1 each.
       mask: `[R, N]` bool, False where a value does not count. None: all count.
       keep_zero: one level is exactly 0.
-      tolerance: for `"knq"`, refine until `(sse − lower_bound) / sse` is at most this; None leaves the proof out (then
-        `lower_bound` is 0), and the levels are as good.
+      tolerance: for `"knq"`, None leaves the proof out (then `lower_bound` is 0), and the levels are as good; a number
+        has `lower_bound` computed: to about 1e-7 of `sse` for rows with no more distinct values than 1024 (256 if there
+        are more than eight rows), and as coarsely as some hundred cells allow for longer ones.
 
     Returns:
       A `Fit`: `levels [R, K]` ascending, in the rows' units and float32 (float64 for float64 rows); `sse [R]` and

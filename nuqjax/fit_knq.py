@@ -68,8 +68,8 @@ def fit_knq(
         _fit_sorted, num_levels=num_levels, keep_zero=keep_zero, prove=tolerance is not None, dense_cuts=dense_cuts
     )
     if any(_elsewhere(x) for x in (rows, weights, mask)):
-        return _fit_traced(rows, weights, mask, dtype, options, dense_cuts)
-    return _fit_on_host(np.asarray(rows), _host(weights), _host(mask), dtype, options, dense_cuts)
+        return _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts)
+    return _fit_on_host(np.asarray(rows), _host(weights), _host(mask), keep_zero, dtype, options, dense_cuts)
 
 
 def _dense_cuts(count: int, length: int) -> int:
@@ -98,7 +98,7 @@ def _chunk(size: int) -> int:
     return max(1, min(1024, 2**20 // size**2))
 
 
-def _fit_on_host(rows, weights, mask, dtype, options, dense_cuts) -> Fit:
+def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> Fit:
     sizes = [size for size in _SIZES if size <= dense_cuts]
     scale = _host_scale(rows, mask, dtype)
     chunk = _chunk(next((size for size in sizes if size >= rows.shape[1]), dense_cuts))
@@ -112,7 +112,7 @@ def _fit_on_host(rows, weights, mask, dtype, options, dense_cuts) -> Fit:
             part = [scaled, *(None if x is None else x[here] for x in (weights, mask))]
             if fill:
                 part = [None if x is None else np.concatenate([x, np.repeat(x[-1:], fill, axis=0)]) for x in part]
-            ordered = sort_on_host(*part, sizes)
+            ordered = sort_on_host(*part, keep_zero, sizes)
             levels, bound = options(ordered)
             heaviest = None if weights is None else _heaviest(*part[1:])
             # Levels are rounded in the units of the rows, and their error is that of what was rounded.
@@ -155,7 +155,7 @@ def _host_error(rows: SortedRows, levels: np.ndarray) -> np.ndarray:
     return errors
 
 
-def _fit_traced(rows, weights, mask, dtype, options, dense_cuts) -> Fit:
+def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> Fit:
     scale = row_scale(rows, mask)
     unit = 1 / scale
     scaled = rows.astype(dtype) * unit[:, None]
@@ -168,7 +168,7 @@ def _fit_traced(rows, weights, mask, dtype, options, dense_cuts) -> Fit:
         values = next(given)
         heavy = None if weights is None else next(given)
         counted = None if mask is None else next(given)
-        ordered = sort_traced(values, heavy, counted)
+        ordered = sort_traced(values, heavy, counted, keep_zero)
         levels, bound = options(ordered)
         if heavy is not None:
             heavy = lax.convert_element_type(heavy, jnp.float64)

@@ -23,7 +23,7 @@ class SortedRows(NamedTuple):
       count: `[R, D + 1]` weight below each cut: int64 where all weights are 1, else float64.
       total: `[R, D + 1]` weight times value below each cut, in units of 2^−frac; of the same dtype.
       distinct: `[R]` int64 number of distinct values, so the last cut.
-      zero: `[R]` int64 cut just below zero: where a level is pinned to zero, it stands there.
+      zero: `[R]` int64 cut just below the value zero, which is there (of weight 0, maybe) where a level is pinned to it.
       square: `[R]` float64 Σ weight · value².
       slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
       frac: fraction bits of `total`.
@@ -45,13 +45,13 @@ def fraction_bits(length: int) -> int:
 
 
 def sort_on_host(
-    rows: np.ndarray, weights: np.ndarray | None, mask: np.ndarray | None, sizes: Sequence[int]
+    rows: np.ndarray, weights: np.ndarray | None, mask: np.ndarray | None, keep_zero: bool, sizes: Sequence[int]
 ) -> SortedRows:
     """Sorts rows `[R, N]`, of magnitude below 2, with NumPy; few values are extended to the next of `sizes`."""
     count, length = rows.shape
     frac = fraction_bits(length)
     parts = [
-        _sort_row(rows[r], None if weights is None else weights[r], None if mask is None else mask[r], frac)
+        _sort_row(rows[r], None if weights is None else weights[r], None if mask is None else mask[r], keep_zero, frac)
         for r in range(count)
     ]
     most = max(len(values) for values, *_ in parts)
@@ -68,7 +68,7 @@ def sort_on_host(
     )
 
 
-def _sort_row(row, weights, mask, frac):
+def _sort_row(row, weights, mask, keep_zero, frac):
     """The distinct values, their running weights and sums, Σ weight · value², and the slack."""
     if mask is not None:
         row, weights = row[mask], None if weights is None else weights[mask]
@@ -88,11 +88,19 @@ def _sort_row(row, weights, mask, frac):
     first = np.flatnonzero(new)
     edges = np.append(first, len(values))
     totals = np.concatenate([np.zeros(1, np.int64), np.cumsum(moments)])[edges]
+    values_square = values * values
+    values = values[first]
     if masses is None:
-        return values[first], edges.astype(np.int64), totals, float(np.dot(values, values)), slack
-    counts = np.concatenate([np.zeros(1, np.int64), np.cumsum(masses)])[edges]
-    square = float(np.dot(values * values, np.ldexp(masses.astype(np.float64), -frac)))
-    return values[first], np.ldexp(counts.astype(np.float64), -frac), totals.astype(np.float64), square, slack
+        counts, square = edges.astype(np.int64), float(values_square.sum())
+    else:
+        counts = np.ldexp(np.concatenate([np.zeros(1, np.int64), np.cumsum(masses)])[edges].astype(np.float64), -frac)
+        totals = totals.astype(np.float64)
+        square = float(np.dot(values_square, np.ldexp(masses.astype(np.float64), -frac)))
+    zero = int(np.searchsorted(values, 0.0))
+    if keep_zero and not (zero < len(values) and values[zero] == 0):
+        values = np.insert(values, zero, 0.0)
+        counts, totals = np.insert(counts, zero, counts[zero]), np.insert(totals, zero, totals[zero])
+    return values, counts, totals, square, slack
 
 
 def _weighted(xp, values, shares, frac):
@@ -114,43 +122,49 @@ def _extended(array: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([array, np.full(length - len(array), array[-1], array.dtype)])
 
 
-def sort_traced(rows, weights, mask) -> SortedRows:
+def sort_traced(rows, weights, mask, keep_zero: bool) -> SortedRows:
     """Sorts rows `[R, N]`, of magnitude below 2, in JAX; to be traced where 64-bit types are enabled."""
-    length = rows.shape[1]
-    frac = fraction_bits(length)
+    frac = fraction_bits(rows.shape[1])
     counted = jnp.ones(rows.shape, bool) if mask is None else mask
     if weights is not None:
         counted = counted & (weights > 0)
     keys = jnp.where(counted, lax.convert_element_type(rows, jnp.float64) + 0.0, jnp.inf)
-    if weights is None:
+    shares = counted.astype(jnp.float64)
+    if weights is not None:
+        shares = jnp.where(counted, lax.convert_element_type(weights, jnp.float64), 0.0)
+        largest = jnp.max(shares, axis=1, keepdims=True, initial=0)
+        shares = shares / jnp.where(largest > 0, largest, 1.0)
+    if keep_zero:
+        pin = jnp.zeros((rows.shape[0], 1))
+        keys, shares = jnp.concatenate([keys, pin], axis=1), jnp.concatenate([shares, pin], axis=1)
+    length = keys.shape[1]
+    if keep_zero or weights is not None:
+        values, shares = lax.sort((keys, shares), dimension=1, num_keys=1)
+    else:
         values = lax.sort(keys, dimension=1)
-        there = values < jnp.inf
-        values = jnp.where(there, values, 0.0)
-        masses = there.astype(jnp.int64)
+        shares = (values < jnp.inf).astype(jnp.float64)
+    there = values < jnp.inf
+    values = jnp.where(there, values, 0.0)
+    if weights is None:
+        masses = shares.astype(jnp.int64)
         moments = jnp.rint(values * 2.0**frac).astype(jnp.int64)
         square = jnp.sum(values * values, axis=1)
         slack = 4 * jnp.sum(jnp.abs(values - moments.astype(jnp.float64) * 2.0**-frac), axis=1)
     else:
-        heavy = lax.convert_element_type(weights, jnp.float64)
-        heavy = jnp.where(counted, heavy, 0.0)
-        largest = jnp.max(heavy, axis=1, keepdims=True, initial=0)
-        values, heavy = lax.sort((keys, heavy / jnp.where(largest > 0, largest, 1.0)), dimension=1, num_keys=1)
-        there = values < jnp.inf
-        values = jnp.where(there, values, 0.0)
-        moments, masses = _weighted(jnp, values, heavy, frac)
+        moments, masses = _weighted(jnp, values, shares, frac)
         square = jnp.sum(values * values * (masses.astype(jnp.float64) * 2.0**-frac), axis=1)
-        slack = _weighted_slack(jnp, values, heavy, moments, masses, frac)
+        slack = _weighted_slack(jnp, values, shares, moments, masses, frac)
     new = there & jnp.concatenate([jnp.ones_like(there[:, :1]), values[:, 1:] != values[:, :-1]], axis=1)
     place = jnp.cumsum(new, axis=1, dtype=jnp.int32)  # of the value's run, from 1
     distinct = place[:, -1:]
-    rows_index = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], rows.shape)
+    rows_index = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], keys.shape)
 
     def by_run(amounts, like):  # sums of each run, then of all runs before
         runs = jnp.zeros((rows.shape[0], length + 1), like.dtype)
         runs = runs.at[rows_index, jnp.where(there, place, 0)].add(amounts, mode="promise_in_bounds")
         return jnp.cumsum(runs.at[:, 0].set(0), axis=1)
 
-    compact = jnp.zeros(rows.shape, values.dtype)
+    compact = jnp.zeros(keys.shape, values.dtype)
     slot = jnp.where(new, place - 1, length)
     compact = compact.at[rows_index, slot].set(values, mode="drop")
     last = jnp.take_along_axis(compact, jnp.maximum(distinct - 1, 0), axis=1, mode="clip")

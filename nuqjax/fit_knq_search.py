@@ -275,8 +275,9 @@ def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: in
     """
     xp = namespace(rows.values)
     count = min(dense_cuts, rows.values.shape[1])
-    if num_levels == 1:
-        return xp.zeros((rows.values.shape[0], 0), xp.int64)
+    few = rows.values.shape[1] <= num_levels or (xp is np and (rows.distinct <= num_levels).all())
+    if num_levels == 1 or few:  # every value its own level
+        return xp.minimum(xp.arange(1, num_levels, dtype=xp.int64), rows.distinct[:, None])
     cuts = coarse_cuts(rows, count)
     found, _ = _dense_rows(
         take(rows.count, cuts), take(rows.total, cuts), _above(rows, cuts, keep_zero), None, None, num_levels

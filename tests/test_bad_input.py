@@ -109,7 +109,9 @@ def test_scale(scale):
     refused(f"conv/kernel: {wanted}", rules=[Rule("kernel", scale=scale)])
 
 
-@pytest.mark.parametrize("codebook_format", ["float9", jnp.int8, "bool", 8, object()], ids=str)
+@pytest.mark.parametrize(
+    "codebook_format", ["float9", jnp.int8, "bool", 8, object()], ids=lambda x: getattr(x, "__name__", type(x).__name__)
+)
 def test_codebook_format(codebook_format):
     wanted = "None, a floating dtype, a QFormat or an AutoQFormat is wanted"
     refused(f"compress: codebook_format=.*, but {wanted}", codebook_format=codebook_format)
