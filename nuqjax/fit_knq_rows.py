@@ -23,7 +23,7 @@ class SortedRows(NamedTuple):
       count: `[R, D + 1]` weight below each cut: int64 where all weights are 1, else float64.
       total: `[R, D + 1]` weight times value below each cut, in units of 2^−frac; of the same dtype.
       distinct: `[R]` int64 number of distinct values, so the last cut.
-      zero: `[R]` int64 cut just below the value zero, which is there (of weight 0, maybe) where a level is pinned to it.
+      zero: `[R]` int64 cut just below the value zero, which is there (maybe of weight 0) where a level is pinned to it.
       square: `[R]` float64 Σ weight · value².
       slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
       frac: fraction bits of `total`.
