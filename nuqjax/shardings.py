@@ -34,8 +34,8 @@ def shardings(cparams: Any, param_shardings: Any) -> Any:
     >>> params = {"w": jnp.arange(4096.0).reshape(64, 64)}
     >>> cparams = nuqjax.compress(params, bits=4, granularity="channel")
     >>> placed = shardings(cparams, {"w": NamedSharding(mesh, P(None, "model"))})
-    >>> placed["w"].packed.spec, placed["w"].levels.spec
-    (PartitionSpec('model', None), PartitionSpec('model', None))
+    >>> tuple(placed["w"].packed.spec), tuple(placed["w"].levels.spec)
+    (('model', None), ('model', None))
     """
     leaves, structure = jax.tree.flatten(cparams, is_leaf=is_codebook_array)
     if isinstance(param_shardings, Sharding):
