@@ -23,7 +23,8 @@ from jax import lax
 
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
 from nuqjax.fit_knq_rows import SortedRows, sort_on_host, sort_traced
-from nuqjax.fit_knq_search import namespace, partition, squared_error_bound, take
+from nuqjax.fit_knq_search import partition, squared_error_bound, take
+from nuqjax.rows import namespace
 
 _SIZES = (16, 64, 256, 512, 1024)  # of rows with few distinct values: few shapes to compile
 _FEW_ROWS = 8

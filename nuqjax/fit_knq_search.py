@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.fit_knq_rows import SortedRows
+from nuqjax.rows import namespace
 
 _BAND_LEVELS = 16  # from here on the dense programme's cells are too coarse
 _CELLS = 32  # of an interval in the banded programme
@@ -33,11 +34,6 @@ _FEW_ROWS = 8  # that may be searched with wide windows
 _PIN = 2.0**80  # the weight of the level that is pinned to zero: S²/(n + 2^80) is nothing beside S²/n
 _ROUNDS = 64
 _REDISTRIBUTIONS = 3
-
-
-def namespace(array: Any) -> Any:
-    """`numpy` for a NumPy array, else `jax.numpy`."""
-    return np if isinstance(array, np.ndarray) else jnp
 
 
 def take(array, index):

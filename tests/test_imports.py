@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"jax"}),
     "rows": (set(), ARRAYS),
     "assign": (set(), ARRAYS),
-    "fit_knq": ({"assign"}, ARRAYS),
+    "fit_knq": ({"assign", "rows"}, ARRAYS),
     "fit_enq": ({"assign"}, ARRAYS),
     "fit_grid": ({"assign"}, ARRAYS),
     "fit": ({"assign", *FITS}, ARRAYS),
