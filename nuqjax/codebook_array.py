@@ -268,16 +268,6 @@ def _decode_slice(leaf: CodebookArray) -> jax.Array:
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
 
 
-def indices_of(leaf: CodebookArray) -> jax.Array:
-    """`[*S, R, N]` uint8 indices by row; zero where a short group is padded."""
-
-    def of_slice(leaf):
-        inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)[1]
-        return rows_.to_rows(packing.unpack(leaf.packed, leaf.bits, inputs), leaf.granularity)
-
-    return _over_stack(of_slice, leaf)(leaf)
-
-
 def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:
     """The leaf with floating levels `[*S, R, K]` in place of its own."""
     if jnp.shape(levels) != leaf.levels.shape:

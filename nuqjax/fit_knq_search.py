@@ -30,7 +30,7 @@ _BAND_LEVELS = 16  # from here on the dense programme's cells are too coarse
 _CELLS = 32  # of an interval in the banded programme
 _BAND = 4  # times the mean number of cells of an interval
 _NARROW, _WIDE = 16, 128  # steps of a window to each side
-_FEW_ROWS = 8  # that may be searched with wide windows
+_WIDE_FROM = 512  # cuts of the dense programme: with fewer, rows are many and windows stay narrow
 _PIN = 2.0**80  # the weight of the level that is pinned to zero: S²/(n + 2^80) is nothing beside S²/n
 _ROUNDS = 64
 _REDISTRIBUTIONS = 3
@@ -290,7 +290,7 @@ def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: in
             found = _banded_rows(take(rows.count, cuts), take(rows.total, cuts), above, end, num_levels, _BAND * cells)
             best = take(cuts, _like(found, xp))
     best = _refine(rows, best, keep_zero, _NARROW, _ROUNDS)
-    if num_levels < _BAND_LEVELS or rows.values.shape[0] > _FEW_ROWS:
+    if num_levels < _BAND_LEVELS or dense_cuts < _WIDE_FROM:
         return best
     best = _refine(rows, best, keep_zero, _WIDE, 1)
     return _refine(rows, best, keep_zero, _NARROW, _ROUNDS)

@@ -143,7 +143,7 @@ PATHS = {"plain": (), "both": ("weights", "mask")}
 
 
 @pytest.mark.parametrize("given_arrays", PATHS)
-@pytest.mark.parametrize(("count", "length", "num_levels"), [(1, 1500, 4), (20, 40, 5)])
+@pytest.mark.parametrize(("count", "length", "num_levels"), [(1, 1500, 4), (20, 40, 5), (18, 300, 16)])
 def test_host_and_traced_paths_agree_bit_for_bit(given_arrays, count, length, num_levels):
     generator = np.random.default_rng(2)
     rows = jnp.asarray(generator.standard_t(3, (count, length)), jnp.float32)
