@@ -77,7 +77,7 @@ def train(model: nn.Module, data: Digits, progress: Progress, epochs: int = 30, 
     """The model's variables after training with Adam on a cosine schedule; the same on every run."""
     steps = len(data.train_images) // batch
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, epochs * steps))
-    variables = model.init(jax.random.key(SEED), data.train_images[:1])
+    variables = jax.jit(model.init)(jax.random.key(SEED), data.train_images[:1])
 
     def loss(variables, images, labels):
         logits = jnp.asarray(model.apply(variables, images))
@@ -114,7 +114,7 @@ class Result:
 
 def accuracy(logits: jax.Array, labels: np.ndarray) -> float:
     """The share of images whose largest logit is their label's."""
-    return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels))
+    return float(np.mean(np.argmax(logits, axis=-1) == labels))
 
 
 def sweep(model: nn.Module, variables: Any, data: Digits, bits: Sequence[int], progress: Progress) -> list[Result]:

@@ -49,13 +49,13 @@ def fit_enq(
     any_counted = counted.any(axis=-1)
     low = jnp.where(any_counted, jnp.min(values, axis=-1, initial=jnp.inf, where=counted), 0)
     high = jnp.where(any_counted, jnp.max(values, axis=-1, initial=-jnp.inf, where=counted), 0)
-    importance = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    importance = None if weights is None else jnp.where(counted, weights, 0).astype(dtype)
     with jax.enable_x64(True):
-        levels = _interval_means(values, importance, low, high, num_levels).astype(dtype)
+        levels = _interval_means(values, counted, importance, low, high, num_levels).astype(dtype)
     return finish(rows, levels, weights, mask, keep_zero)
 
 
-def _interval_means(values, importance, low, high, num_levels):
+def _interval_means(values, counted, importance, low, high, num_levels):
     """`[R, K]` float64 means. Sums are of integers, so that no order of summation changes them."""
     low, high = low.astype(jnp.float64)[:, None], high.astype(jnp.float64)[:, None]
     width = high - low
@@ -63,18 +63,18 @@ def _interval_means(values, importance, low, high, num_levels):
     interval = jnp.clip(place.astype(jnp.int32), 0, num_levels - 1)
     inside = jnp.where(place < num_levels, lax.rem(jnp.maximum(place, 0), 1.0), 1)
 
-    def mean(importance, interval, inside):
-        # Relative to the interval's heaviest value, so that an interval of light values is as exact as any.
+    def relative(importance, interval):
+        """To the interval's heaviest value, so that an interval of light values is as exact as any."""
         heaviest = jnp.zeros(num_levels, jnp.float64).at[interval].max(importance, mode="promise_in_bounds")
-        share = importance / jnp.where(heaviest > 0, heaviest, 1)[interval]
+        return importance / jnp.where(heaviest > 0, heaviest, 1)[interval]
 
-        def total(amount):
-            whole = jnp.round(amount * _UNIT).astype(jnp.int64)
-            return jnp.zeros(num_levels, jnp.int64).at[interval].add(whole, mode="promise_in_bounds")
-
-        mass, moment = total(share).astype(jnp.float64), total(share * inside).astype(jnp.float64)
+    def mean(share, interval, inside):
+        whole = jnp.round(jnp.stack([share, share * inside], axis=-1) * _UNIT).astype(jnp.int64)
+        totals = jnp.zeros((num_levels, 2), jnp.int64).at[interval].add(whole, mode="promise_in_bounds")
+        mass, moment = totals.T.astype(jnp.float64)
         return jnp.where(mass > 0, moment / jnp.where(mass > 0, mass, 1), 0.5)
 
-    means = jax.vmap(mean)(importance.astype(jnp.float64), interval, inside)
+    share = counted if importance is None else jax.vmap(relative)(importance.astype(jnp.float64), interval)
+    means = jax.vmap(mean)(share.astype(jnp.float64), interval, inside)
     offset = (jnp.arange(num_levels, dtype=jnp.int32) + means) / num_levels * width
     return low + jnp.minimum(offset, width)  # which also keeps the product out of a fused multiply-add

@@ -23,11 +23,13 @@ from jax import lax
 
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
 from nuqjax.fit_knq_rows import SortedRows, sort_on_host, sort_traced
-from nuqjax.fit_knq_search import partition, squared_error_bound, take
+from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_search import partition, polish, squared_error_bound, take
 from nuqjax.rows import namespace
 
 _SIZES = (16, 64, 256, 512, 1024)  # of rows with few distinct values: few shapes to compile
 _FEW_ROWS = 8
+_SHORT = 256  # distinct values that the dense programme holds and proves by itself, however many rows
 
 
 def fit_knq(
@@ -49,7 +51,8 @@ def fit_knq(
       weights: `[R, N]` non-negative, or None for 1 each; a value of weight 0 does not count.
       mask: `[R, N]` bool, False where a value does not count, or None.
       keep_zero: the optimum among levels of which one is exactly 0.
-      tolerance: None leaves `lower_bound` at 0 and saves the time that it takes; any number has it computed.
+      tolerance: the relative gap between `sse` and `lower_bound` at which the search may stop; None leaves
+        `lower_bound` at 0 and saves the time that the proof takes.
 
     Returns:
       A `Fit`. A row with no more distinct values than levels comes back exactly; spare levels repeat the last.
@@ -66,7 +69,7 @@ def fit_knq(
         return Fit(jnp.zeros((count, num_levels), dtype), empty, empty, jnp.ones(count, dtype))
     dense_cuts = _dense_cuts(count, length)
     options = functools.partial(
-        _fit_sorted, num_levels=num_levels, keep_zero=keep_zero, prove=tolerance is not None, dense_cuts=dense_cuts
+        _fit_sorted, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance, dense_cuts=dense_cuts
     )
     if any(_elsewhere(x) for x in (rows, weights, mask)):
         return _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts)
@@ -114,7 +117,7 @@ def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> 
             if fill:
                 part = [None if x is None else np.concatenate([x, np.repeat(x[-1:], fill, axis=0)]) for x in part]
             ordered = sort_on_host(*part, keep_zero, sizes)
-            levels, bound = options(ordered)
+            levels, bound = options(ordered, fitted=fitted)
             heaviest = None if weights is None else _heaviest(*part[1:])
             # Levels are rounded in the units of the rows, and their error is that of what was rounded.
             levels = np.ldexp(levels[:fitted], scale[here, None]).astype(dtype)
@@ -150,7 +153,8 @@ def _host_error(rows: SortedRows, levels: np.ndarray) -> np.ndarray:
     errors = np.empty(len(levels))
     for r, row_levels in enumerate(levels):
         distinct = int(rows.distinct[r])
-        values, weight = rows.values[r, :distinct], np.diff(rows.count[r, : distinct + 1])
+        values = rows.values[r, :distinct]
+        weight = np.diff(rows.count[r, : distinct + 1]) if rows.weight is None else rows.weight[r, :distinct]
         nearest = np.searchsorted((row_levels[1:] + row_levels[:-1]) / 2, values)
         errors[r] = np.dot((values - row_levels[nearest]) ** 2, weight)
     return errors
@@ -193,14 +197,33 @@ def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> F
     return Fit(levels, error, bound, scale)
 
 
-def _fit_sorted(rows: SortedRows, *, num_levels: int, keep_zero: bool, prove: bool, dense_cuts: int):
+def _fit_sorted(
+    rows: SortedRows, *, num_levels: int, keep_zero: bool, tolerance: float | None, dense_cuts: int, fitted: int | None = None
+):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
     xp = namespace(rows.values)
     cuts = partition(rows, num_levels, keep_zero, dense_cuts)
-    levels = _interval_means(rows, cuts, keep_zero)
-    if not prove:
-        return levels, xp.zeros(levels.shape[0])
-    return levels, squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+    if tolerance is None:
+        bound = xp.zeros(cuts.shape[0])
+    elif xp is jnp or rows.values.shape[1] <= _SHORT:
+        bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+    else:
+        cuts, bound = _proven(rows, cuts, num_levels, keep_zero, tolerance, fitted)
+    return _interval_means(rows, cuts, keep_zero), bound
+
+
+def _proven(rows: SortedRows, cuts: np.ndarray, num_levels: int, keep_zero: bool, tolerance: float, fitted: int | None):
+    """The cuts, better ones where a proof came upon them, and the bounds of the first `fitted` rows; on the host."""
+    bounds = np.zeros(len(cuts))
+    better = cuts.copy()
+    for r, distinct in enumerate(rows.distinct[:fitted]):
+        if rows.weight is not None:
+            weight = rows.weight[r, :distinct]
+        else:
+            weight = np.diff(rows.count[r, : distinct + 1]).astype(np.float64)
+        zero = int(rows.zero[r]) if keep_zero else None
+        better[r], bounds[r] = prove(rows.values[r, :distinct], weight, zero, cuts[r], num_levels, tolerance)
+    return (cuts if (better == cuts).all() else polish(rows, better, keep_zero)), bounds
 
 
 def _interval_means(rows: SortedRows, cuts, keep_zero: bool):

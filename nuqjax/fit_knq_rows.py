@@ -22,6 +22,8 @@ class SortedRows(NamedTuple):
       values: `[R, D]` the distinct values over the row's scale, then repetitions of the last; float64.
       count: `[R, D + 1]` weight below each cut: int64 where all weights are 1, else float64.
       total: `[R, D + 1]` weight times value below each cut, in units of 2^−frac; of the same dtype.
+      weight: `[R, D]` float64 weight of each distinct value, unrounded, over the row's largest weight; None where all
+        weights are 1, and where rows are traced.
       distinct: `[R]` int64 number of distinct values, so the last cut.
       zero: `[R]` int64 cut just below the value zero, which is there (maybe of weight 0) where a level is pinned to it.
       square: `[R]` float64 Σ weight · value².
@@ -32,6 +34,7 @@ class SortedRows(NamedTuple):
     values: Any
     count: Any
     total: Any
+    weight: Any
     distinct: Any
     zero: Any
     square: Any
@@ -60,6 +63,7 @@ def sort_on_host(
         np.stack([_extended(values, most) for values, *_ in parts]),
         np.stack([_extended(counts, most + 1) for _, counts, *_ in parts]),
         np.stack([_extended(totals, most + 1) for _, _, totals, *_ in parts]),
+        None if weights is None else np.stack([_extended(heavy, most) for _, _, _, heavy, *_ in parts]),
         np.array([len(values) for values, *_ in parts], np.int64),
         np.array([np.searchsorted(values, 0.0) for values, *_ in parts], np.int64),
         np.array([square for *_, square, _ in parts]),
@@ -69,7 +73,7 @@ def sort_on_host(
 
 
 def _sort_row(row, weights, mask, keep_zero, frac):
-    """The distinct values, their running weights and sums, Σ weight · value², and the slack."""
+    """The distinct values, their running weights and sums, their weights, Σ weight · value², and the slack."""
     if mask is not None:
         row, weights = row[mask], None if weights is None else weights[mask]
     if weights is None:
@@ -90,6 +94,7 @@ def _sort_row(row, weights, mask, keep_zero, frac):
     totals = np.concatenate([np.zeros(1, np.int64), np.cumsum(moments)])[edges]
     values_square = values * values
     values = values[first]
+    heavy = np.add.reduceat(weights, first) if weights is not None and len(first) else weights
     if masses is None:
         counts, square = edges.astype(np.int64), float(values_square.sum())
     else:
@@ -100,7 +105,8 @@ def _sort_row(row, weights, mask, keep_zero, frac):
     if keep_zero and not (zero < len(values) and values[zero] == 0):
         values = np.insert(values, zero, 0.0)
         counts, totals = np.insert(counts, zero, counts[zero]), np.insert(totals, zero, totals[zero])
-    return values, counts, totals, square, slack
+        heavy = None if heavy is None else np.insert(heavy, zero, 0.0)
+    return values, counts, totals, heavy, square, slack
 
 
 def _weighted(xp, values, shares, frac):
@@ -174,4 +180,4 @@ def sort_traced(rows, weights, mask, keep_zero: bool) -> SortedRows:
         counts, totals = counts.astype(jnp.float64) * 2.0**-frac, totals.astype(jnp.float64)
     there_compact = jnp.arange(length, dtype=jnp.int32) < distinct
     zero = jnp.sum(there_compact & (compact < 0), axis=1, dtype=jnp.int64)
-    return SortedRows(compact, counts, totals, distinct[:, 0].astype(jnp.int64), zero, square, slack, frac)
+    return SortedRows(compact, counts, totals, None, distinct[:, 0].astype(jnp.int64), zero, square, slack, frac)

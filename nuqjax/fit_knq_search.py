@@ -289,11 +289,16 @@ def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: in
             above = _above(rows, cuts, keep_zero)
             found = _banded_rows(take(rows.count, cuts), take(rows.total, cuts), above, end, num_levels, _BAND * cells)
             best = take(cuts, _like(found, xp))
-    best = _refine(rows, best, keep_zero, _NARROW, _ROUNDS)
+    best = polish(rows, best, keep_zero)
     if num_levels < _BAND_LEVELS or dense_cuts < _WIDE_FROM:
         return best
     best = _refine(rows, best, keep_zero, _WIDE, 1)
-    return _refine(rows, best, keep_zero, _NARROW, _ROUNDS)
+    return polish(rows, best, keep_zero)
+
+
+def polish(rows: SortedRows, cuts, keep_zero: bool):
+    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better."""
+    return _refine(rows, cuts, keep_zero, _NARROW, _ROUNDS)
 
 
 def _like(array: Any, xp):
