@@ -11,7 +11,6 @@ from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from nuqjax.assign import Fit, finish, row_scale, working_dtype
@@ -285,9 +284,9 @@ def _best_step(values, mass, largest, *, num_levels):
         return -moment * moment / square, jnp.where(moment > 0, moment / square, step)
 
     octaves = (num_levels - 1).bit_length() + _SEARCH_DEPTH
-    down = -np.arange(octaves * _SEARCH_DENSITY + 1) / _SEARCH_DENSITY
-    around = np.arange(-_SEARCH_DENSITY, _SEARCH_DENSITY + 1) / _SEARCH_DENSITY**2
-    ratios = jnp.asarray(np.exp2(np.concatenate([down, around])), values.dtype)
+    down = -jnp.linspace(0, octaves, octaves * _SEARCH_DENSITY + 1, dtype=values.dtype)
+    around = jnp.linspace(-1, 1, 2 * _SEARCH_DENSITY + 1, dtype=values.dtype) / _SEARCH_DENSITY
+    ratios = jnp.exp2(jnp.concatenate([down, around]))
     ends = jnp.array([0, down.size, ratios.size], jnp.int32)
 
     def search(number, center):

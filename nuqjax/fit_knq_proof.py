@@ -38,9 +38,9 @@ _PRICES = 32  # tried at once when λ is searched
 _SEARCHES = 6
 _ROUNDS = 12
 _CELLS = 64  # of an interval in the first round
-_MOST_CELLS = 2**18
-_SIZES = (2**11, 2**14, 2**18)  # of the arrays of cells: few shapes to compile
-_BANDS = tuple(2**e for e in range(7, 19))
+_MOST_CELLS = 384  # of an interval in the others, where halving its cells does not need more
+_SIZES = tuple(2**e for e in range(11, 40, 3))  # of the arrays of cells: few shapes to compile
+_BANDS = tuple(2**e for e in range(7, 40))
 
 
 class Proof(NamedTuple):
@@ -160,18 +160,16 @@ def prove(
         parts = int(np.clip(np.ceil(1.2 * np.sqrt((best - bound) / (tolerance * best))), 2, 8))
         if 2 * open_cells.sum() > size:  # too coarse to tell a chain of boundaries from one moved along by half a step
             parts = int(np.clip(np.ceil(1.4 * num_levels * np.sqrt((best - bound) / best)), 2, parts))
-        parts = max(2, min(parts, _MOST_CELLS // max(1, 2 * int(open_cells.sum()))))
-        cuts, open_cells = _finer(values, cells, open_cells, parts)
+        cuts, open_cells = _finer(cells, open_cells, whole, parts)
         at = values[np.minimum(cuts, len(values) - 1)]
         known = values[np.minimum(cells.cuts, len(values) - 1)]
         above, below = np.interp(at, known, left.level), np.interp(at, known, -right.level[::-1])
         cells = _cells(values, weight, cuts, zero)
         inner = open_cells & (np.diff(cuts) > 1)
-        if len(inner) > _MOST_CELLS:
-            break
         band = _band(cells, whole)
-        if len(path) != num_levels + 1:
-            price = _price(cells, free, band, price, 1.0 + 4.0 / num_levels**2)
+        wrong = abs(len(path) - len(whole)) / num_levels
+        if wrong:  # the price falls with the cube of the number of intervals
+            price = _price(cells, free, band, price, (1 + wrong) ** 4)
     size = len(cells.weight)
     rounding = 2.0**-52 * (8 * band + 4 * num_levels) * (3 * best + np.sqrt(best * _second_moment(values, weight)))
     return Proof(whole[1:-1], max(bound - rounding, 0.0))
@@ -204,18 +202,25 @@ def _first_cuts(values, whole, zero) -> np.ndarray:
     return np.unique(np.concatenate([whole, by_rank.ravel(), by_value, pin]))
 
 
-def _finer(values, cells: _Cells, chosen, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts that part the chosen cells, and join the others; and which of the new cells lie inside a chosen one."""
-    low, high = cells.cuts[:-1][chosen, None], cells.cuts[1:][chosen, None]
-    share = np.arange(1, parts) / parts
-    by_rank = low + ((high - low) * share).astype(np.int64)
+def _finer(cells: _Cells, chosen, whole, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts that part the chosen cells, and join the others; and which of the new cells lie inside a chosen one.
+
+    Each is parted into `most`, or fewer where an interval of the partition `whole` would hold too many.
+    """
+    low, high = cells.cuts[:-1][chosen], cells.cuts[1:][chosen]
+    interval = np.searchsorted(whole, low, side="right")
+    crowd = np.bincount(interval)[interval] if len(interval) else interval
+    inner = np.minimum(np.clip(_MOST_CELLS // np.maximum(crowd, 1), 2, most), high - low) - 1
+    cell = np.repeat(np.arange(len(low)), inner)
+    number = np.arange(len(cell)) - np.repeat(np.cumsum(inner) - inner, inner) + 1
+    between = low[cell] + (high - low)[cell] * number // (inner[cell] + 1)
     kept = np.zeros(len(cells.cuts), bool)
     kept[0] = kept[-1] = True
     kept[:-1] |= chosen
     kept[1:] |= chosen
     if cells.zero is not None:
         kept[cells.zero : cells.zero + 2] = True
-    cuts = np.unique(np.concatenate([cells.cuts[kept], by_rank.ravel()]))
+    cuts = np.unique(np.concatenate([cells.cuts[kept], between]))
     return cuts, chosen[np.searchsorted(cells.cuts, cuts[:-1], side="right") - 1]
 
 
