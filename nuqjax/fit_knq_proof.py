@@ -19,20 +19,15 @@ carry the proof, each short enough to check by hand.
 The leaks are of second order in the width of the cells. Prices from the left, φ, and from the right, φ', together bound
 the error of every partition with a boundary in a given cell: where that is above the error of the levels found, no best
 partition has a boundary there, the cell needs no inner cuts and leaks nothing. The other cells are parted further, and
-the bound closes: 64-fold for parts of an eighth. (Branch and bound; the penalised programme of one pass instead of K
-layers is known from Aggarwal, Schieber and Tokuyama 1994.)
-
-Errors of cells and intervals are merged pairwise from means and squared errors (Chan, Golub and LeVeque 1983), sums of
-terms that are never negative, so nothing cancels, whatever the row; what rounding can do is subtracted at the end.
+the bound closes: 64-fold for parts of an eighth. (Branch and bound.) What rounding can do is subtracted at the end.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from nuqjax.fit_knq_path import shortest_paths
 
 _PRICES = 32  # tried at once when λ is searched
 _SEARCHES = 6
@@ -245,7 +240,7 @@ def _pass(cells: _Cells, leak, price: float, band: int) -> _Potential:
     while True:
         *_, (potential, before, level, enough) = _run(cells, at_cut, np.array([price]), band, True)
         if enough:
-            return _Potential(*(np.asarray(x)[: size + 1] for x in (potential, before, level)), band)
+            return _Potential(*(x[: size + 1] for x in (potential, before, level)), band)
         band = next(size for size in _BANDS if size > band)
 
 
@@ -254,7 +249,6 @@ def _price(cells: _Cells, free: int, band: int, guess: float, factor: float) -> 
     prices = np.geomspace(guess / factor, guess * factor, _PRICES)
     for _ in range(_SEARCHES):
         total, count, _ = _run(cells, np.zeros(len(cells.weight) + 1), prices, band, False)
-        total, count = np.asarray(total), np.asarray(count)
         right = np.flatnonzero(count == free)
         if len(right):
             return float(prices[right[len(right) // 2]])
@@ -272,79 +266,14 @@ def _run(cells: _Cells, leak, prices, band: int, tables: bool):
     length = next(length for length in _SIZES if length >= size)
 
     def padded(array):
-        return np.concatenate([array, np.zeros(length - len(array))])
+        return np.concatenate([array, np.zeros(length - len(array))])[None]
 
-    zero = -1 if cells.zero is None else cells.zero
-    return _shortest_paths(
-        padded(cells.weight), padded(cells.mean), padded(cells.square), padded(leak[:-1]), prices,
-        np.int32(size), np.int32(zero), band=band, tables=tables, pin=cells.zero is not None,
+    zero = np.array([-1 if cells.zero is None else cells.zero], np.int32)
+    found = shortest_paths(
+        padded(cells.weight), padded(cells.mean), padded(cells.square), padded(leak[:-1]), prices[None],
+        np.int32(size), zero, band=band, tables=tables, pin=cells.zero is not None,
     )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames=("band", "tables", "pin"))
-def _shortest_paths(weight, mean, square, leak, prices, size, zero, *, band: int, tables: bool, pin: bool):
-    """φ(b) = min over the `band` cuts a before b of φ(a) − leak(a) + cost(a, b) + price.
-
-    Intervals from a ≤ zero to b > zero hold the pinned level: they cost their error about 0 and no price.
-
-    Args:
-      weight, mean, square, leak: `[M]` of the cells; those from `size` on do not count.
-      prices: `[L]` penalties, each a problem of its own.
-      size, zero: int32 scalars.
-
-    Returns:
-      The last potential and the number of priced intervals, `[L]`; and with `tables`, for a single price, the
-      potentials, the cuts before, the levels of the last intervals (`[M + 1]` each) and whether the band sufficed.
-    """
-    place = jnp.arange(band, dtype=jnp.int32)
-    count = prices.shape[0]
-
-    def put(array, value, at):
-        start = (jnp.int32(0),) * (array.ndim - 1) + (at,)
-        return lax.dynamic_update_slice(array, value.reshape(*array.shape[:-1], 1), start)
-
-    def step(b, state):
-        heavy, centre, error, start, priced, potential, number, found = state
-        at = b & (band - 1)  # the ring's place of the interval that begins at cut b
-        nothing = jnp.zeros((), jnp.float64)
-        heavy, centre, error = put(heavy, nothing, at), put(centre, nothing, at), put(error, nothing, at)
-        start, priced = put(start, potential - leak[b], at), put(priced, number, at)
-        both = heavy + weight[b]
-        share = jnp.where(both > 0, weight[b] / jnp.where(both > 0, both, 1.0), 0.0)
-        apart = mean[b] - centre
-        error = error + (square[b] + apart * apart * (heavy * share))
-        centre = centre + apart * share
-        cut = b - ((at - place) & (band - 1))  # where each interval begins
-        cost, charge = error, prices[:, None]
-        if pin:
-            pinned = (cut <= zero) & (b >= zero)
-            cost, charge = jnp.where(pinned, error + both * centre * centre, error), jnp.where(pinned, 0.0, charge)
-        reached = start + cost + charge
-        potential = jnp.min(reached, axis=1)
-        chosen = jnp.min(jnp.where(reached == potential[:, None], cut, b), axis=1)
-        slot = chosen & (band - 1)
-        number = jnp.take_along_axis(priced, slot[:, None], axis=1)[:, 0] + (~pinned[slot] if pin else 1)
-        if tables:
-            potentials, before, levels, enough = found
-            oldest = (b + 1) & (band - 1)
-            enough &= (b + 1 < band) | (start[0, oldest] + cost[oldest] >= potential[0])
-            level = jnp.where(pinned[slot[0]], 0.0, centre[slot[0]]) if pin else centre[slot[0]]
-            found = (
-                put(potentials, potential[0], b + 1), put(before, chosen[0], b + 1), put(levels, level, b + 1), enough
-            )  # fmt: skip
-        return both, centre, error, start, priced, potential, number, found
-
-    long = weight.shape[0] + 1
-    found = ()
-    if tables:
-        found = jnp.zeros(long), jnp.zeros(long, jnp.int32), jnp.zeros(long), jnp.ones((), bool)
-    none = jnp.zeros(band)
-    state = (
-        none, none, none, jnp.full((count, band), jnp.inf), jnp.zeros((count, band), jnp.int32),
-        jnp.zeros(count), jnp.zeros(count, jnp.int32), found,
-    )  # fmt: skip
-    *_, potential, number, found = lax.fori_loop(jnp.int32(0), size, step, state)
-    return potential, number, found
+    return jax.tree.map(lambda x: np.asarray(x)[0], found)
 
 
 def _path(before: np.ndarray, size: int) -> np.ndarray:
