@@ -13,6 +13,8 @@ coarse cells.
 """
 
 import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,8 +24,8 @@ import numpy as np
 from jax import lax
 
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
-from nuqjax.fit_knq_rows import SortedRows, sort_on_host, sort_traced
 from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_rows import SortedRows, sort_rows
 from nuqjax.fit_knq_search import partition, polish, squared_error_bound, take
 from nuqjax.rows import namespace
 
@@ -97,34 +99,43 @@ def _host(array: Any) -> np.ndarray | None:
     return None if array is None else np.asarray(array)
 
 
-def _chunk(size: int) -> int:
-    """Rows handled at once: what their dense programmes need stays near 8 MiB."""
-    return max(1, min(1024, 2**20 // size**2))
+def _chunk(count: int, size: int) -> int:
+    """Rows handled at once: one of few numbers, for few shapes to compile."""
+    if size <= _SHORT:
+        return 64 if count <= 64 else 1024
+    return 1 if count == 1 else 16
 
 
 def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> Fit:
     sizes = [size for size in _SIZES if size <= dense_cuts]
     scale = _host_scale(rows, mask, dtype)
-    chunk = _chunk(next((size for size in sizes if size >= rows.shape[1]), dense_cuts))
-    parts = []
-    with jax.enable_x64(True):
-        for start in range(0, rows.shape[0], chunk):
-            here = slice(start, start + chunk)
-            fitted = len(rows[here])
-            fill = 0 if rows.shape[0] == 1 else chunk - fitted  # so that few shapes are compiled
-            scaled = np.ldexp(rows[here].astype(np.float64), -scale[here, None])
-            part = [scaled, *(None if x is None else x[here] for x in (weights, mask))]
-            if fill:
-                part = [None if x is None else np.concatenate([x, np.repeat(x[-1:], fill, axis=0)]) for x in part]
-            ordered = sort_on_host(*part, keep_zero, sizes)
+    chunk = _chunk(rows.shape[0], rows.shape[1])
+
+    def fit_from(start):
+        here = slice(start, start + chunk)
+        part = [None if x is None else x[here] for x in (rows.astype(dtype, copy=False), weights, mask)]
+        fitted = len(part[0])
+        fill = chunk - fitted
+        if fill:
+            part = [None if x is None else np.concatenate([x, np.repeat(x[-1:], fill, axis=0)]) for x in part]
+        unit = np.ldexp(1.0, np.pad(scale[here], (0, fill), mode="edge"))
+        with jax.enable_x64(True):  # of this thread
+            ordered = sort_rows(part[0], unit, *part[1:], keep_zero, sizes)
             levels, bound = options(ordered, fitted=fitted)
-            heaviest = None if weights is None else _heaviest(*part[1:])
-            # Levels are rounded in the units of the rows, and their error is that of what was rounded.
-            levels = np.ldexp(levels[:fitted], scale[here, None]).astype(dtype)
-            error = _host_error(ordered, np.ldexp(levels.astype(np.float64), -scale[here, None]))
-            if heaviest is not None:
-                error, bound = error * heaviest[:fitted], bound * heaviest
-            parts.append((levels, error, np.minimum(bound[:fitted], error)))
+        # Levels are rounded in the units of the rows, and their error is that of what was rounded.
+        levels = (levels[:fitted] * unit[:fitted, None]).astype(dtype)
+        error, bound = _host_error(ordered, levels.astype(np.float64) / unit[:fitted, None]), bound[:fitted]
+        if weights is not None:
+            heaviest = _heaviest(*part[1:])[:fitted]
+            error, bound = error * heaviest, bound * heaviest
+        return levels, error, np.minimum(bound, error)
+
+    starts = range(0, rows.shape[0], chunk)
+    if len(starts) == 1:
+        parts = [fit_from(0)]
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            parts = list(threads.map(fit_from, starts))
     levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
     below = np.nextafter(bound.astype(dtype), dtype.type(0))  # a bound stays one when it is rounded
     return Fit(
@@ -173,7 +184,7 @@ def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> F
         values = next(given)
         heavy = None if weights is None else next(given)
         counted = None if mask is None else next(given)
-        ordered = sort_traced(values, heavy, counted, keep_zero)
+        ordered = sort_rows(values, jnp.ones(values.shape[0]), heavy, counted, keep_zero)
         levels, bound = options(ordered)
         if heavy is not None:
             heavy = lax.convert_element_type(heavy, jnp.float64)
@@ -182,7 +193,7 @@ def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> F
 
     size = min(rows.shape[1], dense_cuts)
     with jax.enable_x64(True):
-        chunk = min(_chunk(size), rows.shape[0])
+        chunk = min(max(1, 2**20 // size**2), rows.shape[0])  # what its programmes need stays near 8 MiB
         whole = rows.shape[0] // chunk * chunk
         grouped = [x[:whole].reshape(-1, chunk, x.shape[1]) for x in inputs]
         levels, bound = lax.map(one, grouped)
@@ -198,7 +209,13 @@ def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> F
 
 
 def _fit_sorted(
-    rows: SortedRows, *, num_levels: int, keep_zero: bool, tolerance: float | None, dense_cuts: int, fitted: int | None = None
+    rows: SortedRows,
+    *,
+    num_levels: int,
+    keep_zero: bool,
+    tolerance: float | None,
+    dense_cuts: int,
+    fitted: int | None = None,
 ):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
     xp = namespace(rows.values)

@@ -1,4 +1,4 @@
-"""The penalised programme: the shortest path through the cuts of a row, where every interval costs its error and a price.
+"""The penalised programme: the shortest path through the cuts of a row; an interval costs its error and a price.
 
 Its best path has as few intervals as the price is high. One pass over the cells serves every number of levels, where
 the programme with a fixed number needs a layer for each (Aggarwal, Schieber and Tokuyama 1994). Errors of intervals are
@@ -18,17 +18,21 @@ def shortest_paths(weight, mean, square, leak, prices, size, zero, *, band: int,
     """φ(b) = min over the `band` cuts a before b of φ(a) − leak(a) + error(a, b) + price.
 
     Args:
-      weight, mean, square: `[R, M]` weight, mean and squared error of each cell; those from `size` on do not count.
+      weight: `[R, M]` of each cell; those from `size` on do not count.
+      mean: `[R, M]`.
+      square: `[R, M]` squared error of each cell about its mean.
       leak: `[R, M]` what a path gains for starting an interval at the cut below a cell.
       prices: `[R, L]` positive, each a problem of its own.
       size: int32 number of cells.
       zero: `[R]` int32 with `pin`: intervals from a cut up to `zero` to one above it hold the level 0: they cost their
         error about 0 and no price.
       band: a power of two.
+      tables: whether potentials and paths are wanted.
+      pin: whether a level is held at 0.
 
     Returns:
       `[R, L]` the last potentials φ and the numbers of priced intervals; and with `tables`, for the first price, the
-      potentials, the cuts before and the levels of the last intervals, `[R, M + 1]`, and whether the band sufficed, `[R]`.
+      potentials, the cuts before and the levels of the last intervals, `[R, M + 1]`, and if the band sufficed, `[R]`.
     """
     run = functools.partial(_one, band=band, tables=tables, pin=pin)
     return jax.vmap(run, (0, 0, 0, 0, 0, None, 0))(weight, mean, square, leak, prices, size, zero)

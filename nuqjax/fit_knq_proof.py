@@ -9,8 +9,8 @@ carry the proof, each short enough to check by hand.
 2. *Prices between cuts.* Let φ be given at the cuts and price the values of a cell, of weight n, mean μ and standard
    deviation σ, as ψᵢ = (xᵢ − C)² + α, with a total of φ's difference over the cell. Against any level c the terms
    ψᵢ − (xᵢ − c)² are linear in xᵢ, and of a linear function E max(0, f) ≤ max(0, E f) + std(f)/2. So a run that ends
-   inside a cell gains at most what it would with the cell whole or without it, plus |c − C| n σ, and nothing if f has one
-   sign on the cell; where it has both, |c − C| ≤ 2 max|x − C| + √|α|. With C chosen to make α = 0, this *leak* is
+   inside a cell gains at most what it would with the cell whole or without it, plus |c − C| n σ, and nothing if f has
+   one sign on the cell; where it has both, |c − C| ≤ 2 max|x − C| + √|α|. With C chosen to make α = 0, this *leak* is
    2 n σ max(x − C). Hence if φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a) for all cuts a < b, the prices satisfy fact 1.
 3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ. Far cuts
    need not be looked at: once φ(a₀) − leak(a₀) + cost(a₀, b) ≥ φ(b), no a ≤ a₀ can do better at b, because
@@ -121,8 +121,9 @@ def prove(
     bound = 0.0
     for _ in range(_ROUNDS):
         if paid is None:
-            paid = _pass(cells, np.zeros(len(inner)), price, band), _pass(
-                cells.reversed(), np.zeros(len(inner)), price, band
+            paid = (
+                _pass(cells, np.zeros(len(inner)), price, band),
+                _pass(cells.reversed(), np.zeros(len(inner)), price, band),
             )
             above, below = paid[0].level, -paid[1].level[::-1]
         spread = np.sqrt(cells.weight * cells.square) * 2.02
@@ -151,7 +152,7 @@ def prove(
             break
         through = forward + backward - free * price - free * max(more_up, more_down)
         dip = np.sqrt(cells.weight * cells.square) * np.abs(prices_down - prices_up)
-        open_cells &= (np.minimum(through[1:], through[:-1]) - dip <= best * (1 + 1e-9))
+        open_cells &= np.minimum(through[1:], through[:-1]) - dip <= best * (1 + 1e-9)
         parts = int(np.clip(np.ceil(1.2 * np.sqrt((best - bound) / (tolerance * best))), 2, 8))
         if 2 * open_cells.sum() > size:  # too coarse to tell a chain of boundaries from one moved along by half a step
             parts = int(np.clip(np.ceil(1.4 * num_levels * np.sqrt((best - bound) / best)), 2, parts))

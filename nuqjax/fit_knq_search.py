@@ -1,21 +1,19 @@
 """The optimal partition of sorted rows into K intervals, by dynamic programmes over few cuts.
 
 An interval's squared error is Σ w x² − S²/n, with n its weight and S its weighted sum, so a partition is optimal if it
-makes Σ S²/n greatest. Three programmes find it, each over the cuts that the one before leaves open:
+makes Σ S²/n greatest. Programmes find it over the cuts that the one before leaves open:
 
-1. *dense*: some hundred cuts spread over the whole row by rank, value and density; every partition of them.
-   If the row has no more distinct values than that, this is all, and exact.
-2. *banded* (16 levels and more): the intervals found so far parted evenly into cells, and every partition of those
-   with no interval longer than four times the mean one: levels move from where they are too dense to where they are too
-   few.
+1. *dense* (rows of few distinct values, or fewer than 16 levels): some hundred cuts spread over the whole row by rank,
+   value and density; every partition of them. If the row has no more distinct values than that, this is all, and exact.
+2. *priced* (16 levels and more): the shortest path through the cuts at a price per interval at which it has K of them
+   (`fit_knq_path`); first over cuts spread as above, then twice over the intervals found, parted evenly into cells.
 3. *windows*: each boundary may move by a few steps of its own; every combination. Steps shrink to single values, and a
-   boundary at the end of its window moves on, until nothing moves. Where rows are few and levels many, once more with
-   windows of 257 places that reach to the neighbouring boundaries, where levels can still be redistributed.
+   boundary at the end of its window moves on, until nothing moves.
 
-Every decision is made in float64 on differences of exact integer sums, and no product is followed by a sum that XLA
-could contract, so host and device, eager and jitted, decide alike.
+No product is followed by a sum that XLA could contract, so host and device, eager and jitted, decide alike.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -23,17 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.fit_knq_path import shortest_paths
 from nuqjax.fit_knq_rows import SortedRows
 from nuqjax.rows import namespace
 
-_BAND_LEVELS = 16  # from here on the dense programme's cells are too coarse
-_CELLS = 32  # of an interval in the banded programme
+_PRICED_LEVELS = 16  # from here on the dense programme's cells are too coarse
+_SPREAD = 12  # cells of an interval, on average, when nothing is known
+_CELLS = 32  # when a partition is
 _BAND = 4  # times the mean number of cells of an interval
-_NARROW, _WIDE = 16, 128  # steps of a window to each side
-_WIDE_FROM = 512  # cuts of the dense programme: with fewer, rows are many and windows stay narrow
-_PIN = 2.0**80  # the weight of the level that is pinned to zero: S²/(n + 2^80) is nothing beside S²/n
+_REDISTRIBUTIONS = 2
+_TRIALS = 12  # of a price
+_HALF = 16  # steps of a window to each side
 _ROUNDS = 64
-_REDISTRIBUTIONS = 3
+_LANES = 64  # rows that the dense programme handles at once
 
 
 def take(array, index):
@@ -129,77 +129,70 @@ def _gain(n, s):
     return s * s / jnp.where(n > 0, n, 1.0)
 
 
-def _dense(count, total, above, penalty, reach, num_levels: int):
-    """The best partition by `cuts [M + 1]`, and minus its Σ S²/n.
+@functools.partial(jax.jit, static_argnames="num_levels")
+def _dense_rows(count, total, above, penalty, reach, *, num_levels: int):
+    """The best partition by `cuts [R, M + 1]`, and minus its Σ S²/n.
 
-    `count`, `total` and `above` are `[M + 1]`: the running weights and sums at the cuts, and whether a cut lies above
-    the pinned zero. For a lower bound, `penalty [M + 1]` is what a boundary at a cut can save per unit of the extent of
-    the intervals beside it, and `reach`, two `[M + 1]`, how high and how low the intervals beside a cut may extend.
+    `count`, `total` and `above` are `[R, M + 1]`: the running weights and sums at the cuts, and whether a cut lies
+    above the pinned zero. For a lower bound, `penalty [R, M + 1]` is what a boundary at a cut can save per unit of the
+    extent of the intervals beside it, and `reach`, two `[R, M + 1]`, how high and low the intervals beside it extend.
     """
-    size = count.shape[0]
-    n = (count[None, :] - count[:, None]).astype(jnp.float64)
-    s = (total[None, :] - total[:, None]).astype(jnp.float64)
-    pinned = ~above[:, None] & above[None, :]
-    gain = jnp.where(pinned, 0.0, _gain(n, s))
-    if penalty is not None:
-        low, high = reach
-        least, most = high[:, None], low[None, :]  # of the interval: the value above its first cut, below its last
-        extent = jnp.where(pinned, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
-        gain = gain + jnp.maximum(extent, 0.0) * (penalty[:, None] + penalty[None, :])
-    place = jnp.arange(size, dtype=jnp.int32)
-    cost = jnp.where(place[:, None] <= place[None, :], -gain, jnp.inf)
+    arrays = [x for x in (count, total, above, penalty, *(reach or ())) if x is not None]
+    number = arrays[0].shape[0]
+    lanes = min(_LANES, number)
+    missing = -number % lanes
 
-    def layer(best, _):
-        return jnp.min(best[:, None] + cost, axis=0), best
+    def some(arrays):
+        count, total, above, *rest = (x.T for x in arrays)
+        return _dense(count, total, above, *((rest[0], rest[1:]) if rest else (None, None)), num_levels)
 
-    last, bests = lax.scan(layer, cost[0], None, length=num_levels - 1)
+    padded = [jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x for x in arrays]
+    cuts, best = lax.map(some, [x.reshape(-1, lanes, x.shape[1]) for x in padded])
+    cuts = cuts.transpose(0, 2, 1).reshape(number + missing, num_levels - 1)
+    return cuts[:number], best.reshape(-1)[:number]
 
-    def back(cut, best):
-        before = _first_least(best + lax.dynamic_index_in_dim(cost, cut, 1, keepdims=False), place)
+
+def _dense(count, total, above, penalty, reach, num_levels: int):
+    """As `_dense_rows`, with the rows last, `[M + 1, R]`: they fill the processor's lanes."""
+    size, number = count.shape
+    place = jnp.arange(size, dtype=jnp.int32)[:, None]
+
+    def cost(begin, end):  # of intervals; the first or the last cut of each is the same
+        n, s = (end[0] - begin[0]).astype(jnp.float64), (end[1] - begin[1]).astype(jnp.float64)
+        pinned = ~begin[2] & end[2]
+        gain = jnp.where(pinned, 0.0, _gain(n, s))
+        if penalty is not None:
+            least, most = begin[5], end[4]  # the value above the first cut, below the last
+            extent = jnp.where(pinned, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
+            gain = gain + jnp.maximum(extent, 0.0) * (begin[3] + end[3])
+        return -gain
+
+    every = [x for x in (count, total, above, penalty, *(reach or ())) if x is not None]
+    best = jnp.full((num_levels, size, number), jnp.inf)  # by the layer and the cut that its interval ends at
+    best = best.at[0].set(cost([x[:1] for x in every], every))
+    part = max(16, -(-size // 4))  # later cuts are reached from earlier ones alone: skip the others, by quarters
+    for start in range(0, size, part):
+        ends = [x[start:] for x in every]
+
+        def reach_from(cut, best, ends=ends):
+            begin = [lax.dynamic_index_in_dim(x, cut, 0) for x in ends]
+            costs = jnp.where(place[: ends[0].shape[0]] >= cut, cost(begin, ends), jnp.inf)
+            before = lax.dynamic_index_in_dim(best[:-1], cut, 1)
+            return best.at[1:].set(jnp.minimum(best[1:], before + costs))
+
+        stop = jnp.int32(min(part, size - start))
+        best = best.at[:, start:].set(lax.fori_loop(jnp.int32(0), stop, reach_from, best[:, start:]))
+
+    def back(cut, layer):
+        end = [jnp.take_along_axis(x, cut[None], axis=0) for x in every]
+        costs = jnp.where(place <= cut, cost(every, end), jnp.inf)
+        reached = lax.dynamic_index_in_dim(best, layer, 0, keepdims=False) + costs
+        before = jnp.min(jnp.where(reached == jnp.min(reached, axis=0), place, size - 1), axis=0)
         return before, before
 
-    _, cuts = lax.scan(back, jnp.int32(size - 1), bests, reverse=True)
-    return cuts, last[-1]
-
-
-def _banded(count, total, above, end, num_levels: int, band: int):
-    """As `_dense`, but no interval holds more than `band` cells, and the row ends at the cut number `end`."""
-    size = count.shape[0]
-
-    def pad(array, fill):
-        return jnp.concatenate([jnp.full(band, fill, array.dtype), array])
-
-    def earlier(array, by):  # of a padded array
-        return lax.dynamic_slice(array, (band - by,), (size,))
-
-    place, steps = jnp.arange(size, dtype=jnp.int32), jnp.arange(band + 1, dtype=jnp.int32)
-    padded = pad(count, 0), pad(total, 0), pad(above, False)
-
-    def costs(by):
-        n = (count - earlier(padded[0], by)).astype(jnp.float64)
-        s = (total - earlier(padded[1], by)).astype(jnp.float64)
-        pinned = ~earlier(padded[2], by) & above
-        return jnp.where(place >= by, -jnp.where(pinned, 0.0, _gain(n, s)), jnp.inf)
-
-    cost = lax.map(costs, steps)
-
-    def layer(best, _):
-        before = pad(best, jnp.inf)
-
-        def shorter(by, least):
-            return jnp.minimum(least, earlier(before, by) + lax.dynamic_index_in_dim(cost, by, 0, keepdims=False))
-
-        return lax.fori_loop(jnp.int32(0), jnp.int32(band + 1), shorter, jnp.full(size, jnp.inf)), best
-
-    _, bests = lax.scan(layer, jnp.where(place == 0, 0.0, jnp.inf), None, length=num_levels)
-
-    def back(cut, best):
-        before = jnp.flip(lax.dynamic_slice(pad(best, jnp.inf), (cut,), (band + 1,)))
-        by = _first_least(before + lax.dynamic_index_in_dim(cost, cut, 1, keepdims=False), steps)
-        return cut - by, cut - by
-
-    _, cuts = lax.scan(back, end, bests, reverse=True)
-    return cuts[1:]
+    last = jnp.full(number, size - 1, jnp.int32)
+    _, cuts = lax.scan(back, last, jnp.arange(num_levels - 1, dtype=jnp.int32), reverse=True)
+    return cuts, best[-1, -1]
 
 
 def _windows(count, total, above, end_count, end_total, end_above, reference, spacing):
@@ -251,8 +244,6 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     return jnp.concatenate([before, chosen[None]])
 
 
-_dense_rows = jax.jit(jax.vmap(_dense, (0, 0, 0, 0, 0, None)), static_argnums=5)
-_banded_rows = jax.jit(jax.vmap(_banded, (0, 0, 0, 0, None, None)), static_argnums=(4, 5))
 _windows_rows = jax.jit(jax.vmap(_windows))
 
 
@@ -274,45 +265,116 @@ def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: in
     few = rows.values.shape[1] <= num_levels or (xp is np and (rows.distinct <= num_levels).all())
     if num_levels == 1 or few:  # every value its own level
         return xp.minimum(xp.arange(1, num_levels, dtype=xp.int64), rows.distinct[:, None])
-    cuts = coarse_cuts(rows, count)
-    found, _ = _dense_rows(
-        take(rows.count, cuts), take(rows.total, cuts), _above(rows, cuts, keep_zero), None, None, num_levels
-    )
-    best = take(cuts, _like(found, xp))
-    if rows.values.shape[1] <= count:
-        return best
-    if num_levels >= _BAND_LEVELS:
-        cells = _CELLS
-        for _ in range(_REDISTRIBUTIONS):
-            cuts = even_cuts(rows, best, cells)
-            end = xp.sum(cuts < rows.distinct[:, None], axis=1).astype(xp.int32)
-            above = _above(rows, cuts, keep_zero)
-            found = _banded_rows(take(rows.count, cuts), take(rows.total, cuts), above, end, num_levels, _BAND * cells)
-            best = take(cuts, _like(found, xp))
-    best = polish(rows, best, keep_zero)
-    if num_levels < _BAND_LEVELS or dense_cuts < _WIDE_FROM:
-        return best
-    best = _refine(rows, best, keep_zero, _WIDE, 1)
-    return polish(rows, best, keep_zero)
+    if num_levels >= _PRICED_LEVELS and rows.values.shape[1] > count:
+        best = _priced(rows, num_levels, keep_zero)
+    else:
+        cuts = coarse_cuts(rows, count)
+        found, _ = _dense_rows(
+            take(rows.count, cuts), take(rows.total, cuts), _above(rows, cuts, keep_zero), None, None,
+            num_levels=num_levels,
+        )  # fmt: skip
+        best = take(cuts, _like(found, xp))
+    return best if rows.values.shape[1] <= count else polish(rows, best, keep_zero)
 
 
-def polish(rows: SortedRows, cuts, keep_zero: bool):
-    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better."""
-    return _refine(rows, cuts, keep_zero, _NARROW, _ROUNDS)
+def _priced(rows: SortedRows, num_levels: int, keep_zero: bool):
+    """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error."""
+    xp = namespace(rows.values)
+    length = rows.values.shape[1]
+    cuts = coarse_cuts(rows, min(_SPREAD * num_levels, length))
+    price = _first_price(rows, cuts, num_levels)
+    if length <= _CELLS * num_levels:  # room for every value
+        cuts = xp.minimum(xp.arange(length + 1, dtype=xp.int64), rows.distinct[:, None])
+        return _path(rows, cuts, price, num_levels, keep_zero, 2 * _BAND * -(-length // num_levels))[0]
+    best, price = _path(rows, cuts, price, num_levels, keep_zero, 4 * _BAND * _SPREAD)
+    for _ in range(_REDISTRIBUTIONS):
+        cuts = even_cuts(rows, best, _CELLS)
+        best, price = _path(rows, cuts, price, num_levels, keep_zero, _BAND * _CELLS)
+    return best
+
+
+def _first_price(rows: SortedRows, cuts, num_levels: int):
+    """`[R]` twice the error of an interval, by Panter and Dite (1951): (Σ (weight · width²)^⅓)³ / 12 K² in all."""
+    xp = namespace(rows.values)
+    last = xp.maximum(rows.distinct[:, None] - 1, 0)
+    least = take(rows.values, xp.minimum(cuts[:, :-1], last))
+    most = take(rows.values, xp.clip(cuts[:, 1:] - 1, 0, last))
+    n = take(rows.count, cuts).astype(xp.float64)
+    share = xp.sum(xp.cbrt((n[:, 1:] - n[:, :-1]) * (most - least) ** 2), axis=1)
+    price = share**3 / (6.0 * num_levels**3)
+    # NumPy's and XLA's roots and sums may differ in the last bit: a first guess does not need it.
+    return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
+
+
+def _path(rows: SortedRows, cuts, price, num_levels: int, keep_zero: bool, band: int):
+    """The cuts `[R, K − 1]` of the shortest path with K intervals, and its price `[R]`, searched from `price`."""
+    xp = namespace(rows.values)
+    n, s = take(rows.count, cuts), take(rows.total, cuts)
+    n, s = (n[:, 1:] - n[:, :-1]).astype(xp.float64), (s[:, 1:] - s[:, :-1]).astype(xp.float64)
+    mean = s / xp.where(n > 0, n, 1.0) * 2.0**-rows.frac
+    zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
+    nothing = xp.zeros_like(n)
+    size = n.shape[1]
+    free = num_levels - keep_zero
+    band = 1 << (min(band, size) - 1).bit_length()
+
+    def attempt(price):
+        _, number, (_, before, _, _) = shortest_paths(
+            n, mean, nothing, nothing, price[:, None], np.int32(size), zero, band=band, tables=True, pin=keep_zero
+        )
+        return _like(number, xp)[:, 0], _like(before, xp)
+
+    def next_price(price, low, high, number):
+        low, high = xp.where(number > free, price, low), xp.where(number < free, price, high)
+        guess = price * (xp.maximum(number, 1) / free) ** 3
+        bracketed = (low > 0) & (high < xp.inf)
+        middle = xp.sqrt(xp.where(bracketed, low * xp.where(bracketed, high, 1.0), 1.0))
+        between = xp.where(bracketed & ((guess <= low) | (guess >= high)), middle, guess)
+        return xp.where(number == free, price, between), low, high
+
+    number, before = attempt(price)
+    low, high = xp.zeros_like(price), xp.full_like(price, xp.inf)
+    if xp is np:
+        for _ in range(_TRIALS):
+            if (number == free).all():
+                break
+            price, low, high = next_price(price, low, high, number)
+            number, before = attempt(price)
+    else:
+
+        def wrong(state):
+            *_, number, _, trial = state
+            return jnp.any(number != free) & (trial < _TRIALS)
+
+        def again(state):
+            price, low, high, number, _, trial = state
+            price, low, high = next_price(price, low, high, number)
+            return price, low, high, *attempt(price), trial + 1
+
+        state = lax.while_loop(wrong, again, (price, low, high, number, before, jnp.int32(0)))
+        price, _, _, number, before, _ = state
+
+    # The path from its end; where no price gives K intervals, K of those that there are, evenly by rank.
+    chain = [xp.full_like(number, size)]
+    for _ in range(num_levels + num_levels // 4 + 1):
+        chain.append(take(before, chain[-1][:, None])[:, 0])
+    chain = xp.stack(chain, axis=1)
+    rank = xp.arange(num_levels - 1, 0, -1, dtype=xp.int64) * (number[:, None] + keep_zero) // num_levels
+    return take(cuts, take(chain, xp.minimum(rank, chain.shape[1] - 1))), price
 
 
 def _like(array: Any, xp):
     return np.asarray(array).astype(np.int64) if xp is np else array.astype(jnp.int64)
 
 
-def _refine(rows: SortedRows, cuts, keep_zero: bool, half: int, rounds: int):
-    """Moves the boundaries until no combination of moves is better; wide windows reach the neighbours."""
+def polish(rows: SortedRows, cuts, keep_zero: bool):
+    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better."""
     xp = namespace(rows.values)
     distinct = rows.distinct[:, None]
     whole = xp.concatenate([xp.zeros_like(distinct), cuts, distinct], axis=1)
     sizes = whole[:, 1:] - whole[:, :-1]
-    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * _NARROW if half == _NARROW else half))
-    offsets = xp.arange(-half, half + 1, dtype=xp.int64)
+    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * _HALF))
+    offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
     end_count, end_total = take(rows.count, distinct)[:, 0], take(rows.total, distinct)[:, 0]
     end_above = _above(rows, rows.distinct, keep_zero)
     if keep_zero:
@@ -333,12 +395,12 @@ def _refine(rows: SortedRows, cuts, keep_zero: bool, half: int, rounds: int):
         )  # fmt: skip
         chosen = _like(chosen, xp)
         new = xp.take_along_axis(places, chosen[:, :, None], axis=2)[:, :, 0]
-        at_end = ((chosen == 0) | (chosen == 2 * half)) & (new != cuts)
+        at_end = ((chosen == 0) | (chosen == 2 * _HALF)) & (new != cuts)
         settled = xp.all((new == cuts) & (step == 1))
         return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
 
     if xp is np:
-        for _ in range(rounds):
+        for _ in range(_ROUNDS):
             cuts, step, settled = move(cuts, step)
             if settled:
                 break
@@ -346,7 +408,7 @@ def _refine(rows: SortedRows, cuts, keep_zero: bool, half: int, rounds: int):
 
     def again(state):
         *_, settled, number = state
-        return ~settled & (number < rounds)
+        return ~settled & (number < _ROUNDS)
 
     def once(state):
         cuts, step, _, number = state
@@ -386,7 +448,9 @@ def squared_error_bound(rows: SortedRows, num_levels: int, keep_zero: bool, dens
     highest = take(rows.values, xp.clip(_shift(cuts, 1) - 1, 0, last))
     # An interval that a midpoint's rounding made shorter may reach into the cells beside its cuts.
     reach = highest, lowest
-    _, best = _dense_rows(n.astype(xp.float64), s * unit, _above(rows, cuts, keep_zero), penalty, reach, num_levels)
+    _, best = _dense_rows(
+        n.astype(xp.float64), s * unit, _above(rows, cuts, keep_zero), penalty, reach, num_levels=num_levels
+    )
     best = np.asarray(best) if xp is np else best
     rounding = rows.square * (rows.values.shape[1] + num_levels + 64) * 2.0**-51 + rows.slack
     return xp.maximum(rows.square + best - rounding, 0.0)
