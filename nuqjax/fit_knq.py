@@ -26,7 +26,7 @@ from jax import lax
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
 from nuqjax.fit_knq_proof import prove
 from nuqjax.fit_knq_rows import SortedRows, sort_rows
-from nuqjax.fit_knq_search import partition, polish, squared_error_bound, take
+from nuqjax.fit_knq_search import bound_of_sum, partition, polish, squared_error_bound, take
 from nuqjax.rows import namespace
 
 _SIZES = (16, 64, 256, 512, 1024)  # of rows with few distinct values: few shapes to compile
@@ -219,9 +219,11 @@ def _fit_sorted(
 ):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
     xp = namespace(rows.values)
-    cuts = partition(rows, num_levels, keep_zero, dense_cuts)
+    cuts, least = partition(rows, num_levels, keep_zero, dense_cuts)
     if tolerance is None:
         bound = xp.zeros(cuts.shape[0])
+    elif least is not None and (xp is jnp or rows.values.shape[1] <= _SHORT):
+        bound = bound_of_sum(rows, least, num_levels)
     elif xp is jnp or rows.values.shape[1] <= _SHORT:
         bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
     else:

@@ -258,23 +258,24 @@ def _above(rows: SortedRows, cuts, keep_zero: bool):
 def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: int):
     """`[R, K − 1]` the cuts of the best partition of each row into K intervals, some empty where values are few.
 
+    With them comes minus Σ S²/n, `[R]`, where the dense programme held every value, so that it is the least; else None.
     Runs on NumPy or JAX arrays, where 64-bit types are enabled.
     """
     xp = namespace(rows.values)
     count = min(dense_cuts, rows.values.shape[1])
     few = rows.values.shape[1] <= num_levels or (xp is np and (rows.distinct <= num_levels).all())
     if num_levels == 1 or few:  # every value its own level
-        return xp.minimum(xp.arange(1, num_levels, dtype=xp.int64), rows.distinct[:, None])
+        return xp.minimum(xp.arange(1, num_levels, dtype=xp.int64), rows.distinct[:, None]), None
     if num_levels >= _PRICED_LEVELS and rows.values.shape[1] > count:
-        best = _priced(rows, num_levels, keep_zero)
-    else:
-        cuts = coarse_cuts(rows, count)
-        found, _ = _dense_rows(
-            take(rows.count, cuts), take(rows.total, cuts), _above(rows, cuts, keep_zero), None, None,
-            num_levels=num_levels,
-        )  # fmt: skip
-        best = take(cuts, _like(found, xp))
-    return best if rows.values.shape[1] <= count else polish(rows, best, keep_zero)
+        return polish(rows, _priced(rows, num_levels, keep_zero), keep_zero), None
+    cuts = coarse_cuts(rows, count)
+    found, least = _dense_rows(
+        take(rows.count, cuts), take(rows.total, cuts), _above(rows, cuts, keep_zero), None, None, num_levels=num_levels
+    )
+    best = take(cuts, _like(found, xp))
+    if rows.values.shape[1] > count:
+        return polish(rows, best, keep_zero), None
+    return best, (np.asarray(least) if xp is np else least) * 2.0 ** (-2 * rows.frac)
 
 
 def _priced(rows: SortedRows, num_levels: int, keep_zero: bool):
@@ -451,9 +452,14 @@ def squared_error_bound(rows: SortedRows, num_levels: int, keep_zero: bool, dens
     _, best = _dense_rows(
         n.astype(xp.float64), s * unit, _above(rows, cuts, keep_zero), penalty, reach, num_levels=num_levels
     )
-    best = np.asarray(best) if xp is np else best
+    return bound_of_sum(rows, np.asarray(best) if xp is np else best, num_levels)
+
+
+def bound_of_sum(rows: SortedRows, least, num_levels: int):
+    """`[R]` Σ w x² plus the least −Σ S²/n, less what rounding can do."""
+    xp = namespace(rows.values)
     rounding = rows.square * (rows.values.shape[1] + num_levels + 64) * 2.0**-51 + rows.slack
-    return xp.maximum(rows.square + best - rounding, 0.0)
+    return xp.maximum(rows.square + least - rounding, 0.0)
 
 
 def _shift(cuts, by: int):
