@@ -421,7 +421,10 @@ def _assign(values: Any, levels: jax.Array) -> Any:
     """`[R, N]` uint8 indices; on the host if the values are there."""
     if not isinstance(values, np.ndarray):
         return assign(values, levels)
-    indices = np.asarray(_jit_assign(_padded(values), _padded_levels(levels)))
+    levels = _padded_levels(levels)
+    width = 32 if levels.shape[1] <= 32 else 256  # two executables for every number of levels
+    levels = np.pad(levels, ((0, 0), (0, width - levels.shape[1])), mode="edge")  # of equal levels the first is taken
+    indices = np.asarray(_jit_assign(_padded(values), levels))
     return indices[: values.shape[0], : values.shape[1]]
 
 
