@@ -19,6 +19,7 @@ from nuqjax import fixed_point, packing, rows
 from nuqjax.assign import assign, distortion
 from nuqjax.codebook_array import CodebookArray, decode, is_codebook_array, level_values, with_levels
 from nuqjax.fit import fit
+from nuqjax.fit_grid import uniform_levels
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.plan import LeafPlan, plan_leaves, scale_groups
 from nuqjax.report import build_report
@@ -341,6 +342,8 @@ def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[jax.Array, flo
         proven = options.method == "knq" and options.tolerance is not None and not traced
         return fitted.levels, _certificate(fitted) if proven else None
     values, weights, mask = _padded_view(view)
+    if options.method == "uniform":  # compiled for a shape, not for every number of levels too
+        return uniform_levels(values, num_levels, weights=weights, mask=mask)[: view.values.shape[0]], None
     return _jit_levels(values, num_levels, weights=weights, mask=mask, **given)[: view.values.shape[0]], None
 
 

@@ -11,6 +11,7 @@ from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nuqjax.assign import Fit, finish, row_scale, working_dtype
@@ -46,8 +47,17 @@ def fit_uniform(rows, num_levels, *, weights=None, mask=None, keep_zero=False, t
     [[-2.0, -1.0, 0.0, 1.0]]
     """
     del tolerance
-    step = _per_row(partial(_best_step, num_levels=num_levels), rows, weights, mask)
-    return finish(rows, _grid_levels(step, num_levels), weights, mask, keep_zero)
+    return finish(rows, uniform_levels(rows, num_levels, weights=weights, mask=mask), weights, mask, keep_zero)
+
+
+def uniform_levels(rows, num_levels, *, weights=None, mask=None) -> jax.Array:
+    """The levels of `fit_uniform` alone; one executable serves every number of them."""
+    return _grid_levels(_uniform_steps(rows, jnp.int32(num_levels), weights, mask), num_levels)
+
+
+@jax.jit
+def _uniform_steps(rows, num_levels, weights, mask) -> jax.Array:
+    return _per_row(partial(_best_step, num_levels=num_levels), rows, weights, mask)
 
 
 def fit_uniform_pow2(rows, num_levels, *, weights=None, mask=None, keep_zero=False, tolerance=None) -> Fit:
@@ -267,7 +277,8 @@ def _nearest(values, levels):
 
 def _multiples(values, step, num_levels):
     """Which multiple of the step in the grid is nearest to each value."""
-    return jnp.clip(jnp.round(values / step), *_grid(num_levels))
+    low, high = _grid(num_levels)
+    return jnp.clip(jnp.round(values / step), low, high)
 
 
 def _best_step(values, mass, largest, *, num_levels):
@@ -283,15 +294,16 @@ def _best_step(values, mass, largest, *, num_levels):
         square = jnp.where(square > 0, square, 1)
         return -moment * moment / square, jnp.where(moment > 0, moment / square, step)
 
-    octaves = (num_levels - 1).bit_length() + _SEARCH_DEPTH
-    down = -jnp.linspace(0, octaves, octaves * _SEARCH_DENSITY + 1, dtype=values.dtype)
-    around = jnp.linspace(-1, 1, 2 * _SEARCH_DENSITY + 1, dtype=values.dtype) / _SEARCH_DENSITY
-    ratios = jnp.exp2(jnp.concatenate([down, around]))
-    ends = jnp.array([0, down.size, ratios.size], jnp.int32)
+    octaves = 32 - lax.clz(num_levels - 1) + _SEARCH_DEPTH  # ⌈log2 K⌉ and more
+    around = 2 * _SEARCH_DENSITY + 1  # ratios of the second search, which stand first
+    exponents = np.append(np.linspace(-1, 1, around), -np.arange(16 * _SEARCH_DENSITY + 1)) / _SEARCH_DENSITY
+    ratios = jnp.exp2(jnp.array(exponents, values.dtype))
 
     def search(number, center):
         """One of the two searches, by one program for both: half the time to compile."""
-        return _of_least(lambda i: improve(center * ratios[i]), ends[number], ends[number + 1], values.dtype)
+        begin = jnp.where(number == 0, around, 0)
+        end = jnp.where(number == 0, around + octaves * _SEARCH_DENSITY + 1, around)
+        return _of_least(lambda i: improve(center * ratios[i]), begin, end, values.dtype)
 
     widest = 2 * jnp.where(largest > 0, largest, 1)  # from where on every value is nearest to zero
     return lax.fori_loop(0, 2, search, widest)

@@ -31,6 +31,7 @@ _CELLS = 32  # when a partition is
 _BAND = 4  # times the mean number of cells of an interval
 _REDISTRIBUTIONS = 2
 _TRIALS = 12  # of a price
+_ROOMS = tuple(2**e for e in range(9, 40, 2))  # of the arrays of cells: few shapes to compile
 _HALF = 16  # steps of a window to each side
 _ROUNDS = 64
 _LANES = 64  # rows that the dense programme handles at once
@@ -170,18 +171,13 @@ def _dense(count, total, above, penalty, reach, num_levels: int):
     every = [x for x in (count, total, above, penalty, *(reach or ())) if x is not None]
     best = jnp.full((num_levels, size, number), jnp.inf)  # by the layer and the cut that its interval ends at
     best = best.at[0].set(cost([x[:1] for x in every], every))
-    part = max(16, -(-size // 4))  # later cuts are reached from earlier ones alone: skip the others, by quarters
-    for start in range(0, size, part):
-        ends = [x[start:] for x in every]
+    def reach_from(cut, best):
+        begin = [lax.dynamic_index_in_dim(x, cut, 0) for x in every]
+        costs = jnp.where(place >= cut, cost(begin, every), jnp.inf)
+        before = lax.dynamic_index_in_dim(best[:-1], cut, 1)
+        return best.at[1:].set(jnp.minimum(best[1:], before + costs))
 
-        def reach_from(cut, best, ends=ends):
-            begin = [lax.dynamic_index_in_dim(x, cut, 0) for x in ends]
-            costs = jnp.where(place[: ends[0].shape[0]] >= cut, cost(begin, ends), jnp.inf)
-            before = lax.dynamic_index_in_dim(best[:-1], cut, 1)
-            return best.at[1:].set(jnp.minimum(best[1:], before + costs))
-
-        stop = jnp.int32(min(part, size - start))
-        best = best.at[:, start:].set(lax.fori_loop(jnp.int32(0), stop, reach_from, best[:, start:]))
+    best = lax.fori_loop(jnp.int32(0), jnp.int32(size), reach_from, best)
 
     def back(cut, layer):
         end = [jnp.take_along_axis(x, cut[None], axis=0) for x in every]
@@ -297,11 +293,9 @@ def _priced(rows: SortedRows, num_levels: int, keep_zero: bool):
 def _first_price(rows: SortedRows, cuts, num_levels: int):
     """`[R]` twice the error of an interval, by Panter and Dite (1951): (Σ (weight · width²)^⅓)³ / 12 K² in all."""
     xp = namespace(rows.values)
-    last = xp.maximum(rows.distinct[:, None] - 1, 0)
-    least = take(rows.values, xp.minimum(cuts[:, :-1], last))
-    most = take(rows.values, xp.clip(cuts[:, 1:] - 1, 0, last))
+    edge = take(rows.values, xp.minimum(cuts, xp.maximum(rows.distinct[:, None] - 1, 0)))
     n = take(rows.count, cuts).astype(xp.float64)
-    share = xp.sum(xp.cbrt((n[:, 1:] - n[:, :-1]) * (most - least) ** 2), axis=1)
+    share = xp.sum(xp.cbrt((n[:, 1:] - n[:, :-1]) * (edge[:, 1:] - edge[:, :-1]) ** 2), axis=1)
     price = share**3 / (6.0 * num_levels**3)
     # NumPy's and XLA's roots and sums may differ in the last bit: a first guess does not need it.
     return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
@@ -314,14 +308,16 @@ def _path(rows: SortedRows, cuts, price, num_levels: int, keep_zero: bool, band:
     n, s = (n[:, 1:] - n[:, :-1]).astype(xp.float64), (s[:, 1:] - s[:, :-1]).astype(xp.float64)
     mean = s / xp.where(n > 0, n, 1.0) * 2.0**-rows.frac
     zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
-    nothing = xp.zeros_like(n)
     size = n.shape[1]
+    room = next(room for room in _ROOMS if room >= size)
+    heavy, centre = (xp.pad(x, ((0, 0), (0, room - size))) for x in (n, mean))
+    nothing = xp.zeros_like(heavy)
     free = num_levels - keep_zero
-    band = 1 << (min(band, size) - 1).bit_length()
+    band = max(128, 1 << (band - 1).bit_length())
 
     def attempt(price):
         _, number, (_, before, _, _) = shortest_paths(
-            n, mean, nothing, nothing, price[:, None], np.int32(size), zero, band=band, tables=True, pin=keep_zero
+            heavy, centre, nothing, nothing, price[:, None], np.int32(size), zero, band=band, tables=True, pin=keep_zero
         )
         return _like(number, xp)[:, 0], _like(before, xp)
 

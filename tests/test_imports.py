@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "plot": (LEAF, {*ARRAYS, "matplotlib"}),
     "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
     "plan": ({"rules", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "compress": ({"rules", "assign", "fit", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "compress": ({"rules", "assign", "fit", "fit_grid", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
     "interpret": (set(), ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
     "shardings": (LEAF, ARRAYS),
