@@ -69,8 +69,10 @@ def compress(
       rules: `Rule`s; the first that matches a leaf's path sets its options.
       sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
         squared error of each value is weighted by its own.
-      tolerance: a number has a lower bound on each `"knq"` fit's error computed, and the relative gap to it reported as
-        `certificate` (`nuqjax.fit` says how tight it is); None leaves the proof out, not the quality.
+      tolerance: a number has each `"knq"` fit proven to within that share of the least squared error, and the relative
+        gap that is left reported as `certificate`. The default, None, leaves the proof out: it costs 0.1 s for a row of
+        10⁶ values and 4 bits, 2 s for 8 bits, and 17 ms for each of many rows of 4608, several times the fit itself;
+        `nuqjax.fit` says what levels are then worth.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
       progress: show a progress bar.
@@ -424,10 +426,10 @@ def _assign(values: Any, levels: jax.Array) -> Any:
     """`[R, N]` uint8 indices; on the host if the values are there."""
     if not isinstance(values, np.ndarray):
         return assign(values, levels)
-    levels = _padded_levels(levels)
-    width = 32 if levels.shape[1] <= 32 else 256  # two executables for every number of levels
-    levels = np.pad(levels, ((0, 0), (0, width - levels.shape[1])), mode="edge")  # of equal levels the first is taken
-    indices = np.asarray(_jit_assign(_padded(values), levels))
+    host = _padded_levels(levels)
+    width = 32 if host.shape[1] <= 32 else 256  # two executables for every number of levels
+    host = np.pad(host, ((0, 0), (0, width - host.shape[1])), mode="edge")  # of equal levels the first is taken
+    indices = np.asarray(_jit_assign(_padded(values), host))
     return indices[: values.shape[0], : values.shape[1]]
 
 

@@ -118,7 +118,7 @@ def prove(
     band = _band(cells, whole)
     price = _price(cells, free, band, 2 * best / max(free, 1), 8.0)
     paid, above, below = None, None, None
-    bound = 0.0
+    bound, priced_last = 0.0, False
     for _ in range(_ROUNDS):
         if paid is None:
             paid = (
@@ -132,8 +132,8 @@ def prove(
         left = _pass(cells, up, price, band)
         right = _pass(cells.reversed(), down[::-1], price, band)
         band = max(left.band, right.band)
-        prices_up, more_up = _leaks(cells, inner, left.potential, up)
-        mirrored, more_down = _leaks(cells.reversed(), inner[::-1], right.potential, down[::-1])
+        prices_up, more_up = _leaks(cells, inner, left.potential, up, price)
+        mirrored, more_down = _leaks(cells.reversed(), inner[::-1], right.potential, down[::-1], price)
         prices_down = -mirrored[::-1]
         forward, backward = left.potential, right.potential[::-1]
         size = len(inner)
@@ -148,8 +148,12 @@ def prove(
             error = _partition_error(values, weight, found, zero)
             if error < best:
                 best, whole = error, found
-        if bound >= best * (1 - tolerance) or not inner.any():
+        if bound >= best * (1 - tolerance):
             break
+        if not inner.any():  # all that is left is the price
+            if priced_last or len(path) == len(whole):
+                break
+            priced_last = True
         through = forward + backward - free * price - free * max(more_up, more_down)
         dip = np.sqrt(cells.weight * cells.square) * np.abs(prices_down - prices_up)
         open_cells &= np.minimum(through[1:], through[:-1]) - dip <= best * (1 + 1e-9)
@@ -241,7 +245,7 @@ def _pass(cells: _Cells, leak, price: float, band: int) -> _Potential:
     while True:
         *_, (potential, before, level, enough) = _run(cells, at_cut, np.array([price]), band, True)
         if enough:
-            return _Potential(*(x[: size + 1] for x in (potential, before, level)), band)
+            return _Potential(potential[: size + 1], before[: size + 1], level[: size + 1], band)
         band = next(size for size in _BANDS if size > band)
 
 
@@ -285,11 +289,14 @@ def _path(before: np.ndarray, size: int) -> np.ndarray:
     return np.array(path[::-1])
 
 
-def _leaks(cells: _Cells, inner, potential, assumed) -> tuple[np.ndarray, float]:
-    """The C of each cell (fact 2), and by how much a leak exceeds what was assumed."""
+def _leaks(cells: _Cells, inner, potential, assumed, price: float) -> tuple[np.ndarray, float]:
+    """The C of each cell (fact 2), and by how much λ must exceed the price.
+
+    That is how far a leak exceeds what was assumed, or, for runs of parts of two cells, how far two leaks do the price.
+    """
     weight = np.where(cells.weight > 0, cells.weight, 1.0)
     rest = np.diff(potential) / weight - cells.square / weight
     level = cells.mean - np.sqrt(np.maximum(rest, 0.0))
     reach = np.maximum(cells.greatest - level, 0.0) + np.sqrt(np.maximum(-rest, 0.0))
     leak = np.where(inner, 2 * np.sqrt(cells.weight * cells.square) * reach, 0.0)
-    return level, float(np.max(leak - assumed, initial=0.0))
+    return level, float(max(np.max(leak - assumed, initial=0.0), 2 * np.max(leak, initial=0.0) - price))

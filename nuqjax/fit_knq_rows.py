@@ -82,13 +82,14 @@ def sort_rows(
     there = keys < xp.inf
     values = xp.where(there, keys, 0).astype(xp.float64) / scale[:, None] + 0.0  # −0 is 0
     if weights is None:
-        masses, heavy = shares, there if shares is None else shares
+        masses, heavy = None, there
         moments = xp.rint(values * 2.0**frac).astype(xp.int64)
         if shares is not None:
-            masses = masses.astype(xp.int64)
+            masses, heavy = shares.astype(xp.int64), shares
             moments = moments * masses
         off = xp.abs(values - moments.astype(xp.float64) * 2.0**-frac)
     else:
+        assert shares is not None
         rounded = xp.rint(shares * 2.0**frac)
         masses, moments = rounded.astype(xp.int64), xp.rint(values * rounded).astype(xp.int64)
         heavy = rounded * 2.0**-frac

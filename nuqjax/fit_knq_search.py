@@ -171,6 +171,7 @@ def _dense(count, total, above, penalty, reach, num_levels: int):
     every = [x for x in (count, total, above, penalty, *(reach or ())) if x is not None]
     best = jnp.full((num_levels, size, number), jnp.inf)  # by the layer and the cut that its interval ends at
     best = best.at[0].set(cost([x[:1] for x in every], every))
+
     def reach_from(cut, best):
         begin = [lax.dynamic_index_in_dim(x, cut, 0) for x in every]
         costs = jnp.where(place >= cut, cost(begin, every), jnp.inf)
@@ -251,7 +252,7 @@ def _above(rows: SortedRows, cuts, keep_zero: bool):
     return cuts > rows.zero.reshape(-1, *[1] * (cuts.ndim - 1))
 
 
-def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: int):
+def partition(rows: SortedRows, num_levels: int, keep_zero: bool, dense_cuts: int) -> tuple[Any, Any]:
     """`[R, K − 1]` the cuts of the best partition of each row into K intervals, some empty where values are few.
 
     With them comes minus Σ S²/n, `[R]`, where the dense programme held every value, so that it is the least; else None.
