@@ -59,7 +59,7 @@ def fit(
       keep_zero: one level is exactly 0.
       tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
         the proof out (`lower_bound` is 0) and with it the certainty: levels of long rows are then mostly the optimum,
-        at worst some 1e-4 of the squared error above it in the rows tried. A row of 10⁶ values takes 0.1 s without and
+        at worst a few 1e-4 of the squared error above it in the rows tried. A row of 10⁶ values takes 0.1 s without and
         0.2 s with the proof for 16 levels, 0.2 s and 2.4 s for 256 (`python -m experiments.benchmark_fit rows`).
         Where arrays are traced, rows with more than some hundred distinct values have a bound as coarse as such cells.
 

@@ -6,8 +6,8 @@ values with exact running sums, `fit_knq_search` finds a partition, `fit_knq_pro
 could cost, and here it becomes levels: each the mean of its interval, rounded once.
 
 A row with no more distinct values than the dense programme has cuts (1024; 256 where there are more than eight rows)
-is solved exactly. A longer row is searched by programmes from coarse to single values: mostly the optimum, at worst
-some 1e-4 of the squared error above it in the rows of the tests. With a `tolerance` the proof then goes on, by branch
+is solved exactly. A longer row is searched by programmes from coarse to single values: mostly the optimum, at worst a
+few 1e-4 of the squared error above it in the rows tried. With a `tolerance` the proof then goes on, by branch
 and bound, until the levels are known to be within it of the optimum, and takes better ones where it comes upon them.
 Under `jit` the proof of a long row is one round only, and as coarse as some hundred cells.
 """

@@ -117,15 +117,12 @@ def prove(
     inner = np.diff(cells.cuts) > 1
     band = _band(cells, whole)
     price = _price(cells, free, band, 2 * best / max(free, 1), 8.0)
-    paid, above, below = None, None, None
-    bound, priced_last = 0.0, False
+    without_leaks = np.zeros(len(inner))
+    above = _pass(cells, without_leaks, price, band).level
+    below = -_pass(cells.reversed(), without_leaks, price, band).level[::-1]
+    moment = float(np.dot(values, values if weight is None else values * weight))
+    bound, rounding, priced_last = 0.0, 0.0, False
     for _ in range(_ROUNDS):
-        if paid is None:
-            paid = (
-                _pass(cells, np.zeros(len(inner)), price, band),
-                _pass(cells.reversed(), np.zeros(len(inner)), price, band),
-            )
-            above, below = paid[0].level, -paid[1].level[::-1]
         spread = np.sqrt(cells.weight * cells.square) * 2.02
         up = np.where(inner, spread * np.maximum(cells.greatest - np.minimum(above[:-1], above[1:]), 0.0), 0.0)
         down = np.where(inner, spread * np.maximum(np.maximum(below[:-1], below[1:]) - cells.least, 0.0), 0.0)
@@ -137,6 +134,7 @@ def prove(
         prices_down = -mirrored[::-1]
         forward, backward = left.potential, right.potential[::-1]
         size = len(inner)
+        rounding = 2.0**-52 * (8 * band + 4 * num_levels) * (3 * best + np.sqrt(best * moment))
         bound = max(
             bound,
             forward[-1] - free * (price + more_up),
@@ -156,7 +154,7 @@ def prove(
             priced_last = True
         through = forward + backward - free * price - free * max(more_up, more_down)
         dip = np.sqrt(cells.weight * cells.square) * np.abs(prices_down - prices_up)
-        open_cells &= np.minimum(through[1:], through[:-1]) - dip <= best * (1 + 1e-9)
+        open_cells &= np.minimum(through[1:], through[:-1]) - dip <= best * (1 + 1e-9) + 2 * rounding
         parts = int(np.clip(np.ceil(1.2 * np.sqrt((best - bound) / (tolerance * best))), 2, 8))
         if 2 * open_cells.sum() > size:  # too coarse to tell a chain of boundaries from one moved along by half a step
             parts = int(np.clip(np.ceil(1.4 * num_levels * np.sqrt((best - bound) / best)), 2, parts))
@@ -170,13 +168,7 @@ def prove(
         wrong = abs(len(path) - len(whole)) / num_levels
         if wrong:  # the price falls with the cube of the number of intervals
             price = _price(cells, free, band, price, (1 + wrong) ** 4)
-    size = len(cells.weight)
-    rounding = 2.0**-52 * (8 * band + 4 * num_levels) * (3 * best + np.sqrt(best * _second_moment(values, weight)))
-    return Proof(whole[1:-1], max(bound - rounding, 0.0))
-
-
-def _second_moment(values, weight) -> float:
-    return float(np.dot(values, values if weight is None else values * weight))
+    return Proof(whole[1:-1], max(min(bound, best) - rounding, 0.0))
 
 
 def _partition_error(values, weight, whole, zero) -> float:
