@@ -9,26 +9,31 @@ Sections:
   half: one row of bfloat16 or float16 values, t with 5 degrees; the others cluster `numpy.unique` with its counts.
   channels: a codebook of 16 levels for each output channel: `[512, 4608]`, and the 13 convolutions of VGG-16.
   groups: a codebook of 16 levels for each run of 64 values.
+  tree: `nuqjax.compress` of a whole VGG-16, 4 bits per tensor, in a new process: seconds from its start to the result,
+    imports and compilation included, and peak memory. Its dense layers are Student-t values with 5 degrees of freedom;
+    so are its convolutions where the trained ones are missing.
+  curve: `nuqjax.fit` of one row of 10⁶ to 10⁹ values, 16 levels, each in a new process.
 
-Every tool is called once (`first call`: imports and compilation included), then `--repeats` times, of which the median
-counts. What a tool must do is to return levels: indices are asked of none, though some make them as well. A tool's
-squared error is summed here in float64 from its levels (`squared_error`), and its excess is over the lower bound that
-`nuqjax.fit` proves: at least 0, and an upper limit of how far the levels are from the best.
+In the first four every tool is called once (`first call`: imports and compilation included), then `--repeats` times,
+of which the median counts. What a tool must do is to return levels: indices are asked of none, though some make them as
+well. A tool's squared error is summed here in float64 from its levels (`squared_error`), and its excess is over the
+lower bound that `nuqjax.fit` proves: at least 0, and an upper limit of how far the levels are from the best.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import os
 import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,122 +41,28 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
 from rich.console import Console
 from rich.table import Table
 
 import nuqjax
-from experiments import images, networks
+from experiments import fresh_process, images, networks
 from experiments.accuracy import write
+from experiments.benchmark_tables import rates
+from experiments.benchmark_tools import (
+    CHANNEL_TOOLS,
+    DISTRIBUTIONS,
+    GROUP_TOOLS,
+    HALF_TOOLS,
+    ROW_TOOLS,
+    Tool,
+)
+from experiments.draws import student_t
+from experiments.fresh_process import TOLERANCE
 
-_TOLERANCE = 1e-6
 _BLOCK = 2**20  # values whose float64 errors are held at once
 _SAMPLE = 20  # a slow tool's time is predicted from one part in so many
 _UNPREDICTED = 10**4  # so few values are fitted without predicting the time
-
-
-# --- The other tools: each takes rows `[R, N]` of numpy values and gives the levels of each row. They are imported by
-# name as they are first called: none of them need be installed.
-
-
-class Tool(NamedTuple):
-    """Another implementation of one-dimensional k-means.
-
-    Attributes:
-      name: what the table calls it.
-      package: what must be importable.
-      fit: rows `[R, N]` and K to R arrays of at most K levels.
-      slow: not called where its predicted time exceeds the budget.
-      longest: the longest row that it is given.
-      most_levels: the largest K that it accepts.
-    """
-
-    name: str
-    package: str
-    fit: Callable[[np.ndarray, int], Sequence[np.ndarray]]
-    slow: bool = True
-    longest: int | None = None
-    most_levels: int = 256
-
-
-def _by_row(fit_row: Callable[[np.ndarray, int], Any]) -> Callable[[np.ndarray, int], Sequence[np.ndarray]]:
-    return lambda rows, num_levels: [np.asarray(fit_row(row, num_levels)) for row in rows]
-
-
-def _by_count(fit_counted: Callable[[np.ndarray, np.ndarray, int], Any]):
-    """On the distinct values of a row of 16-bit floats and their counts; numpy sorts bit patterns fastest."""
-
-    def fit_row(row: np.ndarray, num_levels: int):
-        patterns, counts = np.unique(row.view(np.uint16), return_counts=True)
-        return fit_counted(patterns.view(row.dtype).astype(np.float32), counts, num_levels)
-
-    return _by_row(fit_row)
-
-
-def _flash1dkmeans(row, num_levels):
-    return import_module("flash1dkmeans").kmeans_1d(row, num_levels, random_state=0)[0]
-
-
-def _flash1dkmeans_sorted(row, num_levels):
-    """Without the argsort that only the labels need; its other way to leave labels out logs a warning every time."""
-    return import_module("flash1dkmeans").kmeans_1d(np.sort(row), num_levels, is_sorted=True, random_state=0)[0]
-
-
-def _flash1dkmeans_counted(values, counts, num_levels):
-    return import_module("flash1dkmeans").kmeans_1d(values, num_levels, sample_weights=counts, random_state=0)[0]
-
-
-def _kmeans1d(row, num_levels):
-    return import_module("kmeans1d").cluster(row.tolist(), num_levels).centroids
-
-
-def _ckmeans(row, num_levels):
-    clusters = import_module("ckmeans").ckmeans(row.astype(np.float64), num_levels)
-    return [cluster.mean() for cluster in clusters]
-
-
-def _sklearn(row, num_levels):
-    return _sklearn_counted(row, None, num_levels)
-
-
-def _sklearn_counted(values, counts, num_levels):
-    fitted = (
-        import_module("sklearn.cluster")
-        .KMeans(num_levels, n_init=1, random_state=0)
-        .fit(values[:, None], sample_weight=counts)
-    )
-    return fitted.cluster_centers_[:, 0]
-
-
-def _coremltools_counted(values, counts, num_levels):
-    """What its palettizers call for the distinct values of a float16 weight."""
-    return import_module("coremltools._deps.kmeans1d").cluster(values, num_levels, weights=counts).centroids
-
-
-def _coremltools_channels(rows, num_levels):
-    """Its palettizer of arrays, one look-up table for each row."""
-    passes = import_module("coremltools.optimize.coreml._quantization_passes")
-    bits = num_levels.bit_length() - 1
-    return passes.palettize_weights.blockwise_compress(rows, "KMEANS", bits, [1, 0]).lut.reshape(len(rows), -1)
-
-
-_FLASH = Tool("flash1dkmeans", "flash1dkmeans", _by_row(_flash1dkmeans), slow=False)
-_FLASH_SORTED = Tool("flash1dkmeans of sorted", "flash1dkmeans", _by_row(_flash1dkmeans_sorted), slow=False)
-_KMEANS1D = Tool("kmeans1d", "kmeans1d", _by_row(_kmeans1d), longest=10**6)
-_CKMEANS = Tool("ckmeans", "ckmeans", _by_row(_ckmeans), longest=10**6, most_levels=255)
-_SKLEARN = Tool("scikit-learn", "sklearn", _by_row(_sklearn))
-
-ROW_TOOLS = (_FLASH, _FLASH_SORTED, _KMEANS1D, _CKMEANS, _SKLEARN)
-HALF_TOOLS = (
-    Tool("unique + coremltools' kmeans1d", "coremltools", _by_count(_coremltools_counted), slow=False),
-    Tool("unique + flash1dkmeans", "flash1dkmeans", _by_count(_flash1dkmeans_counted), slow=False),
-    Tool("unique + scikit-learn", "sklearn", _by_count(_sklearn_counted), slow=False),
-)
-CHANNEL_TOOLS = (
-    Tool("coremltools palettize_weights", "coremltools", _coremltools_channels), _FLASH_SORTED, _KMEANS1D, _CKMEANS,
-    _SKLEARN,
-)  # fmt: skip
-GROUP_TOOLS = CHANNEL_TOOLS
-_DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where a package is not called what it is imported as
 
 
 # --- What is fitted.
@@ -186,16 +97,6 @@ class Case(NamedTuple):
     tools: Sequence[Tool]
 
 
-def student_t(degrees: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """Student-t values, the same at every call; drawn in blocks, so that 10⁸ take no more memory than they must."""
-    random = np.random.default_rng(20170427 + degrees)
-    values = np.empty(math.prod(shape), dtype)
-    for start in range(0, values.size, _BLOCK):
-        block = values[start : start + _BLOCK]
-        block[:] = random.standard_t(degrees, block.size).astype(dtype)
-    return values.reshape(shape)
-
-
 def kernel_rows(params: Any) -> list[np.ndarray]:
     """The kernels of a tree of convolutions (HWIO) as matrices with a row for each output channel."""
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
@@ -217,7 +118,8 @@ def _half(options: Options) -> Iterator[Case]:
                 yield Case(f"t5 {np.dtype(dtype).name}", [values], num_levels, HALF_TOOLS)
 
 
-def _channels(options: Options) -> Iterator[Case]:
+def channel_cases(options: Options) -> Iterator[Case]:
+    """What the section `channels` fits."""
     for size in options.sizes or (512 * 4608,):
         yield Case("t5 float32", [student_t(5, (max(size // 4608, 1), 4608))], 16, CHANNEL_TOOLS)
     if options.data is not None:
@@ -228,14 +130,6 @@ def _channels(options: Options) -> Iterator[Case]:
 def _groups(options: Options) -> Iterator[Case]:
     for size in options.sizes or (10**7,):
         yield Case("t5 float32", [student_t(5, (max(size // 64, 1), 64))], 16, GROUP_TOOLS)
-
-
-SECTIONS: dict[str, Callable[[Options], Iterator[Case]]] = {
-    "rows": _rows,
-    "half": _half,
-    "channels": _channels,
-    "groups": _groups,
-}
 
 
 # --- Measuring.
@@ -299,7 +193,7 @@ def predicted_seconds(tool: Tool, case: Case) -> float:
 
 def _left_out(tool: Tool, case: Case, budget: float) -> str | None:
     """Why a tool is not measured, or None."""
-    if importlib.util.find_spec(tool.package) is None:
+    if any(importlib.util.find_spec(package) is None for package in (tool.package, *tool.needs)):
         return "not installed"
     if case.num_levels > tool.most_levels:
         return f"takes at most {tool.most_levels} levels"
@@ -328,7 +222,7 @@ def run_case(case: Case, options: Options) -> dict[str, Any]:
         return jax.block_until_ready(fits)
 
     plain, fits = measure(lambda: ours(None), options.repeats)
-    proven, proofs = measure(lambda: ours(_TOLERANCE), options.repeats, options.budget)
+    proven, proofs = measure(lambda: ours(TOLERANCE), options.repeats, options.budget)
     bounds = np.concatenate([np.float64(fit.lower_bound) * np.float64(fit.scale) ** 2 for fit in proofs])
     bound = math.fsum(bounds)
     proven_errors = _errors(case.matrices, [np.asarray(fit.levels) for fit in proofs])
@@ -347,7 +241,7 @@ def run_case(case: Case, options: Options) -> dict[str, Any]:
 
     entries = [
         entry("nuqjax", plain, _errors(case.matrices, [np.asarray(fit.levels) for fit in fits])),
-        entry(f"nuqjax, proven to {_TOLERANCE:g}", proven, proven_errors),
+        entry(f"nuqjax, proven to {TOLERANCE:g}", proven, proven_errors),
     ]
     for tool in case.tools:
         reason = _left_out(tool, case, options.budget)
@@ -376,6 +270,72 @@ def run_case(case: Case, options: Options) -> dict[str, Any]:
     }
 
 
+def _measured(cases: Callable[[Options], Iterator[Case]]) -> Callable[[Options], Iterator[dict[str, Any]]]:
+    return lambda options: (run_case(case, options) for case in cases(options))
+
+
+def vgg16_tree(data: Path | None, size: int | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters of VGG-16 by path.
+
+    Args:
+      data: the data folder with the trained convolutions; None draws these too.
+      size: draws a narrower network of about so many parameters, for a trial.
+    """
+    network = networks.get("vgg16")
+    inputs = jnp.zeros((1, network.size, network.size, 3))
+    params: Any = jax.eval_shape(network.module.init, jax.random.key(0), inputs)["params"]
+    shapes: dict[Any, Any] = traverse_util.flatten_dict(params)
+    total = sum(leaf.size for leaf in shapes.values())
+    trained: dict[Any, Any] = {}
+    if data is not None and size is None:
+        trained = traverse_util.flatten_dict({"features": networks.load_features(network, data)["params"]})
+    width = 1 if size is None else math.sqrt(size / total)
+    drawn = student_t(5, (sum(leaf.size for path, leaf in shapes.items() if path not in trained),))
+    start = 0
+    for path, leaf in shapes.items():
+        if path in trained:
+            yield ".".join(path), np.asarray(trained[path])
+            continue
+        shape = (*leaf.shape[:-2], *(max(round(axis * width), 1) for axis in leaf.shape[-2:]))
+        yield ".".join(path), drawn[start : start + math.prod(shape)].reshape(shape)
+        start += leaf.size
+
+
+def _tree(options: Options) -> Iterator[dict[str, Any]]:
+    for size in options.sizes or (None,):
+        name = "VGG-16" if size is None else "VGG-16, narrowed"
+        if options.data is None or size is not None:
+            name += ", no trained layers"
+        with tempfile.TemporaryDirectory() as folder:
+            for path, leaf in vgg16_tree(options.data, size):
+                np.save(Path(folder) / f"{path}.npy", leaf)
+            measured = fresh_process.measure("tree", folder=folder, bits=4, repeats=options.repeats)
+        yield {"data": name, "bits": 4, **measured}
+
+
+_CURVE_LEVELS = 16
+
+
+def _curve(options: Options) -> Iterator[dict[str, Any]]:
+    default = [("float32", 10**power) for power in (6, 7, 8)] + [("bfloat16", 10**power) for power in (6, 7, 8, 9)]
+    sizes = default if options.sizes is None else itertools.product(("float32", "bfloat16"), options.sizes)
+    for dtype, size in sizes:
+        measured = fresh_process.measure(
+            "row", size=size, dtype=dtype, num_levels=_CURVE_LEVELS, repeats=options.repeats
+        )
+        yield {"data": f"t3 {dtype}", "num_levels": _CURVE_LEVELS, **measured}
+
+
+SECTIONS: dict[str, Callable[[Options], Iterator[dict[str, Any]]]] = {
+    "rows": _measured(_rows),
+    "half": _measured(_half),
+    "channels": _measured(channel_cases),
+    "groups": _measured(_groups),
+    "tree": _tree,
+    "curve": _curve,
+}
+
+
 def run(
     sections: Sequence[str], options: Options, on_cell: Callable[[dict[str, Any]], None] = lambda results: None
 ) -> dict[str, Any]:
@@ -387,20 +347,22 @@ def run(
       on_cell: called with the results so far after each case.
 
     Returns:
-      A JSON-ready dict: versions, platform, options and `sections`, a list of cells (see `run_case`) for each name.
+      A JSON-ready dict: versions, platform, options and `sections`, a list of cells for each name (see `run_case`, and
+      for the last two sections `experiments.fresh_process`).
     """
     results: dict[str, Any] = {**_circumstances(options), "sections": {}}
     for name in sections:
         cells = results["sections"][name] = []
-        for case in SECTIONS[name](options):
-            cells.append(run_case(case, options))
+        for cell in SECTIONS[name](options):
+            cells.append(cell)
             on_cell(results)
     return results
 
 
 def _circumstances(options: Options) -> dict[str, Any]:
-    packages = {tool.package: None for tool in (*ROW_TOOLS, *HALF_TOOLS, *CHANNEL_TOOLS)}
-    peers = {_DISTRIBUTIONS.get(package, package): package for package in packages}
+    tools = (*ROW_TOOLS, *HALF_TOOLS, *CHANNEL_TOOLS)
+    packages = dict.fromkeys(package for tool in tools for package in (tool.package, *tool.needs))
+    peers = {DISTRIBUTIONS.get(package, package): package for package in packages}
     return {
         "repeats": options.repeats,
         "budget_seconds": options.budget,
@@ -465,6 +427,47 @@ def table(section: str, cells: Sequence[dict[str, Any]]) -> Table:
             )
         out.add_section()
     return out
+
+
+def tree_table(section: str, cells: Sequence[dict[str, Any]]) -> Table:
+    """The section `tree` for the terminal."""
+    out = Table(title=section, caption="from the start of the process; peak: resident memory, beside the tree's bytes")
+    out.add_column("data")
+    for name in ("weights", "imports s", "loaded s", "result s", "warm s", "loaded peak", "peak", "MB before", "after"):
+        out.add_column(name, justify="right")
+    for cell in cells:
+        out.add_row(
+            cell["data"],
+            f"{cell['values']:,}",
+            *(f"{cell[name]:.2f}" for name in ("imported", "loaded", "cold", "seconds")),
+            *(f"{cell[name] / cell['bytes']:.2f}×" for name in ("peak_before_bytes", "peak_bytes")),
+            *(f"{cell[name] / 1e6:.1f}" for name in ("bytes", "compressed_bytes")),
+        )
+    return out
+
+
+def curve_table(section: str, cells: Sequence[dict[str, Any]]) -> Table:
+    """The section `curve` for the terminal."""
+    out = Table(title=section, caption="peak: resident memory beside the row's bytes; the process alone takes some")
+    out.add_column("data")
+    for name in ("values", "s", "ns a value", "first call s", "proven s", "ns a value", "peak MB", "peak"):
+        out.add_column(name, justify="right")
+    for cell in cells:
+        out.add_row(
+            cell["data"],
+            f"{cell['values']:,}",
+            f"{cell['seconds']:.3f}",
+            f"{1e9 * cell['seconds'] / cell['values']:.1f}",
+            f"{cell['first_call']:.3f}",
+            f"{cell['proven_seconds']:.3f}",
+            f"{1e9 * cell['proven_seconds'] / cell['values']:.1f}",
+            f"{cell['peak_bytes'] / 1e6:,.0f}",
+            f"{cell['peak_bytes'] / cell['bytes']:.2f}×",
+        )
+    return out
+
+
+_TABLES: dict[str, Callable[[str, Sequence[dict[str, Any]]], Table]] = {"tree": tree_table, "curve": curve_table}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -537,28 +540,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--levels are {args.levels}, but 2 to 256 are wanted")
     sections = args.sections or list(SECTIONS)
     data = None
-    if "channels" in sections and (args.sizes is None or args.data is not None):
+    needs_data = {"channels", "tree"} & set(sections)
+    if needs_data and (args.sizes is None or args.data is not None):
         try:
             data = _vgg16_folder(args.data)
         except FileNotFoundError as error:
             parser.error(str(error))
     options = Options(args.sizes, args.levels, args.repeats, args.budget, data)
     progress = Console(stderr=True)
-    if "channels" in sections and data is None:
-        progress.print("VGG-16 is not measured: no --data, or --sizes without --data")
+    if needs_data and data is None:
+        progress.print("VGG-16's trained layers are not measured: no --data, or --sizes without --data")
 
     def keep(results: dict[str, Any]) -> None:
         section, cells = list(results["sections"].items())[-1]
         cell = cells[-1]
-        ours = cell["entries"][0]["seconds"]
-        progress.print(f"{section}: {cell['data']}, {cell['values']:,} values, K={cell['num_levels']}: {ours:.4f} s")
+        seconds = cell["entries"][0]["seconds"] if "entries" in cell else cell["seconds"]
+        levels = cell.get("num_levels", 2 ** cell.get("bits", 0))
+        progress.print(f"{section}: {cell['data']}, {cell['values']:,} values, K={levels}: {seconds:.4f} s")
         if args.json is not None:
             write(args.json, {"commands": [_command(args)], **results})
 
     results = run(sections, options, keep)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for section, cells in results["sections"].items():
-        console.print(table(section, cells))
+        console.print(_TABLES.get(section, table)(section, cells))
+    for line in rates(results["sections"].get("channels", [])):
+        console.print(line)
     return 0
 
 

@@ -1,24 +1,28 @@
-"""The README's tables of accuracy against size, from the results that `experiments.accuracy` wrote.
+"""The README's tables, from the results that the experiments wrote.
 
     python -m experiments.tables                    # prints them
     python -m experiments.tables --check README.md  # fails if the README's differ
     python -m experiments.tables --write README.md  # puts them into the README
 
-In the README they stand between the lines `<!-- accuracy tables: begin -->` and `<!-- accuracy tables: end -->`.
+There are blocks of tables: `accuracy` against size (`experiments.accuracy`), what Fisher weights bring (`sensitivity`:
+`experiments.sensitivity`) and the speed of the fit (`benchmark`: `experiments.benchmark_fit`). In the README a block
+stands between a line `<!-- NAME tables: begin -->` and a line `<!-- NAME tables: end -->`.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from experiments import benchmark_tables
+from experiments.markdown import commands, markdown, percent
 
 RESULTS = Path(__file__).parent / "results"
-_BEGIN, _END = "<!-- accuracy tables: begin -->", "<!-- accuracy tables: end -->"
 
 
-def tables(results: Iterable[dict[str, Any]]) -> str:
+def accuracy(results: Iterable[dict[str, Any]]) -> str:
     """Markdown of all results: a table of methods by bits for each network, and one of the settings with rules."""
     return "\n\n".join(_network(result) for result in results) + "\n"
 
@@ -29,13 +33,13 @@ def _network(result: dict[str, Any]) -> str:
     ruled = [cell for cell in result["cells"] if cell["setting"]["rules"]]
     parts = [
         f"**{result['title']}**, {result['images']:,} images; float32: {float_scores['bytes']:,} bytes, "
-        f"top-1 {_percent(float_scores['top1'])}, top-5 {_percent(float_scores['top5'])}."
+        f"top-1 {percent(float_scores['top1'])}, top-5 {percent(float_scores['top5'])}."
     ]
     if plain:
         parts.append(_by_bits(plain))
     if ruled:
         parts.append(_one_by_one(ruled))
-    parts.append("```sh\n" + "\n".join(result["commands"]) + "\n```")
+    parts.append(commands([result]))
     return "\n\n".join(parts)
 
 
@@ -45,9 +49,9 @@ def _by_bits(cells: Sequence[dict[str, Any]]) -> str:
     rows: dict[tuple[str, str], dict[int, str]] = {}
     for cell in cells:
         setting = cell["setting"]
-        entry = f"{_percent(cell['top1'])} ({cell['bits_per_weight']:.2f})"
+        entry = f"{percent(cell['top1'])} ({cell['bits_per_weight']:.2f})"
         rows.setdefault((setting["method"], _codebooks(setting)), {})[setting["bits"]] = entry
-    return _markdown(
+    return markdown(
         ["method", "codebooks", *(f"{width} bits" for width in widths)],
         [[*name, *(row.get(width, "") for width in widths)] for name, row in rows.items()],
         left=2,
@@ -56,7 +60,7 @@ def _by_bits(cells: Sequence[dict[str, Any]]) -> str:
 
 def _one_by_one(cells: Sequence[dict[str, Any]]) -> str:
     """A row for each setting, the smallest first."""
-    return _markdown(
+    return markdown(
         ["method", "codebooks", "bits", "bits a weight", "bytes", "ratio", "top-1", "top-5", "as float"],
         [
             [
@@ -66,9 +70,9 @@ def _one_by_one(cells: Sequence[dict[str, Any]]) -> str:
                 f"{cell['bits_per_weight']:.2f}",
                 f"{cell['bytes']:,}",
                 f"{cell['ratio']:.2f}×",
-                _percent(cell["top1"]),
-                _percent(cell["top5"]),
-                _percent(cell["agreement"]),
+                percent(cell["top1"]),
+                percent(cell["top5"]),
+                percent(cell["agreement"]),
             ]
             for cell in sorted(cells, key=lambda cell: cell["bytes"])
         ],
@@ -92,62 +96,114 @@ def _widths(setting: dict[str, Any]) -> str:
     return ", ".join(map(str, sorted({setting["bits"], *(int(word.removeprefix("bits=")) for word in words)})))
 
 
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.1f} %"
+def sensitivity(results: Iterable[dict[str, Any]]) -> str:
+    """A table for each network: a row for each weighting, columns for each granularity and width, then the commands."""
+    return "\n\n".join(_weightings(result) for result in results) + "\n"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+def _weightings(result: dict[str, Any]) -> str:
+    """Top-1 (and the share of images on which the first choice is the float network's)."""
+    columns: dict[tuple[str, int], str] = {}
+    rows: dict[str, dict[tuple[str, int], str]] = {}
+    for cell in result["cells"]:
+        column = cell["granularity"], cell["bits"]
+        columns[column] = f"{cell['granularity']}, {cell['bits']} bits"
+        entry = f"{percent(cell['top1'])} ({percent(cell['agreement'])})"
+        rows.setdefault(cell["weighting"], {})[column] = entry
+    table = markdown(
+        ["weights", *columns.values()],
+        [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()],
+        left=1,
+    )
+    head = (
+        f"**{result['title']}**, {result['images']:,} images (float32: top-1 {percent(result['float']['top1'])}), "
+        f"Fisher diagonal of {result['calibration_images']:,} others: top-1 (same first choice as float32)."
+    )
+    return "\n\n".join([head, table, commands([result])])
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The results in a folder, by file name.
+class Block(NamedTuple):
+    """Tables that stand together in the README.
+
+    Attributes:
+      files: pattern of the names of the results.
+      make: results, by file name, to Markdown.
+      command: what writes such files.
+    """
+
+    files: str
+    make: Callable[[list[dict[str, Any]]], str]
+    command: str
+
+
+BLOCKS = {
+    "accuracy": Block("accuracy_*.json", accuracy, "python -m experiments.accuracy --json"),
+    "sensitivity": Block("sensitivity_*.json", sensitivity, "python -m experiments.sensitivity --json"),
+    "benchmark": Block("benchmark_fit*.json", benchmark_tables.tables, "python -m experiments.benchmark_fit --json"),
+}
+
+
+def make(name: str, folder: Path) -> str:
+    """The Markdown of a block from the results in a folder, by file name.
 
     Raises:
       FileNotFoundError: there are none.
     """
-    files = sorted(folder.glob("accuracy_*.json"))
+    block = BLOCKS[name]
+    files = sorted(folder.glob(block.files))
     if not files:
-        raise FileNotFoundError(f"no accuracy_*.json in {folder}: python -m experiments.accuracy --json writes them")
-    return [json.loads(file.read_text()) for file in files]
+        raise FileNotFoundError(f"no {block.files} in {folder}: {block.command} writes them")
+    return block.make([json.loads(file.read_text()) for file in files])
 
 
-def split(text: str) -> tuple[str, str, str]:
-    """A README's text before, between and after the two marks.
+def split(text: str, name: str) -> tuple[str, str, str]:
+    """A README's text before, between and after the two marks of a block.
 
     Raises:
       ValueError: a mark is missing, or there are several.
     """
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1 or text.index(_BEGIN) > text.index(_END):
-        raise ValueError(f"one line {_BEGIN} and after it one line {_END} are wanted")
-    before, rest = text.split(_BEGIN)
-    between, after = rest.split(_END)
-    return before + _BEGIN, between, _END + after
+    begin, end = f"<!-- {name} tables: begin -->", f"<!-- {name} tables: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"one line {begin} and after it one line {end} are wanted")
+    before, rest = text.split(begin)
+    between, after = rest.split(end)
+    return before + begin, between, end + after
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="The README's accuracy tables.")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with accuracy_*.json")
+    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="The README's tables.")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the results")
+    parser.add_argument(
+        "--blocks", default=",".join(BLOCKS), help=f"which tables, with commas (default: {','.join(BLOCKS)})"
+    )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", type=Path, metavar="README", help="exit with 1 if the tables in this file differ")
     action.add_argument("--write", type=Path, metavar="README", help="put the tables into this file")
     args = parser.parse_args(argv)
+    names = args.blocks.split(",")
+    if unknown := sorted(set(names) - set(BLOCKS)):
+        parser.error(f"unknown tables {', '.join(unknown)}: the known are {', '.join(BLOCKS)}")
+    readme, differing = args.check or args.write, []
     try:
-        made = "\n" + tables(read(args.results))
-        readme = args.check or args.write
-        if readme is None:
-            print(made.strip())
-            return 0
-        before, between, after = split(readme.read_text(encoding="utf-8"))
+        text = "" if readme is None else readme.read_text(encoding="utf-8")
+        for name in names:
+            made = make(name, args.results)
+            if readme is None:
+                print(made)
+                continue
+            before, between, after = split(text, name)
+            if between != "\n" + made:
+                differing.append(name)
+            text = before + "\n" + made + after
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if args.write:
-        readme.write_text(before + made + after, encoding="utf-8")
-    elif between != made:
+        args.write.write_text(text, encoding="utf-8")
+    elif differing:
         print(
-            f"{readme}: the accuracy tables differ from {args.results}; --write {readme} renews them", file=sys.stderr
+            f"{readme}: the {' and '.join(differing)} tables differ from {args.results}; --write {readme} renews them",
+            file=sys.stderr,
         )
         return 1
     return 0

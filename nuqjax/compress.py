@@ -20,6 +20,7 @@ from nuqjax.assign import assign, distortion
 from nuqjax.codebook_array import CodebookArray, decode, is_codebook_array, level_values, with_levels
 from nuqjax.fit import fit
 from nuqjax.fit_grid import uniform_levels
+from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.plan import LeafPlan, plan_leaves, scale_groups
 from nuqjax.report import build_report
@@ -188,8 +189,9 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
     _check_finite(array, plan.path)
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     count, length = rows.row_shape(outputs, inputs, options.granularity)
+    fitted = _fit_unviewed(array, importance, plan)
     view = _view(array, importance, plan)
-    levels, certificate = _fit(view, 2**options.bits, options)
+    levels, certificate = fitted if fitted is not None else _fit(view, 2**options.bits, options)
     codebook_format = options.codebook_format
     if isinstance(codebook_format, AutoQFormat):
         codebook_format = _choose_format(codebook_format, levels, view, plan)
@@ -335,6 +337,33 @@ def _padded_view(view: _Rows) -> tuple[Any, Any, Any]:
     return values, _padded(view.weights), _padded(mask, fill=False)
 
 
+def _fit_unviewed(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array, float | None] | None:
+    """As `_fit`, where the leaf need not be brought into rows first: in the order in which, and where, its values are.
+
+    None where it must be.
+    """
+    options = plan.options
+    if options.method != "knq" or options.scale is not None or isinstance(array, jax.core.Tracer):
+        return None
+    given = {"keep_zero": options.keep_zero, "tolerance": options.tolerance}
+    if rows.on_mesh(array):
+        if options.granularity not in ("tensor", "channel"):
+            return None
+        fitted = fit_leaf_on_mesh(
+            array, importance, 2**options.bits, stack_axes=options.stack_axes, axes=plan.axes,
+            by_channel=options.granularity == "channel", **given,
+        )  # fmt: skip
+    elif options.granularity == "tensor":
+        slices = math.prod(plan.shape[: options.stack_axes])
+        weights = None
+        if importance is not None:
+            weights = rows.namespace(array).asarray(importance, np.float32).reshape(slices, -1)
+        fitted = fit(array.reshape(slices, -1), 2**options.bits, "knq", weights=weights, **given)
+    else:
+        return None
+    return fitted.levels, _certificate(fitted) if options.tolerance is not None else None
+
+
 def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[jax.Array, float | None]:
     """The levels `[S·R, K]`, and the leaf's certificate if one is asked for."""
     given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": options.tolerance}
@@ -422,6 +451,9 @@ def _padded_levels(levels: jax.Array) -> np.ndarray:
     return np.pad(host, ((0, _bucket(host.shape[0]) - host.shape[0]), (0, 0)))
 
 
+_STRETCH = 2**22  # values assigned at a time on the host
+
+
 def _assign(values: Any, levels: jax.Array) -> Any:
     """`[R, N]` uint8 indices; on the host if the values are there."""
     if not isinstance(values, np.ndarray):
@@ -429,8 +461,19 @@ def _assign(values: Any, levels: jax.Array) -> Any:
     host = _padded_levels(levels)
     width = 32 if host.shape[1] <= 32 else 256  # two executables for every number of levels
     host = np.pad(host, ((0, 0), (0, width - host.shape[1])), mode="edge")  # of equal levels the first is taken
-    indices = np.asarray(_jit_assign(_padded(values), host))
-    return indices[: values.shape[0], : values.shape[1]]
+    if values.size <= _STRETCH:
+        return np.asarray(_jit_assign(_padded(values), host))[: values.shape[0], : values.shape[1]]
+    indices = np.empty(values.shape, np.uint8)
+    count = max(1, _STRETCH // values.shape[1])  # rows, or of a long row values, at a time
+    length = min(values.shape[1], _STRETCH)
+    for row in range(0, values.shape[0], count):
+        for start in range(0, values.shape[1], length):
+            some = values[row : row + count, start : start + length]
+            padded = np.pad(some, ((0, count - some.shape[0]), (0, length - some.shape[1])))
+            levels = np.pad(host[row : row + count], ((0, max(0, row + count - len(host))), (0, 0)))
+            chosen = np.asarray(_jit_assign(padded, levels))
+            indices[row : row + count, start : start + length] = chosen[: some.shape[0], : some.shape[1]]
+    return indices
 
 
 def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:

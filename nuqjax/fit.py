@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nuqjax.assign import Fit
 from nuqjax.fit_enq import fit_enq
 from nuqjax.fit_grid import fit_dfp, fit_normal, fit_pow2, fit_quantile, fit_uniform, fit_uniform_pow2
 from nuqjax.fit_knq import fit_knq
+from nuqjax.rows import namespace
 
 METHODS: dict[str, Callable[..., Fit]] = {
     "knq": fit_knq,
@@ -79,7 +81,10 @@ def fit(
     [2.5]
     """
     check_method(method)
-    rows = jnp.asarray(rows)
+    if isinstance(rows, np.ndarray):  # not copied
+        rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
+    else:
+        rows = jnp.asarray(rows)
     if rows.ndim != 2:
         raise ValueError(f"fit: rows of shape {rows.shape}, but [R, N] is wanted")
     if not jnp.issubdtype(rows.dtype, jnp.floating):
@@ -89,8 +94,9 @@ def fit(
     for name, array in (("weights", weights), ("mask", mask)):
         if array is not None and jnp.shape(array) != rows.shape:
             raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {rows.shape}")
-    mask = None if mask is None else jnp.asarray(mask)
+    given = namespace(rows)
+    mask = None if mask is None else given.asarray(mask)
     if weights is not None:
-        weights = jnp.asarray(weights)
+        weights = given.asarray(weights)
         mask = weights > 0 if mask is None else mask & (weights > 0)
     return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)

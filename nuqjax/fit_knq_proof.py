@@ -1,7 +1,7 @@
 """A lower bound on the squared error of any K levels, refined until it meets the error of the levels found.
 
 Let the row be sorted and part it at *cuts* into *cells*; every level's values are an interval of the row. Three facts
-carry the proof, each short enough to check by hand.
+carry the proof, each short enough to check by hand (`docs/knq.md` does).
 
 1. *Prices.* Give every value a price ψᵢ and let λ be at least Σᵢ max(0, ψᵢ − (xᵢ − c)²), summed over any run of
    neighbouring values, for every level c. Then K levels cost at least Σ ψᵢ − K λ: each level pays for its own
@@ -12,46 +12,66 @@ carry the proof, each short enough to check by hand.
    inside a cell gains at most what it would with the cell whole or without it, plus |c − C| n σ, and nothing if f has
    one sign on the cell; where it has both, |c − C| ≤ 2 max|x − C| + √|α|. With C chosen to make α = 0, this *leak* is
    2 n σ max(x − C). Hence if φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a) for all cuts a < b, the prices satisfy fact 1.
-3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ. Far cuts
-   need not be looked at: once φ(a₀) − leak(a₀) + cost(a₀, b) ≥ φ(b), no a ≤ a₀ can do better at b, because
-   cost(a, b) ≥ cost(a, a₀) + cost(a₀, b).
+3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ, found by
+   `fit_knq_path.potentials`.
 
-The leaks are of second order in the width of the cells. Prices from the left, φ, and from the right, φ', together bound
-the error of every partition with a boundary in a given cell: where that is above the error of the levels found, no best
-partition has a boundary there, the cell needs no inner cuts and leaks nothing. The other cells are parted further, and
-the bound closes: 64-fold for parts of an eighth. (Branch and bound.) What rounding can do is subtracted at the end.
+Leaks are of second order in the width of the cells. They matter where a boundary of a nearly best partition may lie,
+so cells are narrow at the boundaries of the partition known and wider with the distance from them, and one pass mostly
+does. Where it does not, prices from the left, φ, and from the right, φ', together bound the error of every partition
+with a boundary in a given cell: where that is above the error of the levels found, no best partition has a boundary
+there, the cell needs no inner cuts and leaks nothing. The other cells are parted further. (Branch and bound.) What
+rounding can do is subtracted at the end.
+
+Rows are proven by generators that yield the passes they need, and so many rows share one pass.
 """
 
+import math
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from nuqjax.fit_knq_path import shortest_paths
+from nuqjax.fit_knq_path import nothing_yet, potentials
 
-_PRICES = 32  # tried at once when λ is searched
-_SEARCHES = 6
+_BLOCK, _WINDOW = 32, 64  # cells and cuts handled at once by a pass
+_STRETCH = 2048  # cells of one call
+_BANDS = tuple(2**e for e in range(9, 40, 2))  # few shapes to compile
+_TOGETHER = 8  # rows in one pass
+_ACTIVE = 64  # rows whose cells are held at once
+_CHUNK = 2**17  # values in hand at once
+_SEARCHES = 12  # of λ over coarse cells
+_COARSE = 16  # cells of an interval by rank, and as many by value, for a first λ
+_NARROWEST = 0.45  # of an interval over √tolerance: the cells at its ends
+_WIDENING = 1.3  # of the distance from its ends over K: the others
+_MANY_LEVELS = 48  # from here on λ needs finer cells than the coarse ones
+_MOST_CELLS = 1536  # of an interval
 _ROUNDS = 12
-_CELLS = 64  # of an interval in the first round
-_MOST_CELLS = 384  # of an interval in the others, where halving its cells does not need more
-_SIZES = tuple(2**e for e in range(11, 40, 3))  # of the arrays of cells: few shapes to compile
-_BANDS = tuple(2**e for e in range(7, 40))
+_TRIALS = 10  # of λ in a round
+_MARGIN = 1.1  # between the leaks assumed and those expected
+_UNIT = 2.0**-53
 
 
-class Proof(NamedTuple):
-    """What is known of a row after a proof.
+class Row(NamedTuple):
+    """A sorted row.
 
     Attributes:
-      boundaries: `[K − 1]` cuts of the best partition seen.
-      lower_bound: at most the least squared error of K levels.
+      values: `[n]` ascending float32 or float64; equal values may repeat.
+      unit: a power of two: the proof works on values / unit.
+      weight: `[n]` non-negative float64, or None for 1 each.
+      zero: where one level is held at 0, the cut below a value 0, which must be there (its weight may be 0).
     """
 
-    boundaries: np.ndarray
-    lower_bound: float
+    values: np.ndarray
+    unit: float
+    weight: np.ndarray | None
+    zero: int | None
 
 
 class _Cells(NamedTuple):
-    """The row between `cuts [m + 1]`: weight, mean and squared error of each cell, and its least and greatest value."""
+    """The row between `cuts [m + 1]`: weight, mean and squared error of each cell, and its least and greatest value.
+
+    Values and means are relative to the row's middle value; to 0 where a level is held there.
+    """
 
     cuts: np.ndarray
     weight: np.ndarray
@@ -59,236 +79,463 @@ class _Cells(NamedTuple):
     square: np.ndarray
     least: np.ndarray
     greatest: np.ndarray
-    zero: int | None  # the place among the cuts of the cut below the value zero, where a level is pinned to it
+    zero: int | None  # the place among the cuts of the cut below the value zero, where a level is held at it
 
     def reversed(self) -> "_Cells":
         """The cells of the negated row."""
-        size = len(self.weight)
-        zero = None if self.zero is None else size - 1 - self.zero
+        zero = None if self.zero is None else len(self.weight) - 1 - self.zero
         return _Cells(
             self.cuts[-1] - self.cuts[::-1], self.weight[::-1], -self.mean[::-1], self.square[::-1],
             -self.greatest[::-1], -self.least[::-1], zero,
         )  # fmt: skip
 
+    def middles(self) -> np.ndarray:
+        return (self.least + self.greatest) / 2
 
-def _cells(values: np.ndarray, weight: np.ndarray | None, cuts: np.ndarray, zero: int | None) -> _Cells:
-    starts, counts = cuts[:-1], np.diff(cuts)
-    heavy = counts.astype(np.float64) if weight is None else np.add.reduceat(weight, starts)
-    first = values[starts]
-    away = values - np.repeat(first, counts)
-    shift = np.add.reduceat(away if weight is None else away * weight, starts) / np.where(heavy > 0, heavy, 1.0)
-    away -= np.repeat(shift, counts)
-    away *= away
-    square = np.add.reduceat(away if weight is None else away * weight, starts)
-    place = None if zero is None else int(np.searchsorted(cuts, zero))
-    return _Cells(cuts, heavy, first + shift, square, first, values[cuts[1:] - 1], place)
+    def intervals(self, whole: np.ndarray) -> np.ndarray:
+        """The first cell of each interval of the partition `whole` that holds any."""
+        return _distinct(np.searchsorted(self.cuts, whole[whole < self.cuts[-1]]))
+
+
+_Answer = tuple[np.ndarray, np.ndarray, int]  # φ at the cuts, the cut before on the best path to each, and the band
+
+
+class _Request(NamedTuple):
+    """The pass that a row waits for."""
+
+    cells: _Cells
+    leak: np.ndarray  # [m + 1] at each cut
+    price: float
+    band: int  # the cuts before a block that are looked at, a first guess
+
+
+_Task = Generator[_Request, _Answer, tuple[np.ndarray, float]]
 
 
 def prove(
-    values: np.ndarray,
-    weight: np.ndarray | None,
-    zero: int | None,
-    boundaries: np.ndarray,
-    num_levels: int,
-    tolerance: float,
-) -> Proof:
+    rows: Sequence[Row], boundaries: np.ndarray, num_levels: int, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Bounds the squared error of any K levels from below, to within `tolerance` of the best partition's.
 
+    What it holds in memory grows with the cells, not with the values, besides some MB in hand at once. A row's results
+    do not depend on the other rows. Must run where 64-bit types are enabled.
+
     Args:
-      values: `[D]` ascending distinct float64 values.
-      weight: `[D]` their positive weights (zero for a pinned zero that is not in the row), or None for 1 each.
-      zero: the cut below the value zero, if one level is exactly 0.
-      boundaries: `[K − 1]` cuts of a good partition; only the time depends on how good.
+      rows: R sorted rows.
+      boundaries: `[R, K − 1]` ascending cuts, each a number of values, of good partitions; only the time depends on
+        how good.
       num_levels: K.
       tolerance: the relative gap that is good enough.
 
-    Must run where 64-bit types are enabled.
+    Returns:
+      `[R, K − 1]` int64 cuts of the best partitions seen, and `[R]` float64 lower bounds on Σ weight (value − level)²,
+      in units of the rows' unit².
     """
-    whole = np.concatenate([[0], boundaries, [len(values)]]).astype(np.int64)
-    if len(values) <= num_levels:
-        return Proof(boundaries, 0.0)
-    pinned = zero is not None
-    best = _partition_error(values, weight, whole, zero)
-    if best == 0:
-        return Proof(boundaries, 0.0)
-    free = num_levels - pinned
-    cells = _cells(values, weight, _first_cuts(values, whole, zero), zero)
-    open_cells = np.ones(len(cells.weight), bool)  # in which, or at whose ends, a boundary may lie
-    inner = np.diff(cells.cuts) > 1
-    band = _band(cells, whole)
-    price = _price(cells, free, band, 2 * best / max(free, 1), 8.0)
-    without_leaks = np.zeros(len(inner))
-    above = _pass(cells, without_leaks, price, band).level
-    below = -_pass(cells.reversed(), without_leaks, price, band).level[::-1]
-    moment = float(np.dot(values, values if weight is None else values * weight))
-    bound, rounding, priced_last = 0.0, 0.0, False
-    for _ in range(_ROUNDS):
-        spread = np.sqrt(cells.weight * cells.square) * 2.02
-        up = np.where(inner, spread * np.maximum(cells.greatest - np.minimum(above[:-1], above[1:]), 0.0), 0.0)
-        down = np.where(inner, spread * np.maximum(np.maximum(below[:-1], below[1:]) - cells.least, 0.0), 0.0)
-        left = _pass(cells, up, price, band)
-        right = _pass(cells.reversed(), down[::-1], price, band)
-        band = max(left.band, right.band)
-        prices_up, more_up = _leaks(cells, inner, left.potential, up, price)
-        mirrored, more_down = _leaks(cells.reversed(), inner[::-1], right.potential, down[::-1], price)
-        prices_down = -mirrored[::-1]
-        forward, backward = left.potential, right.potential[::-1]
-        size = len(inner)
-        rounding = 2.0**-52 * (8 * band + 4 * num_levels) * (3 * best + np.sqrt(best * moment))
-        bound = max(
-            bound,
-            forward[-1] - free * (price + more_up),
-            backward[0] - free * (price + more_down),
-        )
-        path = _path(left.before, size)
-        if len(path) == len(whole):
-            found = cells.cuts[path]
-            error = _partition_error(values, weight, found, zero)
-            if error < best:
-                best, whole = error, found
-        if bound >= best * (1 - tolerance):
-            break
-        if not inner.any():  # all that is left is the price
-            if priced_last or len(path) == len(whole):
+    best = np.array(boundaries, np.int64)
+    bounds = np.zeros(len(rows))
+    waiting: dict[int, tuple[_Task, _Request]] = {}
+    to_come = iter(range(len(rows)))
+
+    def resume(r: int, task: _Task, answer: _Answer | None) -> None:
+        try:
+            waiting[r] = task, next(task) if answer is None else task.send(answer)
+        except StopIteration as end:
+            waiting.pop(r, None)
+            best[r], bounds[r] = end.value
+
+    while True:
+        for r in to_come:
+            resume(r, _prove(rows[r], best[r].copy(), num_levels, tolerance), None)
+            if len(waiting) == _ACTIVE:
                 break
-            priced_last = True
-        through = forward + backward - free * price - free * max(more_up, more_down)
-        dip = np.sqrt(cells.weight * cells.square) * np.abs(prices_down - prices_up)
+        if not waiting:
+            return best, bounds
+        for r, answer in list(_answers({r: request for r, (_, request) in waiting.items()})):
+            resume(r, waiting[r][0], answer)
+
+
+def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
+    """The answer to each row, from passes over many at once."""
+    while requests:
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for r, request in requests.items():
+            band = next(band for band in _BANDS if band >= request.band)
+            groups.setdefault((band, request.cells.zero is not None), []).append(r)
+        wider = {}
+        for (band, pin), members in groups.items():
+            for start in range(0, len(members), _TOGETHER):
+                part = members[start : start + _TOGETHER]
+                for r, answer in zip(part, _pass([requests[r] for r in part], band, pin), strict=True):
+                    if answer is None:
+                        wider[r] = requests[r]._replace(band=band + 1)
+                    else:
+                        yield r, answer
+        requests = wider
+
+
+def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None]:
+    """The answers to a few rows; None where the band did not suffice."""
+    count = 1 if len(requests) == 1 else _TOGETHER
+    sizes = [len(request.cells.weight) for request in requests]
+    cells = np.zeros((4, count, -(-max(sizes) // _STRETCH) * _STRETCH))
+    price, zero = np.ones(count), np.full(count, -1, np.int32)
+    for i, request in enumerate(requests):
+        row = request.cells
+        for table, array in zip(cells, (row.weight, row.mean, row.square, request.leak[1:]), strict=True):
+            table[i, : sizes[i]] = array
+        price[i] = request.price
+        zero[i] = -1 if row.zero is None else row.zero
+    carried, parts = nothing_yet(count, band), []
+    for begin in range(0, max(sizes), _STRETCH):
+        here = np.ascontiguousarray(cells[:, :, begin : begin + _STRETCH])
+        size = np.int32(min(_STRETCH, max(sizes) - begin))
+        carried, *found = potentials(
+            carried,
+            here[0],
+            here[1],
+            here[2],
+            here[3],
+            price,
+            np.int32(begin),
+            size,
+            zero,
+            block=_BLOCK,
+            window=_WINDOW,
+            pin=pin,
+        )
+        parts.append([np.asarray(x) for x in found])
+    potential, before = (np.pad(np.concatenate(x, axis=1), ((0, 0), (1, 0))) for x in zip(*parts, strict=True))
+    enough = np.asarray(carried.enough)
+    return [(potential[i, : m + 1], before[i, : m + 1], band) if enough[i] else None for i, m in enumerate(sizes)]
+
+
+def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) -> _Task:
+    """Yields the passes that the row needs; returns the boundaries of the best partition seen and the bound."""
+    count = len(row.values)
+    if count <= num_levels:
+        return boundaries, 0.0
+    whole = np.concatenate([[0], boundaries, [count]])
+    pinned = row.zero is not None
+    free = num_levels - pinned
+    cells = _measured(row, _first_cuts(row, whole))
+    best = _partition_error(cells, whole)
+    if best == 0:
+        return boundaries, 0.0
+    moment = float((cells.square + cells.weight * cells.mean**2).sum())
+    price = 2 * best / max(free, 1)
+    while True:
+        known = best
+        price, forward, whole, best = yield from _price(cells, whole, best, free, price)
+        if best >= known * (1 - 2.0**-6):
+            break
+        cells = _measured(row, _first_cuts(row, whole))
+    mirror = cells.reversed()
+    backward, _, _ = yield _Request(mirror, np.zeros(len(cells.cuts)), price, _band(cells, whole))
+    left_level, right_level = _levels(cells, forward), -_levels(mirror, backward)[::-1]
+    left_places = right_places = cells.middles()
+    shares = [4, 1] if num_levels >= _MANY_LEVELS else [1]
+    cells = _graded(row, cells, whole, num_levels, tolerance, shares.pop(0))
+    open_cells = np.ones(len(cells.weight), bool)  # in which, or at whose ends, a boundary may lie
+    bound, proposed = 0.0, price
+    for _ in range(_ROUNDS):
+        inner = open_cells & (cells.greatest > cells.least)
+        spread = np.where(inner, 2 * np.sqrt(cells.weight * cells.square), 0.0)
+        up = _MARGIN * spread * np.maximum(cells.greatest - np.interp(cells.least, left_places, left_level), 0.0)
+        down = _MARGIN * spread * np.maximum(np.interp(cells.greatest, right_places, right_level) - cells.least, 0.0)
+        band = _band(cells, whole)
+        tangents: dict[float, tuple[float, int]] = {}
+        for _ in range(_TRIALS):
+            price = proposed
+            up = np.minimum(up, price / 2)
+            forward, before, band = yield _Request(cells, _at_cuts(up), price, band)
+            left_level, leak = _leaks(cells, spread, forward)
+            more_up = _more(leak, up, price)
+            rounding = _rounding(float(forward[-1]) + best, band, num_levels, moment)
+            without = forward[-1] - free * price - rounding  # more
+            bound = max(bound, without - free * more_up)
+            whole, best, found = _better(cells, before, whole, best, free)
+            enough = best * (1 - tolerance)
+            if bound >= enough:
+                break
+            if without >= enough:  # but for leaks that were assumed too low
+                up = np.maximum(up, leak * 1.02)
+            elif found == free:
+                break
+            else:
+                tangents[price] = float(forward[-1]), found
+                proposed = _next_price(tangents, free)
+                if proposed in tangents:
+                    break
+        if bound >= enough:
+            break
+        if shares:
+            left_places = cells.middles()
+            cells = _graded(row, cells, whole, num_levels, tolerance, shares.pop(0))
+            open_cells = np.ones(len(cells.weight), bool)
+            continue
+        mirror, down = cells.reversed(), np.minimum(down, price / 2)
+        backward, _, band = yield _Request(mirror, _at_cuts(down[::-1]), price, band)
+        rounding = max(rounding, _rounding(float(backward[-1]) + best, band, num_levels, moment))
+        right_level, leak = _leaks(mirror, spread[::-1], backward)
+        more_down = _more(leak, down[::-1], price)
+        right_level, backward = -right_level[::-1], backward[::-1]
+        bound = max(bound, backward[0] - free * (price + more_down) - rounding)
+        if bound >= enough or not inner.any():
+            break
+        through = forward + backward - free * (price + max(more_up, more_down))
+        dip = spread * np.abs(right_level - left_level) / 2
         open_cells &= np.minimum(through[1:], through[:-1]) - dip <= best * (1 + 1e-9) + 2 * rounding
         parts = int(np.clip(np.ceil(1.2 * np.sqrt((best - bound) / (tolerance * best))), 2, 8))
-        if 2 * open_cells.sum() > size:  # too coarse to tell a chain of boundaries from one moved along by half a step
-            parts = int(np.clip(np.ceil(1.4 * num_levels * np.sqrt((best - bound) / best)), 2, parts))
-        cuts, open_cells = _finer(cells, open_cells, whole, parts)
-        at = values[np.minimum(cuts, len(values) - 1)]
-        known = values[np.minimum(cells.cuts, len(values) - 1)]
-        above, below = np.interp(at, known, left.level), np.interp(at, known, -right.level[::-1])
-        cells = _cells(values, weight, cuts, zero)
-        inner = open_cells & (np.diff(cuts) > 1)
-        band = _band(cells, whole)
-        wrong = abs(len(path) - len(whole)) / num_levels
-        if wrong:  # the price falls with the cube of the number of intervals
-            price = _price(cells, free, band, price, (1 + wrong) ** 4)
-    return Proof(whole[1:-1], max(min(bound, best) - rounding, 0.0))
+        left_places = right_places = cells.middles()
+        cells, open_cells = _finer(row, cells, open_cells, whole, np.full(len(open_cells), parts))
+    return whole[1:-1], max(min(bound, best), 0.0)
 
 
-def _partition_error(values, weight, whole, zero) -> float:
+def _rounding(top: float, band: int, num_levels: int, moment: float) -> float:
+    """What rounding can do to a bound; `top` is at least φ plus the best error (docs/knq.md, part 6)."""
+    merges = band // _BLOCK + 2 * _BLOCK + 2
+    each = 6 * 40 * merges**1.5 + 8 * num_levels + 8 * _CHUNK
+    return _UNIT * (each * top + 128 * math.sqrt(top * moment)) + (128 * _UNIT) ** 2 * moment
+
+
+def _at_cuts(leak: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], np.maximum(leak[1:], leak[:-1]), [0.0]])
+
+
+def _levels(cells: _Cells, potential: np.ndarray) -> np.ndarray:
+    """The C of each cell (fact 2): for a boundary there, the level below it."""
+    weight = np.where(cells.weight > 0, cells.weight, 1.0)
+    return cells.mean - np.sqrt(np.maximum((np.diff(potential) - cells.square) / weight, 0.0))
+
+
+def _leaks(cells: _Cells, spread: np.ndarray, potential: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The C of each cell, and its leak, `spread` being 2 n σ, or 0 where it does not leak."""
+    weight = np.where(cells.weight > 0, cells.weight, 1.0)
+    level = _levels(cells, potential)
+    missing = np.maximum((cells.square - np.diff(potential)) / weight, 0.0)
+    missing += 8 * _UNIT * potential[-1] / weight  # φ is rounded
+    reach = np.maximum(cells.greatest - level, 0.0) + np.sqrt(missing)
+    return level, spread * reach * (1 + 2.0**-30)
+
+
+def _more(leak: np.ndarray, assumed: np.ndarray, price: float) -> float:
+    """By how much λ must exceed the price.
+
+    That is how far a leak exceeds what was assumed, or, for runs of parts of two cells, how far two leaks do the price.
+    """
+    return float(max(np.max(leak - assumed, initial=0.0), 2 * np.max(leak, initial=0.0) - price))
+
+
+def _price(
+    cells: _Cells, whole: np.ndarray, best: float, free: int, price: float
+) -> Generator[_Request, _Answer, tuple[float, np.ndarray, np.ndarray, float]]:
+    """λ at which the shortest path has `free` priced intervals, φ there, and the best partition seen with its error."""
+    tangents: dict[float, tuple[float, int]] = {}
+    top, chosen, potential = -np.inf, price, np.zeros(0)
+    for _ in range(_SEARCHES):
+        found, before, _ = yield _Request(cells, np.zeros(len(cells.cuts)), price, _band(cells, whole))
+        whole, best, count = _better(cells, before, whole, best, free)
+        if found[-1] - free * price > top:
+            top, chosen, potential = found[-1] - free * price, price, found
+        tangents[price] = float(found[-1]), count
+        if count == free:
+            break
+        price = _next_price(tangents, free)
+        if price in tangents:
+            break
+    return chosen, potential, whole, best
+
+
+def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
+    """Where the lines that touch φ(n) at the nearest prices tried meet: φ(n) is concave in λ, its slope the count."""
+    more = [price for price, (_, count) in tangents.items() if count > free]
+    fewer = [price for price, (_, count) in tangents.items() if count < free]
+    if more and fewer:
+        low, high = max(more), min(fewer)
+        (value, count), (other, least) = tangents[low], tangents[high]
+        return float(np.clip((other - value + count * low - least * high) / (count - least), low, high))
+    price = max(more) if more else min(fewer)  # the price falls with the cube of the number of intervals
+    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** 3
+
+
+def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):
+    """The better of a partition and the path to the last cut, its error, and the path's number of priced intervals."""
+    steps, path = before.tolist(), [len(before) - 1]
+    while path[-1] > 0:
+        path.append(steps[path[-1]])
+    count = len(path) - 1 - (cells.zero is not None)
+    if count <= free:
+        found = np.concatenate([np.zeros(free - count, np.int64), cells.cuts[path[::-1]]])
+        error = _partition_error(cells, found)
+        if error < best:
+            return found, error, count
+    return whole, best, count
+
+
+def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
     """Σ weight (value − mean of its interval)², the interval of the pinned zero about 0."""
-    cuts = np.unique(whole)
-    cells = _cells(values, weight, cuts, None)
-    error = float(cells.square.sum())
-    if zero is not None:
-        pinned = np.searchsorted(cuts, zero, side="right") - 1
-        error += float(cells.weight[pinned] * cells.mean[pinned] ** 2)
+    starts = cells.intervals(whole)
+    weight, mean, square = _merged(cells.weight, cells.mean, cells.square, starts)
+    error = float(square.sum())
+    if cells.zero is not None:
+        pinned = np.searchsorted(starts, cells.zero, side="right") - 1
+        error += float(weight[pinned] * mean[pinned] ** 2)
     return error
 
 
-def _first_cuts(values, whole, zero) -> np.ndarray:
+def _band(cells: _Cells, whole: np.ndarray) -> int:
+    """The cuts before a block that a pass looks at, first guess: a pass that needs more says so."""
+    longest = int(np.diff(np.searchsorted(cells.cuts, whole)).max())
+    return min(int(1.6 * longest) + 2 * _BLOCK, len(cells.weight) + _BLOCK)
+
+
+def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:
     """Each interval parted into cells, half of them even in rank and half in value."""
     low, high = whole[:-1, None], whole[1:, None]
-    share = np.arange(1, _CELLS // 2) / (_CELLS // 2)
+    share = np.arange(1, _COARSE) / _COARSE
     by_rank = low + ((high - low) * share).astype(np.int64)
-    last = len(values) - 1
-    least, most = values[np.minimum(low, last)], values[np.clip(high - 1, 0, last)]
-    by_value = np.searchsorted(values, (least + (most - least) * share).ravel())
-    pin = np.zeros(0, np.int64) if zero is None else np.array([zero, zero + 1])
-    return np.unique(np.concatenate([whole, by_rank.ravel(), by_value, pin]))
+    last = len(row.values) - 1
+    ends = (row.values[np.clip(place, 0, last)].astype(np.float64) for place in (low, high - 1))
+    least, most = ends
+    wanted = (least + (most - least) * share).astype(row.values.dtype)
+    by_value = np.searchsorted(row.values, wanted.ravel())
+    # The cells at the ends hold one value each: a path pays no leak for beginning there.
+    single = [np.searchsorted(row.values, row.values[0], side="right"), np.searchsorted(row.values, row.values[-1])]
+    pin = [] if row.zero is None else [row.zero, row.zero + 1]
+    return _distinct(np.concatenate([whole, by_rank.ravel(), by_value, np.array(single + pin, np.int64)]))
 
 
-def _finer(cells: _Cells, chosen, whole, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts that part the chosen cells, and join the others; and which of the new cells lie inside a chosen one.
+def _distinct(array: np.ndarray) -> np.ndarray:
+    """The distinct numbers, ascending."""
+    array = np.sort(array)
+    return array[np.append(True, array[1:] != array[:-1])]
 
-    Each is parted into `most`, or fewer where an interval of the partition `whole` would hold too many.
+
+def _graded(row: Row, cells: _Cells, whole: np.ndarray, num_levels: int, tolerance: float, share: float) -> _Cells:
+    """Cells narrow at the boundaries of `whole`, and wider in proportion to the distance from the nearest.
+
+    A leak is in proportion to count · width, so lengths are measured by the square root of that.
+    """
+    size = np.sqrt(np.diff(cells.cuts) * (cells.greatest - cells.least))
+    starts = cells.intervals(whole)
+    counts = np.diff(np.append(starts, len(size)))
+    total = np.repeat(np.add.reduceat(size, starts), counts)
+    total = np.where(total > 0, total, 1.0)
+    end = np.cumsum(size)
+    origin = np.repeat((end - size)[starts], counts)
+    size, near, far = size / total, (end - size - origin) / total, 1 - (end - origin) / total
+    distance = np.maximum(np.minimum(near, far), 0.0) + size / 4
+    width = share * np.maximum(_NARROWEST * math.sqrt(tolerance), _WIDENING / num_levels * distance)
+    parts = np.maximum(np.ceil(size / width), 1).astype(np.int64)
+    return _finer(row, cells, np.ones(len(size), bool), whole, parts)[0]
+
+
+def _finer(
+    row: Row, cells: _Cells, chosen: np.ndarray, whole: np.ndarray, parts: np.ndarray
+) -> tuple[_Cells, np.ndarray]:
+    """Parts each chosen cell into `parts`, and joins the others; and which of the new cells lie inside a chosen one.
+
+    Into fewer where an interval of the partition `whole` would hold too many. Equal values stay together.
     """
     low, high = cells.cuts[:-1][chosen], cells.cuts[1:][chosen]
+    parts = np.where(cells.greatest > cells.least, parts, 1)[chosen]
     interval = np.searchsorted(whole, low, side="right")
-    crowd = np.bincount(interval)[interval] if len(interval) else interval
-    inner = np.minimum(np.clip(_MOST_CELLS // np.maximum(crowd, 1), 2, most), high - low) - 1
+    crowd = np.bincount(interval, parts, len(whole) + 1)[interval]
+    fewer = np.maximum((parts * (_MOST_CELLS / np.maximum(crowd, _MOST_CELLS))).astype(np.int64), np.minimum(parts, 2))
+    inner = np.minimum(fewer, high - low) - 1
     cell = np.repeat(np.arange(len(low)), inner)
     number = np.arange(len(cell)) - np.repeat(np.cumsum(inner) - inner, inner) + 1
     between = low[cell] + (high - low)[cell] * number // (inner[cell] + 1)
+    tied = row.values[between - 1] == row.values[between]
+    if tied.any():
+        value = row.values[between[tied]]
+        first, end = (np.searchsorted(row.values, value, side=side) for side in ("left", "right"))
+        between[tied] = np.where(first > low[cell][tied], first, np.minimum(end, high[cell][tied]))
     kept = np.zeros(len(cells.cuts), bool)
+    kept[np.searchsorted(cells.cuts, whole)] = True
     kept[0] = kept[-1] = True
     kept[:-1] |= chosen
     kept[1:] |= chosen
     if cells.zero is not None:
         kept[cells.zero : cells.zero + 2] = True
-    cuts = np.unique(np.concatenate([cells.cuts[kept], between]))
-    return cuts, chosen[np.searchsorted(cells.cuts, cuts[:-1], side="right") - 1]
+    known = cells.cuts[kept]
+    cuts = _distinct(np.concatenate([known, between]))
+    joined = _merged(cells.weight, cells.mean, cells.square, np.flatnonzero(kept[:-1]))
+    from_known = np.searchsorted(known, cuts[:-1], side="right") - 1
+    weight, mean, square = (array[from_known] for array in joined)
+    new = (known[from_known] != cuts[:-1]) | (known[from_known + 1] != cuts[1:])
+    weight[new], mean[new], square[new] = _measure(row, cuts[:-1][new], cuts[1:][new])
+    inside = chosen[np.searchsorted(cells.cuts, cuts[:-1], side="right") - 1]
+    return _with_ends(row, cuts, weight, mean, square), inside
 
 
-def _band(cells: _Cells, whole) -> int:
-    """The cells that an interval may have, first guess: a pass that needs more says so."""
-    places = np.searchsorted(cells.cuts, whole)
-    wanted = min(2 * int(np.diff(places).max()) + 16, len(cells.weight))
-    return next(size for size in _BANDS if size >= wanted)
+def _origin(row: Row) -> float:
+    return 0.0 if row.zero is not None else float(row.values[len(row.values) // 2]) / row.unit
 
 
-class _Potential(NamedTuple):
-    potential: np.ndarray  # [m + 1]
-    before: np.ndarray  # [m + 1] the cut before, on the best path to each cut
-    level: np.ndarray  # [m + 1] the mean of the interval between them
-    band: int
+def _measured(row: Row, cuts: np.ndarray) -> _Cells:
+    return _with_ends(row, cuts, *_measure(row, cuts[:-1], cuts[1:]))
 
 
-def _pass(cells: _Cells, leak, price: float, band: int) -> _Potential:
-    """The shortest path to every cut, with as wide a band as proves it."""
-    size = len(cells.weight)
-    at_cut = np.concatenate([[0.0], np.maximum(leak[1:], leak[:-1]), [0.0]])
-    while True:
-        *_, (potential, before, level, enough) = _run(cells, at_cut, np.array([price]), band, True)
-        if enough:
-            return _Potential(potential[: size + 1], before[: size + 1], level[: size + 1], band)
-        band = next(size for size in _BANDS if size > band)
+def _with_ends(row: Row, cuts: np.ndarray, weight: np.ndarray, mean: np.ndarray, square: np.ndarray) -> _Cells:
+    zero = None if row.zero is None else int(np.searchsorted(cuts, row.zero))
+    ends = (row.values[place].astype(np.float64) / row.unit - _origin(row) for place in (cuts[:-1], cuts[1:] - 1))
+    least, greatest = ends
+    return _Cells(cuts, weight, mean, np.where(greatest > least, square, 0.0), least, greatest, zero)
 
 
-def _price(cells: _Cells, free: int, band: int, guess: float, factor: float) -> float:
-    """λ at which the shortest path has `free` priced intervals: where the dual value is largest."""
-    prices = np.geomspace(guess / factor, guess * factor, _PRICES)
-    for _ in range(_SEARCHES):
-        total, count, _ = _run(cells, np.zeros(len(cells.weight) + 1), prices, band, False)
-        right = np.flatnonzero(count == free)
-        if len(right):
-            return float(prices[right[len(right) // 2]])
-        most = int(np.argmax(total - free * prices))
-        low, high = prices[max(most - 1, 0)], prices[min(most + 1, len(prices) - 1)]
-        if most in (0, len(prices) - 1):
-            factor = factor**4
-            low, high = prices[most] / factor, prices[most] * factor
-        prices = np.geomspace(low, high, _PRICES)
-    return float(prices[most])
+def _measure(row: Row, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weight, mean and squared error of ranges of values, some at a time."""
+    pieces = -(-(high - low) // _CHUNK)
+    owner = np.repeat(np.arange(len(low)), pieces)
+    first_piece = np.cumsum(pieces) - pieces
+    start = low[owner] + (np.arange(len(owner)) - first_piece[owner]) * _CHUNK
+    end = np.minimum(start + _CHUNK, high[owner])
+    found = np.empty((3, len(start)))
+    total = np.cumsum(end - start)
+    here = 0
+    while here < len(start):
+        known = total[here - 1] if here else 0
+        following = max(int(np.searchsorted(total, known + _CHUNK, side="right")), here + 1)
+        found[:, here:following] = _measure_at_once(row, start[here:following], end[here:following])
+        here = following
+    weight, mean, square = found
+    return (weight, mean, square) if len(start) == len(low) else _merged(weight, mean, square, first_piece)
 
 
-def _run(cells: _Cells, leak, prices, band: int, tables: bool):
-    size = len(cells.weight)
-    length = next(length for length in _SIZES if length >= size)
+def _measure_at_once(row: Row, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    counts = end - start
+    starts = np.cumsum(counts) - counts
+    if (end[:-1] == start[1:]).all():
+        place = slice(start[0], end[-1])
+    else:
+        place = np.repeat(start - starts, counts) + np.arange(counts.sum())
+    away = row.values[place].astype(np.float64)
+    away /= row.unit
+    first = away[starts]
+    away -= np.repeat(first, counts)
+    if row.weight is None:
+        total = counts.astype(np.float64)
+        shift = np.add.reduceat(away, starts) / total
+    else:
+        weight = row.weight[place]
+        total = np.add.reduceat(weight, starts)
+        shift = np.add.reduceat(away * weight, starts) / np.where(total > 0, total, 1.0)
+    away -= np.repeat(shift, counts)
+    away *= away
+    if row.weight is not None:
+        away *= weight
+    return total, (first - _origin(row)) + shift, np.add.reduceat(away, starts)
 
-    def padded(array):
-        return np.concatenate([array, np.zeros(length - len(array))])[None]
 
-    zero = np.array([-1 if cells.zero is None else cells.zero], np.int32)
-    found = shortest_paths(
-        padded(cells.weight), padded(cells.mean), padded(cells.square), padded(leak[:-1]), prices[None],
-        np.int32(size), zero, band=band, tables=tables, pin=cells.zero is not None,
-    )  # fmt: skip
-    return jax.tree.map(lambda x: np.asarray(x)[0], found)
-
-
-def _path(before: np.ndarray, size: int) -> np.ndarray:
-    """The cuts of the shortest path, from 0 to the last."""
-    path = [size]
-    while path[-1] > 0:
-        path.append(int(before[path[-1]]))
-    return np.array(path[::-1])
-
-
-def _leaks(cells: _Cells, inner, potential, assumed, price: float) -> tuple[np.ndarray, float]:
-    """The C of each cell (fact 2), and by how much λ must exceed the price.
-
-    That is how far a leak exceeds what was assumed, or, for runs of parts of two cells, how far two leaks do the price.
-    """
-    weight = np.where(cells.weight > 0, cells.weight, 1.0)
-    rest = np.diff(potential) / weight - cells.square / weight
-    level = cells.mean - np.sqrt(np.maximum(rest, 0.0))
-    reach = np.maximum(cells.greatest - level, 0.0) + np.sqrt(np.maximum(-rest, 0.0))
-    leak = np.where(inner, 2 * np.sqrt(cells.weight * cells.square) * reach, 0.0)
-    return level, float(max(np.max(leak - assumed, initial=0.0), 2 * np.max(leak, initial=0.0) - price))
+def _merged(
+    weight: np.ndarray, mean: np.ndarray, square: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The cells from each of `starts` to the next as one (Chan, Golub and LeVeque 1983)."""
+    counts = np.diff(np.append(starts, len(weight)))
+    total = np.add.reduceat(weight, starts)
+    first = mean[starts]
+    away = mean - np.repeat(first, counts)
+    shift = np.add.reduceat(away * weight, starts) / np.where(total > 0, total, 1.0)
+    away -= np.repeat(shift, counts)
+    return total, first + shift, np.add.reduceat(square + away * away * weight, starts)

@@ -4,7 +4,8 @@ The values below any cut of a sorted row enter the cost of a partition only by t
 These are kept as integers (values in units of 2^−frac of the row's scale), so no order of addition changes a bit of
 them, and the difference of two running sums is exact.
 
-The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CPU, and on JAX's.
+The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CPU, and on JAX's. Rows longer than
+`LONG` have a form of their own with the same methods (`fit_knq_long`).
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,18 @@ from jax import lax
 
 from nuqjax.rows import namespace
 
+_BY_ROW = 1024  # longer rows on the host are sorted one after the other
+LONG = 2**16  # from here on rows are kept as `fit_knq_long.LongRows`
+
+
+def take(array, index):
+    """`array[r, index[r, …]]` for `array [R, D]` and `index [R, …]`."""
+    flat = index.reshape(index.shape[0], -1)
+    if namespace(array) is np:
+        return np.take_along_axis(array, flat, 1).reshape(index.shape)
+    taken = jnp.take_along_axis(array, flat.astype(jnp.int32), axis=1, mode="promise_in_bounds")
+    return taken.reshape(index.shape)
+
 
 class SortedRows(NamedTuple):
     """Rows as ascending distinct values; a *cut* c parts the c smallest of them from the others.
@@ -26,7 +39,7 @@ class SortedRows(NamedTuple):
       total: `[R, D + 1]` weight times value below each cut, in units of 2^−frac; of the same dtype.
       weight: `[R, D]` float64 weight of each distinct value, unrounded, over the row's largest weight; None where all
         weights are 1, and of JAX rows.
-      distinct: `[R]` int64 number of distinct values, so the last cut.
+      size: `[R]` int64 number of distinct values, so the last cut.
       zero: `[R]` int64 cut just below the value zero, which is there (maybe of weight 0) where a level is pinned to it.
       square: `[R]` float64 Σ weight · value².
       slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
@@ -37,11 +50,65 @@ class SortedRows(NamedTuple):
     count: Any
     total: Any
     weight: Any
-    distinct: Any
+    size: Any
     zero: Any
     square: Any
     slack: Any
     frac: int
+
+    @property
+    def length(self) -> int:
+        """At least the last cut of every row."""
+        return self.values.shape[1]
+
+    def value_at(self, places):
+        """The value above each cut `[R, …]`; above the last, the greatest."""
+        xp = namespace(self.values)
+        last = (self.size - 1).reshape(-1, *[1] * (places.ndim - 1))
+        return take(self.values, xp.clip(places, 0, xp.maximum(last, 0)))
+
+    def sums_below(self, cuts):
+        """Of the values below each cut `[R, …]`, the weight and the sum of weight times value, in units of 2^−frac."""
+        return take(self.count, cuts), take(self.total, cuts)
+
+    def cut_below(self, wanted):
+        """`[R, m]` the number of distinct values below each of `wanted [R, m]`."""
+        xp = namespace(self.values)
+        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length, xp)
+
+    def before_ties(self, cuts):
+        """The last cut, not above each of `cuts`, at which no two values are equal: here every cut is one."""
+        return cuts
+
+    def after_ties(self, cuts):
+        """The first such cut not below."""
+        return cuts
+
+    def every_cut(self, limit: int):
+        """`[R, limit + 1]` ascending cuts at which values differ, repeating the last, and `[R]` whether that is all."""
+        xp = namespace(self.values)
+        every = xp.minimum(xp.arange(limit + 1, dtype=xp.int64), self.size[:, None])
+        return every, self.size <= limit
+
+
+def search(below, shape, size, length: int, xp):
+    """`shape` the number of places, of the first `size [R]`, at which an ascending row is `below(places)`."""
+    low = xp.zeros(shape, xp.int64)
+    high = xp.broadcast_to(size.reshape(-1, *[1] * (len(shape) - 1)), shape)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) >> 1
+        more = below(middle) & (low < high)
+        return xp.where(more, middle + 1, low), xp.where(more, high, middle)
+
+    steps = length.bit_length()
+    if xp is np:
+        for step in range(steps):
+            low, high = halve(step, (low, high))
+        return low
+    low, _ = lax.fori_loop(jnp.int32(0), jnp.int32(steps), halve, (low, high))
+    return low
 
 
 def fraction_bits(length: int) -> int:
@@ -65,6 +132,8 @@ def sort_rows(
     xp = namespace(rows)
     count, length = rows.shape
     frac = fraction_bits(length)
+    if xp is np and length >= _BY_ROW and weights is None and not keep_zero:
+        return _sorted_by_row(rows, scale, mask, frac, sizes)
     counted = mask
     if weights is not None:
         counted = weights > 0 if mask is None else mask & (weights > 0)
@@ -94,30 +163,131 @@ def sort_rows(
         masses, moments = rounded.astype(xp.int64), xp.rint(values * rounded).astype(xp.int64)
         heavy = rounded * 2.0**-frac
         off = xp.abs(shares - heavy) + xp.abs(values * shares - moments.astype(xp.float64) * 2.0**-frac)
+    new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
+    return _joined(values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, sizes)
+
+
+def _sorted_by_row(rows, scale, mask, frac: int, sizes: Sequence[int]) -> SortedRows:
+    """As `sort_rows`, one unweighted NumPy row after the other: each stays in the processor's cache."""
+    number, length = rows.shape
+    values, count = np.empty((number, length)), np.empty((number, length + 1), np.int64)
+    total, size, square = np.empty_like(count), np.empty(number, np.int64), np.empty(number)
+    for r in range(number):
+        row = np.sort(rows[r] if mask is None else rows[r][mask[r]])
+        held = len(row)
+        first = np.concatenate([[0], np.flatnonzero(row[1:] != row[:-1]) + 1]) if held else np.zeros(0, np.int64)
+        distinct = size[r] = len(first)
+        scaled = row / scale[r] + 0.0  # float64, and −0 is 0
+        below = np.concatenate([[0], np.cumsum(np.rint(scaled * 2.0**frac).astype(np.int64))])
+        values[r, :distinct] = scaled[first]
+        values[r, distinct:] = scaled[-1] if held else 0.0
+        count[r, :distinct], count[r, distinct:] = first, held
+        total[r, :distinct], total[r, distinct:] = below[first], below[-1]
+        square[r] = np.dot(scaled, scaled)
+    most = max(int(size.max()), 1)
+    most = next((room for room in sizes if room >= most), most)
+    zero = np.array([np.searchsorted(values[r, : size[r]], 0.0) for r in range(number)])
+    slack = np.full(number, 2 * length * 2.0**-frac)  # each value is rounded by half a unit at most
+    if most > length:
+        values = np.pad(values, ((0, 0), (0, most - length)), mode="edge")
+        count, total = (np.pad(x, ((0, 0), (0, most - length)), mode="edge") for x in (count, total))
+    return SortedRows(
+        values[:, :most], count[:, : most + 1], total[:, : most + 1], None, size, zero, square, slack, frac
+    )  # fmt: skip
+
+
+def count_rows(
+    rows: Any,
+    scale: Any,
+    mask: Any | None,
+    keep_zero: bool,
+    sizes: Sequence[int] = (),
+    axes: tuple[str, ...] = (),
+) -> SortedRows:
+    """As `sort_rows` for unweighted bfloat16 or float16 values: these are counted, by bit pattern, not sorted.
+
+    With `axes`, those of a mesh over whose devices the values of a row are distributed, the counts are added up.
+    """
+    xp = namespace(rows)
+    frac = fraction_bits(rows.shape[1] * (lax.axis_size(axes) if axes else 1))
+    patterns, ordered = _ordered_patterns(rows.dtype)
+    counts = _pattern_counts(rows, mask)[:, patterns]
+    counts = lax.psum(counts, axes) if axes else counts
+    values = xp.asarray(ordered)[None] / scale[:, None]
+    masses = counts.astype(xp.int64)
+    there = masses > 0
+    if keep_zero:
+        there = there | (xp.asarray(ordered) == 0)
+    values = xp.where(there, values, 0.0)
+    single = xp.rint(values * 2.0**frac)
+    off = xp.abs(values - single * 2.0**-frac) * masses
+    moments = single.astype(xp.int64) * masses
+    return _joined(values, there, there, masses, moments, masses.astype(xp.float64), off, None, frac, sizes)
+
+
+def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The bit patterns of the finite values of a 16-bit dtype, and those values as float64, ascending; no −0."""
+    patterns = np.arange(2**16, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):  # some are not numbers
+        values = patterns.view(dtype).astype(np.float64)
+    patterns, values = patterns[np.isfinite(values)], values[np.isfinite(values)]
+    keep = ~((values == 0) & np.signbit(values))
+    order = np.argsort(values[keep], kind="stable")
+    return patterns[keep][order].astype(np.int32), values[keep][order]
+
+
+def _pattern_counts(rows, mask):
+    """`[R, 2¹⁶]` how many values have each bit pattern, those of −0 counted with 0."""
+    if isinstance(rows, np.ndarray):
+        patterns = rows.view(np.uint16)
+        counts = np.stack(
+            [
+                np.bincount(row if counted is None else row[counted], minlength=2**16)
+                for row, counted in zip(patterns, [None] * len(rows) if mask is None else mask, strict=True)
+            ]
+        )
+        counts[:, 0] += counts[:, 2**15]
+        return counts
+    patterns = lax.bitcast_convert_type(rows, jnp.uint16).astype(jnp.int32)
+    number = jnp.broadcast_to(jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None], rows.shape)
+    one = jnp.int32(1) if mask is None else mask.astype(jnp.int32)
+    counts = jnp.zeros((rows.shape[0], 2**16), jnp.int32).at[number, patterns].add(one)
+    return counts.at[:, 0].add(counts[:, 2**15])
+
+
+def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, sizes: Sequence[int]) -> SortedRows:
+    """Rows of ascending values, joined where `new` does not say that one differs from that before it.
+
+    All are `[R, N]`: `there` whether a value counts, the integers `masses` (None for 1 each) and `moments`, the weight
+    `heavy` that these stand for, what was rounded `off`, and the weights `shares` before it, or None.
+    """
+    xp = namespace(values)
     square = xp.sum(_rounded(values * values * heavy), axis=1)
     slack = 4 * xp.sum(_rounded(off), axis=1)  # magnitudes are below 2, squares below 4
-
-    new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
-    distinct = xp.sum(new, axis=1, dtype=xp.int64)
-    most = keys.shape[1]
+    size = xp.sum(new, axis=1, dtype=xp.int64)
+    most = values.shape[1]
     if xp is np:
-        most = max(int(distinct.max()), 1)
-        most = next((size for size in sizes if size >= most), most)
-    first = _first_places(new, xp.sum(there, axis=1, dtype=xp.int64), most)
+        most = max(int(size.max()), 1)
+        most = next((room for room in sizes if room >= most), most)
+    end = xp.sum(there, axis=1, dtype=xp.int64)
+    if masses is not None and shares is None:  # patterns that do not occur lie between those that do
+        end = xp.full_like(end, values.shape[1])
+    first = _first_places(new, end, most)
 
     def below(amounts):  # their running sums at the first of each distinct value
         running = xp.concatenate([xp.zeros_like(amounts[:, :1]), xp.cumsum(amounts, axis=1)], axis=1)
-        return _take(running, first)
+        return take(running, xp.minimum(first, values.shape[1]))
 
     counts, totals, run_weight = first if masses is None else below(masses), below(moments), None
-    if weights is not None:
+    if shares is not None:
         counts, totals = counts.astype(xp.float64) * 2.0**-frac, totals.astype(xp.float64)
         if xp is np:
             run_weight = _run_sums(shares, new, most)
-    last = xp.maximum(distinct[:, None] - 1, 0)
-    values = _take(values, _take(first, xp.minimum(xp.arange(most, dtype=xp.int64), last)))
-    zero = xp.sum((values < 0) & (xp.arange(most, dtype=xp.int64) < distinct[:, None]), axis=1, dtype=xp.int64)
-    return SortedRows(values, counts, totals, run_weight, distinct, zero, square, slack, frac)
+    last = xp.maximum(size[:, None] - 1, 0)
+    place = xp.arange(most, dtype=xp.int64)
+    values = take(values, xp.minimum(take(first, xp.minimum(place, last)), values.shape[1] - 1))
+    zero = xp.sum((values < 0) & (place < size[:, None]), axis=1, dtype=xp.int64)
+    return SortedRows(values, counts, totals, run_weight, size, zero, square, slack, frac)
 
 
 def _rounded(terms):
@@ -161,9 +331,3 @@ def _run_sums(amounts, new, most: int):
         before = np.cumsum(new.sum(axis=1)) - new.sum(axis=1)
         sums[row, np.arange(len(row)) - before[row]] = np.add.reduceat(amounts.ravel(), row * new.shape[1] + place)
     return sums
-
-
-def _take(array, index):
-    if isinstance(array, np.ndarray):
-        return np.take_along_axis(array, np.minimum(index, array.shape[1] - 1), axis=1)
-    return jnp.take_along_axis(array, jnp.minimum(index, array.shape[1] - 1).astype(jnp.int32), axis=1, mode="clip")

@@ -65,6 +65,13 @@ def namespace(array: Any) -> Any:
     return np if isinstance(array, np.ndarray) else jnp
 
 
+def on_mesh(array: Any) -> bool:
+    """Whether an array, not a traced one, is distributed over several devices of a mesh."""
+    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or len(array.devices()) == 1:
+        return False
+    return isinstance(array.sharding, jax.sharding.NamedSharding)
+
+
 def check_granularity(granularity) -> None:
     """Raises ValueError unless `granularity` is one of the four kinds."""
     if not (granularity in ("tensor", "channel") or isinstance(granularity, ChannelGroups | InputGroups)):

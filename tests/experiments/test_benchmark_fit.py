@@ -4,15 +4,18 @@ import argparse
 import itertools
 import json
 
+import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import nuqjax
-from experiments import benchmark_fit
+from experiments import benchmark_fit, fresh_process, networks
 from experiments.benchmark_fit import Case, Options, Tool
+from experiments.draws import student_t
 
 ENTRY = {"tool", "status", "first_call", "runs", "seconds", "ratio", "weights_per_second", "sse", "excess", "over_best"}
 SIZES = {"rows": 3000, "half": 3000, "channels": 2 * 4608, "groups": 100 * 64}
@@ -24,7 +27,7 @@ def only_ours(monkeypatch):
     monkeypatch.setattr(benchmark_fit.importlib.util, "find_spec", lambda name: None)
 
 
-@pytest.mark.parametrize("section", benchmark_fit.SECTIONS)
+@pytest.mark.parametrize("section", SIZES)
 def test_a_section_measures_each_case_and_the_proof_holds(section, only_ours):
     options = Options(sizes=(SIZES[section],), levels=(4, 16), repeats=2)
     seen = []
@@ -62,14 +65,14 @@ def test_the_squared_error_is_that_of_the_nearest_levels(values, levels):
 
 
 def test_the_squared_error_is_summed_over_all_blocks(monkeypatch):
-    values = benchmark_fit.student_t(3, (1000,))
+    values = student_t(3, (1000,))
     whole = benchmark_fit.squared_error(values, np.array([-1.0, 1.0]))
     monkeypatch.setattr(benchmark_fit, "_BLOCK", 64)
     assert benchmark_fit.squared_error(values, np.array([-1.0, 1.0])) == pytest.approx(whole, rel=1e-13)
 
 
 def test_the_data_are_the_same_at_every_call_and_heavy_tailed():
-    first, second = (benchmark_fit.student_t(3, (2, 50_000)) for _ in range(2))
+    first, second = (student_t(3, (2, 50_000)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     # |t3| exceeds 5.841 with probability 0.01 (any table): five standard deviations of 100,000 draws are 0.0016.
     assert np.mean(np.abs(first) > 5.841) == pytest.approx(0.01, abs=0.0016)
@@ -87,6 +90,21 @@ def test_the_other_tools_levels_are_of_the_row(package):
         np.testing.assert_allclose(np.sort(tool.fit(values, 3)[0]), expected, rtol=1e-6, err_msg=tool.name)
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.parametrize("package", ["coremltools", "coreai_opt"])
+def test_the_palettizers_of_torch_models_give_the_levels_of_each_row(package):
+    pytest.importorskip("torch", reason="PyTorch comes with the group `benchmark`, not with `test`")
+    pytest.importorskip(package, reason="comes with the group `benchmark`, not with `test`")
+    tool = next(t for t in benchmark_fit.CHANNEL_TOOLS if t.package == package and t.needs == ("torch",))
+    rows = np.float32([[1, 1.25, 1, 3, 3.25, -5, -5, -9] * 4, [7, 8, 9, 10, 7, 8, 9, 10] * 4])
+    for chosen in (rows, rows[:1]):
+        levels = np.sort(tool.fit(chosen, 4), axis=1)
+        expected = nuqjax.fit(jnp.asarray(chosen), 4).levels
+        np.testing.assert_allclose(levels, expected, atol=2.0**-10 * 16)  # they round to float16
+    seen = tool.fit(np.asarray(rows[:1], ml_dtypes.bfloat16), 4)
+    assert np.shape(seen) == (1, 4)
+
+
 def _quantiles(rows, num_levels):
     return [np.quantile(row, (np.arange(num_levels) + 0.5) / num_levels) for row in rows]
 
@@ -96,6 +114,7 @@ def _quantiles(rows, num_levels):
     [
         (Tool("quantiles", "numpy", _quantiles), "measured"),
         (Tool("absent", "no_such_package", _quantiles), "not installed"),
+        (Tool("half there", "numpy", _quantiles, needs=("no_such_package",)), "not installed"),
         (Tool("few levels", "numpy", _quantiles, most_levels=7), "takes at most 7 levels"),
         (Tool("short rows", "numpy", _quantiles, longest=1000), "skipped: more than 1,000 values"),
         (Tool("slow", "numpy", _quantiles), "skipped: predicted"),
@@ -106,7 +125,7 @@ def test_a_tool_is_measured_or_said_why_not(tool, status, monkeypatch):
         clock = itertools.count()
         monkeypatch.setattr(benchmark_fit.time, "perf_counter", lambda: float(next(clock)))
         monkeypatch.setattr(benchmark_fit, "_UNPREDICTED", 100)
-    case = Case("t3", [benchmark_fit.student_t(3, (1, 2000))], 8, [tool])
+    case = Case("t3", [student_t(3, (1, 2000))], 8, [tool])
     cell = benchmark_fit.run_case(case, Options(repeats=1, budget=10))
     ours, _, entry = cell["entries"]
     assert entry["status"].startswith(status)
@@ -150,7 +169,7 @@ def test_kernels_become_a_row_for_each_output_channel():
 
 
 def test_vgg16_has_4224_channels(data):
-    *_, case = benchmark_fit.SECTIONS["channels"](Options(sizes=(4608,), data=data))
+    *_, case = benchmark_fit.channel_cases(Options(sizes=(4608,), data=data))
     assert len(case.matrices) == 13
     assert sum(len(rows) for rows in case.matrices) == 4224
     assert sum(rows.size for rows in case.matrices) == 14_710_464
@@ -188,3 +207,47 @@ def test_wrong_arguments_are_said(arguments, message, capsys):
 def test_numbers_want_to_be_whole():
     with pytest.raises(argparse.ArgumentTypeError):
         benchmark_fit._numbers("")
+
+
+def test_a_narrow_tree_is_compressed_in_a_new_process():
+    results = benchmark_fit.run(["tree"], Options(sizes=(200_000,), repeats=1))
+    cell = json.loads(json.dumps(results, allow_nan=False))["sections"]["tree"][0]
+    assert cell["data"] == "VGG-16, narrowed, no trained layers"
+    assert 100_000 < cell["values"] < 400_000
+    assert cell["bytes"] == 4 * cell["values"]
+    assert cell["bytes"] / 8 < cell["compressed_bytes"] < cell["bytes"] / 4
+    assert 0 < cell["imported"] < cell["loaded"] < cell["cold"]
+    assert cell["peak_bytes"] >= cell["peak_before_bytes"] > cell["bytes"]
+    assert len(cell["runs"]) == 1
+
+
+def test_a_row_is_fitted_in_a_new_process():
+    results = benchmark_fit.run(["curve"], Options(sizes=(3000,), repeats=2))
+    cells = json.loads(json.dumps(results, allow_nan=False))["sections"]["curve"]
+    assert [(cell["data"], cell["bytes"]) for cell in cells] == [("t3 float32", 12_000), ("t3 bfloat16", 6_000)]
+    for cell in cells:
+        assert len(cell["runs"]) == len(cell["proven_runs"]) == 2
+        assert cell["proven_peak_bytes"] >= cell["peak_bytes"] >= cell["peak_before_bytes"] > cell["bytes"]
+
+
+def test_peak_memory_does_not_begin_at_that_of_the_process_that_started_it():
+    before = fresh_process.peak_bytes()
+    held = np.ones(2**27, np.uint8)  # 128 MiB
+    assert fresh_process.peak_bytes() >= before
+    size = fresh_process.measure("row", size=100, dtype="float32", num_levels=2, repeats=1)["peak_before_bytes"]
+    more = np.ones(2**28, np.uint8)
+    again = fresh_process.measure("row", size=100, dtype="float32", num_levels=2, repeats=1)["peak_before_bytes"]
+    assert abs(again - size) < 2**26 < held.size < more.size
+
+
+def test_the_tree_is_that_of_vgg16():
+    network = networks.get("vgg16")
+    inputs = np.zeros((1, network.size, network.size, 3), np.float32)
+    shapes = jax.eval_shape(network.module.init, jax.random.key(0), inputs)["params"]
+    narrow = dict(benchmark_fit.vgg16_tree(None, 100_000))
+    assert len(narrow) == len(jax.tree.leaves(shapes)) == 32
+    kernel = narrow["features.Conv_12.kernel"]
+    assert kernel.shape[:2] == (3, 3)
+    assert kernel.shape[2] == kernel.shape[3] == round(512 * (100_000 / 138_357_544) ** 0.5)
+    values = np.concatenate([leaf.ravel() for leaf in narrow.values()])
+    assert len(np.unique(values)) > 0.99 * values.size  # every layer has values of its own

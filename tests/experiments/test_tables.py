@@ -1,11 +1,15 @@
 """The README's tables are made of the results, and a README that differs is found out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from experiments import tables
 from experiments.settings import Setting, product
+
+ACCURACY = ["--blocks", "accuracy"]
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def _cell(setting: Setting, **numbers):
@@ -53,14 +57,14 @@ python -m experiments.accuracy --network network
 
 
 def test_the_tables_hold_every_cell(folder, capsys):
-    assert tables.main(["--results", str(folder)]) == 0
+    assert tables.main([*ACCURACY, "--results", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == EXPECTED.strip()
 
 
 def test_writing_then_checking_agrees_and_an_edit_is_found(folder, capsys):
     readme = folder / "README.md"
     readme.write_text("# Title\n<!-- accuracy tables: begin -->\nold\n<!-- accuracy tables: end -->\nend\n")
-    arguments = ["--results", str(folder)]
+    arguments = [*ACCURACY, "--results", str(folder)]
     assert tables.main([*arguments, "--check", str(readme)]) == 1
     assert "differ" in capsys.readouterr().err
     assert tables.main([*arguments, "--write", str(readme)]) == 0
@@ -77,12 +81,145 @@ def test_writing_then_checking_agrees_and_an_edit_is_found(folder, capsys):
 def test_a_readme_without_its_marks_is_an_error(text, message, folder, capsys):
     (folder / "README.md").write_text(text)
     with pytest.raises(SystemExit) as error:
-        tables.main(["--results", str(folder), "--check", str(folder / "README.md")])
+        tables.main([*ACCURACY, "--results", str(folder), "--check", str(folder / "README.md")])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_no_results_are_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        tables.main(["--results", str(tmp_path)])
+        tables.main([*ACCURACY, "--results", str(tmp_path)])
     assert "no accuracy_*.json" in capsys.readouterr().err
+
+
+def _weighting(weighting, bits, top1):
+    return {"bits": bits, "granularity": "channel", "weighting": weighting, "top1": top1, "agreement": 0.5}
+
+
+def _fitted(tool, seconds, excess):
+    return {
+        "tool": tool, "status": "measured", "seconds": seconds, "excess": excess, "weights_per_second": 4e6 / seconds,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def other_results(folder):
+    """Results of the other experiments, beside those of the accuracy."""
+    sensitivity = {
+        "title": "Network",
+        "images": 500,
+        "calibration_images": 250,
+        "commands": ["python -m experiments.sensitivity --network network"],
+        "float": {"top1": 0.9},
+        "cells": [_weighting("none", 3, 0.25), _weighting("fisher", 3, 0.5), _weighting("fisher", 4, 0.75)],
+    }
+    (folder / "sensitivity_network.json").write_text(json.dumps(sensitivity))
+    shape = {"data": "t3 float32", "values": 4_000_000, "rows": 1, "num_levels": 16}
+    coremltools = "coremltools PostTrainingPalettizer"
+    row = [_fitted("nuqjax", 0.5, 1e-9), _fitted("b", 12.34, 0.02), {"tool": "c", "status": "skipped: predicted 9 s"}]
+    channels = [_fitted("nuqjax", 0.5, 1e-9), _fitted(coremltools, 10.0, None)]
+    benchmark = {
+        "commands": ["python -m experiments.benchmark_fit"],
+        "platform": {"cores": 2, "machine": "x", "backend": "cpu"},
+        "versions": {"jax": "1.0", "absent": None},
+        "sections": {
+            "rows": [{**shape, "entries": row}, {**shape, "num_levels": 4, "entries": [_fitted("c", 1.0, None)]}],
+            "channels": [{**shape, "rows": 10, "entries": channels}],
+            "tree": [
+                {
+                    "data": "VGG-16", "values": 100, "bits": 4, "bytes": 4e6, "peak_bytes": 1e7, "imported": 1.0,
+                    "cold": 12.0, "seconds": 3.456,
+                }
+            ],
+            "curve": [
+                {**shape, "bytes": 16e6, "peak_bytes": 64e6, "seconds": 0.04, "proven_seconds": 0.08},
+            ],
+        },
+    }  # fmt: skip
+    (folder / "benchmark_fit.json").write_text(json.dumps(benchmark))
+    return folder
+
+
+OTHERS = """
+**Network**, 500 images (float32: top-1 90.0 %), Fisher diagonal of 250 others: top-1 (same first choice as float32).
+
+| weights | channel, 3 bits | channel, 4 bits |
+| --- | ---: | ---: |
+| none | 25.0 % (50.0 %) |  |
+| fisher | 50.0 % (50.0 %) | 75.0 % (50.0 %) |
+
+```sh
+python -m experiments.sensitivity --network network
+```
+
+One row, seconds:
+
+| data | values | levels | nuqjax | b | c |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| t3 float32 | 4,000,000 | 16 | 0.500 | 12.3 (2e-02) | predicted 9 s |
+| t3 float32 | 4,000,000 | 4 |  |  | 1.00 |
+
+A codebook for each output channel, millions of weights a second:
+
+| data | values | levels | nuqjax | coremltools PostTrainingPalettizer |
+| --- | ---: | ---: | ---: | ---: |
+| t3 float32 | 4,000,000 in 10 rows | 16 | 8.00 | 0.400 |
+
+t3 float32: 8.00 M weights/s, 20.0 times coremltools PostTrainingPalettizer's 0.400.
+
+A whole tree, in a new process; seconds from its start, imports, loading and compilation included:
+
+| tree | weights | bits | imports, s | result, s | again, s | peak memory, MB | of the tree's bytes |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| VGG-16 | 100 | 4 | 1.00 | 12.0 | 3.46 | 10 | 2.50× |
+
+One row of growing length, 16 levels, each in a new process:
+
+| data | values | s | ns a value | proven, s | ns a value | peak memory, MB | of the row's bytes |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| t3 float32 | 4,000,000 | 0.0400 | 10.0 | 0.0800 | 20.0 | 64 | 4.0× |
+
+Measured on 2 cores (x, cpu): jax 1.0.
+
+```sh
+python -m experiments.benchmark_fit
+```
+"""
+
+
+def test_the_other_tables_hold_every_cell(other_results, capsys):
+    assert tables.main(["--results", str(other_results), "--blocks", "sensitivity,benchmark"]) == 0
+    assert capsys.readouterr().out.strip() == OTHERS.strip()
+
+
+def test_all_blocks_are_written_and_checked_together(other_results, capsys):
+    readme = other_results / "README.md"
+    marks = "".join(f"<!-- {name} tables: begin -->\n<!-- {name} tables: end -->\n" for name in tables.BLOCKS)
+    readme.write_text(marks)
+    arguments = ["--results", str(other_results)]
+    assert tables.main([*arguments, "--check", str(readme)]) == 1
+    assert "the accuracy and sensitivity and benchmark tables differ" in capsys.readouterr().err
+    assert tables.main([*arguments, "--write", str(readme)]) == 0
+    assert tables.main([*arguments, "--check", str(readme)]) == 0
+    readme.write_text(readme.read_text().replace("20.0 times", "21.0 times"))
+    assert tables.main([*arguments, "--check", str(readme)]) == 1
+    assert "the benchmark tables differ" in capsys.readouterr().err
+
+
+def test_a_cell_measured_twice_is_an_error(other_results, capsys):
+    (other_results / "benchmark_fit_again.json").write_text((other_results / "benchmark_fit.json").read_text())
+    with pytest.raises(SystemExit):
+        tables.main(["--results", str(other_results), "--blocks", "benchmark"])
+    assert "section rows of the benchmark has two results for ('t3 float32', 4000000, " in capsys.readouterr().err
+
+
+def test_unknown_tables_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["--blocks", "speed"])
+    assert "unknown tables speed: the known are accuracy, sensitivity, benchmark" in capsys.readouterr().err
+
+
+def test_the_readme_holds_what_was_measured():
+    if not README.exists():
+        pytest.skip("these tests are not in the repository: there is no README.md beside them")
+    assert tables.main(["--check", str(README)]) == 0

@@ -1,0 +1,109 @@
+"""Rows longer than 65,536 values, and long rows of 16-bit values: forms of their own, the same optimum."""
+
+import jax
+import jax.numpy as jnp
+import kmeans1d
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nuqjax.fit_knq import fit_knq
+from nuqjax.fit_knq_rows import LONG
+
+
+def squared_error(row, levels, weights=None):
+    row, levels = row.astype(np.float64), np.asarray(levels, np.float64)
+    nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, row)]
+    return float(np.sum((row - nearest) ** 2 * (1 if weights is None else weights)))
+
+
+@pytest.mark.parametrize("num_levels", [4, 16, 64])
+@pytest.mark.parametrize("degrees", [3, 1000])
+def test_the_optimum_of_kmeans1d(degrees, num_levels):
+    row = np.random.default_rng(degrees).standard_t(degrees, LONG + 1000).astype(np.float32)
+    best = squared_error(row, np.sort(kmeans1d.cluster(row.astype(np.float64), num_levels).centroids))
+    for tolerance in (None, 1e-6):
+        fitted = fit_knq(row[None], num_levels, tolerance=tolerance)
+        error = squared_error(row, fitted.levels[0])
+        assert error <= best * (1 + 1e-6)
+        scale = float(fitted.scale[0]) ** 2
+        np.testing.assert_allclose(float(fitted.sse[0]) * scale, error, rtol=2.0**-22)
+        bound = float(fitted.lower_bound[0]) * scale
+        assert bound <= best * (1 + 1e-12)
+        if tolerance is not None:
+            assert bound >= error * (1 - 1e-6 - 2.0**-22)
+
+
+@pytest.mark.parametrize("options", ["plain", "weights", "mask", "keep zero", "all"])
+@pytest.mark.parametrize("num_levels", [4, 16])
+def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
+    generator = np.random.default_rng(num_levels)
+    row = generator.standard_t(3, (1, LONG + 500)).astype(np.float32)
+    weights = generator.exponential(size=row.shape).astype(np.float32) * (generator.uniform(size=row.shape) < 0.9)
+    given = {
+        "weights": weights if options in ("weights", "all") else None,
+        "mask": generator.uniform(size=row.shape) < 0.8 if options in ("mask", "all") else None,
+    }
+    held = options in ("keep zero", "all")
+    host = fit_knq(row, num_levels, keep_zero=held, tolerance=None, **given)
+    traced = jax.jit(lambda row, given: fit_knq(row, num_levels, keep_zero=held, tolerance=None, **given))(row, given)
+    np.testing.assert_array_equal(host.levels, traced.levels)
+    proven = fit_knq(row, num_levels, keep_zero=held, tolerance=1e-6, **given)
+    assert float(host.sse[0]) <= float(proven.sse[0]) * (1 + 1e-6)
+    assert float(proven.lower_bound[0]) >= float(proven.sse[0]) * (1 - 1e-6 - 2.0**-22)
+    if held:
+        assert (np.asarray(host.levels) == 0).any()
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 40, 700, 5000])
+@pytest.mark.parametrize("num_levels", [4, 64])
+def test_many_equal_values(distinct, num_levels):
+    """Most of the row is zero, as in a pruned layer: as good as the distinct values with their counts for weights."""
+    generator = np.random.default_rng(distinct)
+    table = np.unique(np.append(generator.standard_normal(distinct - 1).astype(np.float32), np.float32(0)))
+    row = generator.choice(table, LONG + 4000) * (generator.uniform(size=LONG + 4000) < 0.3).astype(np.float32)
+    values, counts = np.unique(row, return_counts=True)
+    fitted = fit_knq(row[None], num_levels, tolerance=None)
+    error = squared_error(row, fitted.levels[0])
+    if len(values) <= num_levels:
+        assert error == 0
+        np.testing.assert_array_equal(np.unique(fitted.levels), values)
+    else:
+        weighted = fit_knq(values[None], num_levels, weights=counts[None].astype(np.float32))
+        best = squared_error(values, weighted.levels[0], counts)
+        assert abs(error - best) <= 1e-6 * best
+    traced = jax.jit(lambda row: fit_knq(row, num_levels, tolerance=None).levels)(row[None])
+    np.testing.assert_array_equal(fitted.levels, traced)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("num_levels", [4, 16, 256])
+@pytest.mark.parametrize("length", [9000, LONG + 9000])
+def test_counted_values_have_the_levels_of_sorted_ones(length, num_levels, dtype):
+    generator = np.random.default_rng(length)
+    rows = generator.standard_t(5, (2, length)).astype(dtype)
+    rows[0, :7] = -0.0
+    mask = generator.uniform(size=rows.shape) < 0.9
+    for given in ({}, {"mask": mask, "keep_zero": True}):
+        counted = fit_knq(rows, num_levels, tolerance=1e-6, **given)
+        wide = fit_knq(rows.astype(np.float32), num_levels, tolerance=1e-6, **given)
+        np.testing.assert_array_equal(counted.scale, wide.scale)
+        np.testing.assert_allclose(counted.sse, wide.sse, rtol=1.2e-6)
+        assert (np.asarray(counted.lower_bound) <= np.asarray(wide.sse)).all()
+        free = fit_knq(rows, num_levels, tolerance=None, **given)
+        np.testing.assert_array_equal(free.levels, counted.levels)
+    traced = jax.jit(lambda rows: fit_knq(rows, num_levels, tolerance=None).levels)(jnp.asarray(rows))
+    np.testing.assert_array_equal(traced, fit_knq(rows, num_levels, tolerance=None).levels)
+
+
+def test_a_long_row_takes_little_more_memory_than_its_values():
+    """Resident memory cannot be asked of one call; what NumPy allocates can."""
+    import tracemalloc
+
+    row = np.random.default_rng(0).standard_normal((1, 2**22)).astype(np.float32)
+    fit_knq(row, 16, tolerance=None)
+    tracemalloc.start()
+    fit_knq(row, 16, tolerance=None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * row.nbytes
