@@ -277,7 +277,7 @@ def _fit_on_mesh(rows, num_levels, weights, mask, *, sharding: NamedSharding, ke
 def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts, axes=()) -> Fit:
     scale = row_scale(rows, mask)
     scale = lax.pmax(scale, axes) if axes else scale
-    rows = jnp.where(jnp.abs(rows) < jnp.finfo(rows.dtype).tiny, 0, rows)
+    rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows)
     inputs = [x for x in (rows, scale, weights, mask) if x is not None]
 
     def one(inputs):

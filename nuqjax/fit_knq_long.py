@@ -54,6 +54,11 @@ class LongRows(NamedTuple):
         """At least the last cut of every row."""
         return self.values.shape[1]
 
+    @property
+    def nominal(self) -> int:
+        """The number of values of a row, counted or not."""
+        return self.length
+
     def value_at(self, places):
         """The value above each cut `[R, …]`; above the last, the greatest."""
         xp = namespace(self.values)
@@ -143,6 +148,11 @@ class ShardedRows(NamedTuple):
     def length(self) -> int:
         """At least the last cut of every row."""
         return self.part.length * lax.axis_size(self.axes)
+
+    @property
+    def nominal(self) -> int:
+        """The number of values of a row, counted or not."""
+        return self.length
 
     @property
     def frac(self) -> int:

@@ -44,6 +44,7 @@ class SortedRows(NamedTuple):
       square: `[R]` float64 Σ weight · value².
       slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
       frac: fraction bits of `total`.
+      nominal: number of values of a row, counted or not: decisions hang on it where arrays may be shorter or longer.
     """
 
     values: Any
@@ -55,6 +56,7 @@ class SortedRows(NamedTuple):
     square: Any
     slack: Any
     frac: int
+    nominal: int
 
     @property
     def length(self) -> int:
@@ -164,7 +166,9 @@ def sort_rows(
         heavy = rounded * 2.0**-frac
         off = xp.abs(shares - heavy) + xp.abs(values * shares - moments.astype(xp.float64) * 2.0**-frac)
     new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
-    return _joined(values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, sizes)
+    return _joined(
+        values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, sizes, length
+    )
 
 
 def _sorted_by_row(rows, scale, mask, frac: int, sizes: Sequence[int]) -> SortedRows:
@@ -192,7 +196,7 @@ def _sorted_by_row(rows, scale, mask, frac: int, sizes: Sequence[int]) -> Sorted
         values = np.pad(values, ((0, 0), (0, most - length)), mode="edge")
         count, total = (np.pad(x, ((0, 0), (0, most - length)), mode="edge") for x in (count, total))
     return SortedRows(
-        values[:, :most], count[:, : most + 1], total[:, : most + 1], None, size, zero, square, slack, frac
+        values[:, :most], count[:, : most + 1], total[:, : most + 1], None, size, zero, square, slack, frac, length
     )  # fmt: skip
 
 
@@ -209,7 +213,8 @@ def count_rows(
     With `axes`, those of a mesh over whose devices the values of a row are distributed, the counts are added up.
     """
     xp = namespace(rows)
-    frac = fraction_bits(rows.shape[1] * (lax.axis_size(axes) if axes else 1))
+    length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
+    frac = fraction_bits(length)
     patterns, ordered = _ordered_patterns(rows.dtype)
     counts = _pattern_counts(rows, mask)[:, patterns]
     counts = lax.psum(counts, axes) if axes else counts
@@ -222,7 +227,7 @@ def count_rows(
     single = xp.rint(values * 2.0**frac)
     off = xp.abs(values - single * 2.0**-frac) * masses
     moments = single.astype(xp.int64) * masses
-    return _joined(values, there, there, masses, moments, masses.astype(xp.float64), off, None, frac, sizes)
+    return _joined(values, there, there, masses, moments, masses.astype(xp.float64), off, None, frac, sizes, length)
 
 
 def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +260,9 @@ def _pattern_counts(rows, mask):
     return counts.at[:, 0].add(counts[:, 2**15])
 
 
-def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, sizes: Sequence[int]) -> SortedRows:
+def _joined(
+    values, new, there, masses, moments, heavy, off, shares, frac: int, sizes: Sequence[int], nominal: int
+) -> SortedRows:
     """Rows of ascending values, joined where `new` does not say that one differs from that before it.
 
     All are `[R, N]`: `there` whether a value counts, the integers `masses` (None for 1 each) and `moments`, the weight
@@ -287,7 +294,7 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
     place = xp.arange(most, dtype=xp.int64)
     values = take(values, xp.minimum(take(first, xp.minimum(place, last)), values.shape[1] - 1))
     zero = xp.sum((values < 0) & (place < size[:, None]), axis=1, dtype=xp.int64)
-    return SortedRows(values, counts, totals, run_weight, size, zero, square, slack, frac)
+    return SortedRows(values, counts, totals, run_weight, size, zero, square, slack, frac, nominal)
 
 
 def _rounded(terms):

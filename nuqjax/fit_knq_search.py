@@ -209,7 +209,7 @@ def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> 
 
 def _priced(rows: Rows, num_levels: int, keep_zero: bool):
     """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error."""
-    length = rows.length
+    length = rows.nominal
     cuts = coarse_cuts(rows, min(_SPREAD * num_levels, length))
     price = _first_price(rows, cuts, num_levels)
     if length <= _CELLS * num_levels:  # room for every value
