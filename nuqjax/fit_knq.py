@@ -128,7 +128,9 @@ def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> 
         fill = chunk - fitted
 
         def part(array):
-            return None if array is None else np.pad(array[here], ((0, fill), (0, 0)), mode="edge")
+            if array is None:
+                return None
+            return array[here] if not fill else np.pad(array[here], ((0, fill), (0, 0)), mode="edge")
 
         heavy, counted = part(weights), part(mask)
         unit = np.ldexp(1.0, np.pad(scale[here], (0, fill), mode="edge"))
@@ -162,7 +164,7 @@ def _ordered(rows, dtype, unit, weights, mask, keep_zero: bool, sizes=(), axes=(
     length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
     if weights is None and rows.dtype.itemsize == 2 and length > _COUNTED:
         return count_rows(rows, unit, mask, keep_zero, sizes, axes)
-    rows = rows.astype(dtype)
+    rows = rows if rows.dtype == dtype else rows.astype(dtype)
     if length > LONG:
         return sort_long_rows(rows, unit, weights, mask, keep_zero, axes)
     if axes:  # short enough for every device to hold it
