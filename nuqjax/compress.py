@@ -71,8 +71,8 @@ def compress(
       sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
         squared error of each value is weighted by its own.
       tolerance: a number has each `"knq"` fit proven to within that share of the least squared error, and the relative
-        gap that is left reported as `certificate`. The default, None, leaves the proof out: it costs 0.1 s for a row of
-        10⁶ values and 4 bits, 2 s for 8 bits, and 17 ms for each of many rows of 4608, several times the fit itself;
+        gap that is left reported as `certificate`. The default, None, leaves the proof out: on one long row it costs little,
+        on many rows of some thousand values three times the fit (`python -m experiments.benchmark_fit rows channels`);
         `nuqjax.fit` says what levels are then worth.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.

@@ -60,10 +60,10 @@ def fit(
       mask: `[R, N]` bool, False where a value does not count. None: all count.
       keep_zero: one level is exactly 0.
       tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
-        the proof out (`lower_bound` is 0) and with it the certainty: levels of long rows are then mostly the optimum,
-        at worst a few 1e-4 of the squared error above it in the rows tried. A row of 10⁶ values takes 0.1 s without and
-        0.2 s with the proof for 16 levels, 0.2 s and 2.4 s for 256 (`python -m experiments.benchmark_fit rows`).
-        Where arrays are traced, rows with more than some hundred distinct values have a bound as coarse as such cells.
+        the proof out (`lower_bound` is 0), and with it the certainty: of 6,732 rows of 300 to 10⁵ values 12 were up to
+        7e-4 of the squared error above the optimum (`python -m experiments.optimality --levels 4,16,64`). A row of 10⁶ values takes 0.09 s without and 0.10 s with the proof for 16
+        levels, 0.2 s and 1.2 s for 256 (`python -m experiments.benchmark_fit rows`). Where arrays are traced, rows with
+        more than some hundred distinct values have a bound as coarse as such cells.
 
     Returns:
       A `Fit`: `levels [R, K]` ascending, in the rows' units and float32 (float64 for float64 rows); `sse [R]` and

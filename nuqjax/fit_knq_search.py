@@ -31,7 +31,7 @@ _PRICED_LEVELS = 16  # from here on the dense programme's cells are too coarse
 _SPREAD = 12  # cells of an interval, on average, when nothing is known
 _CELLS = 32  # when a partition is
 _PARTS = 8  # of a cell that the best paths pass by
-_KEPT = 40  # such parts for each level
+_KEPT = 64  # such parts for each level
 _NARROWINGS = 2
 _TRIALS = 16  # of a price
 _ROOMS = tuple(2**e for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
@@ -242,7 +242,8 @@ def _narrower(rows: Rows, cuts, excess, room: int):
     cell = xp.minimum(cell, low.shape[1] - 1)
     low, high, parts, used = (take(x, cell) for x in (low, high, parts, used))
     inner = low + (high - low) * (slot - (used - parts - 1)) // xp.maximum(parts, 1)
-    inner = xp.where(fits, rows.before_ties(xp.clip(inner, low, high)), 0)
+    spare = slot * rows.size[:, None] // room  # anywhere: many equal cuts would be too far to reach over
+    inner = rows.before_ties(xp.where(fits, xp.clip(inner, low, high), spare))
     return xp.sort(xp.concatenate([xp.zeros_like(cuts[:, :1]), inner, rows.size[:, None]], axis=1), axis=1)
 
 
