@@ -71,9 +71,9 @@ def compress(
       sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
         squared error of each value is weighted by its own.
       tolerance: a number has each `"knq"` fit proven to within that share of the least squared error, and the relative
-        gap that is left reported as `certificate`. The default, None, leaves the proof out: on one long row it costs little,
-        on many rows of some thousand values three times the fit (`python -m experiments.benchmark_fit rows channels`);
-        `nuqjax.fit` says what levels are then worth.
+        gap that is left reported as `certificate`. The default, None, leaves the proof out: on one long row it costs
+        little, on many rows of some thousand values three times the fit (`python -m experiments.benchmark_fit rows
+        channels`); `nuqjax.fit` says what levels are then worth.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
       progress: show a progress bar.
@@ -470,8 +470,8 @@ def _assign(values: Any, levels: jax.Array) -> Any:
         for start in range(0, values.shape[1], length):
             some = values[row : row + count, start : start + length]
             padded = np.pad(some, ((0, count - some.shape[0]), (0, length - some.shape[1])))
-            levels = np.pad(host[row : row + count], ((0, max(0, row + count - len(host))), (0, 0)))
-            chosen = np.asarray(_jit_assign(padded, levels))
+            some_levels = np.pad(host[row : row + count], ((0, max(0, row + count - len(host))), (0, 0)))
+            chosen = np.asarray(_jit_assign(padded, some_levels))
             indices[row : row + count, start : start + length] = chosen[: some.shape[0], : some.shape[1]]
     return indices
 

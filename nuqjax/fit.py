@@ -1,6 +1,7 @@
 """The table of methods, and `fit`: rows to levels by any of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +62,10 @@ def fit(
       keep_zero: one level is exactly 0.
       tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
         the proof out (`lower_bound` is 0), and with it the certainty: of 6,732 rows of 300 to 10⁵ values 12 were up to
-        7e-4 of the squared error above the optimum (`python -m experiments.optimality --levels 4,16,64`). A row of 10⁶ values takes 0.09 s without and 0.10 s with the proof for 16
-        levels, 0.2 s and 1.2 s for 256 (`python -m experiments.benchmark_fit rows`). Where arrays are traced, rows with
-        more than some hundred distinct values have a bound as coarse as such cells.
+        7e-4 of the squared error above the optimum (`python -m experiments.optimality --levels 4,16,64`). A row of 10⁶
+        values takes 0.09 s without and 0.10 s with the proof for 16 levels, 0.2 s and 1.2 s for 256 (`python -m
+        experiments.benchmark_fit rows`). Where arrays are traced, rows with more than some hundred distinct values have
+        a bound as coarse as such cells.
 
     Returns:
       A `Fit`: `levels [R, K]` ascending, in the rows' units and float32 (float64 for float64 rows); `sse [R]` and
@@ -94,9 +96,9 @@ def fit(
     for name, array in (("weights", weights), ("mask", mask)):
         if array is not None and jnp.shape(array) != rows.shape:
             raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {rows.shape}")
-    given = namespace(rows)
-    mask = None if mask is None else given.asarray(mask)
+    asarray = namespace(rows).asarray
+    mask = None if mask is None else asarray(mask)
     if weights is not None:
-        weights = given.asarray(weights)
-        mask = weights > 0 if mask is None else mask & (weights > 0)
+        given: Any = asarray(weights)
+        weights, mask = given, given > 0 if mask is None else mask & (given > 0)
     return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)

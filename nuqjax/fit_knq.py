@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
 from nuqjax.fit_knq_error import nearest_errors
-from nuqjax.fit_knq_long import sort_long_rows
+from nuqjax.fit_knq_long import LongRows, sort_long_rows
 from nuqjax.fit_knq_proof import Row, prove
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
 from nuqjax.fit_knq_search import Rows, bound_of_sum, partition, polish, squared_error_bound
@@ -271,7 +271,7 @@ def _fit_on_mesh(rows, num_levels, weights, mask, *, sharding: NamedSharding, ke
         lambda rows, weights, mask: run(rows, num_levels, weights, mask),
         mesh=sharding.mesh,
         in_specs=(spec, None if weights is None else spec, None if mask is None else spec),
-        out_specs=Fit(row_spec, row_spec, row_spec, row_spec),
+        out_specs=row_spec,
         check_vma=False,
     )(rows, weights, mask)
 
@@ -356,6 +356,7 @@ def _host_row(rows: Rows, r: int, keep_zero: bool) -> Row:
         else:
             weight = np.diff(rows.count[r, : size + 1]).astype(np.float64)
         return Row(rows.values[r, :size], 1.0, weight, zero)
+    assert isinstance(rows, LongRows)  # others are never on the host
     weight = None if rows.shares is None else rows.shares[r, :size]
     if rows.shares is None and rows.pinned:
         weight = np.ones(size)

@@ -7,7 +7,7 @@ nothing cancels, whatever the row.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ from jax import lax
 class Carried(NamedTuple):
     """What one stretch of cells hands to the next: of the intervals from each of the last `band` cuts to here."""
 
-    weight: jax.Array  # [R, band]
-    mean: jax.Array
-    rest: jax.Array  # what rounding left of the mean
-    square: jax.Array
-    start: jax.Array  # φ − leak at the cut
-    first: jax.Array  # [R] the cut at which the best last interval begins: none begins earlier from here on
-    enough: jax.Array  # [R] bool: whether the band held all the cuts that were wanted
+    weight: Any  # [R, band]
+    mean: Any
+    rest: Any  # what rounding left of the mean
+    square: Any
+    start: Any  # φ − leak at the cut
+    first: Any  # [R] the cut at which the best last interval begins: none begins earlier from here on
+    enough: Any  # [R] bool: whether the band held all the cuts that were wanted
 
 
 def nothing_yet(rows: int, band: int) -> Carried:

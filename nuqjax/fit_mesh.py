@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nuqjax.assign import Fit
 from nuqjax.fit_knq import fit_knq_part
@@ -42,11 +42,12 @@ def fit_leaf_on_mesh(
       A `Fit` with as many rows as there are codebooks.
     """
     sharding = array.sharding
+    assert isinstance(sharding, NamedSharding)
     spec = (*sharding.spec, *[None] * array.ndim)[: array.ndim]
     outputs = [stack_axes + axis for axis in axes] if by_channel else []
     of_rows = [*range(stack_axes), *outputs]  # the axes along which codebooks differ
     of_values = [axis for axis in range(array.ndim) if axis not in of_rows]
-    names = [spec[axis] for axis in of_values if spec[axis] is not None]
+    names = [spec[axis] or () for axis in of_values]
     mesh_axes = tuple(name for given in names for name in ((given,) if isinstance(given, str) else given))
     slice_shape = array.shape[stack_axes:]
     codebooks, _ = row_shape(*channel_shape(slice_shape, axes), "channel" if by_channel else "tensor")
@@ -73,7 +74,7 @@ def fit_leaf_on_mesh(
         part,
         mesh=sharding.mesh,
         in_specs=(whole, None if importance is None else whole),
-        out_specs=Fit(by_row, by_row, by_row, by_row),
+        out_specs=by_row,
         check_vma=False,
     )
     fitted = jax.jit(run)(array, importance)
