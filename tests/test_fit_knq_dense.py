@@ -125,7 +125,7 @@ def test_optimal_with_weights_ties_pins_and_short_rows(seed, weighted, pinned, i
 
 @pytest.mark.parametrize(
     ("cells", "num_levels"),
-    [(16, 16), (16, 40), (64, 2), (64, 63), (66, 9), (67, 9), (67, 60), (150, 120), (300, 5)],
+    [(16, 16), (16, 40), (64, 2), (66, 9), (67, 60), (300, 5)],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["plain", "pinned", "bound"])
 def test_optimal_at_every_shape(cells, num_levels, kind):

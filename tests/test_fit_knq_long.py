@@ -34,8 +34,9 @@ def test_the_optimum_of_kmeans1d(degrees, num_levels):
             assert bound >= error * (1 - 1e-6 - 2.0**-22)
 
 
-@pytest.mark.parametrize("options", ["plain", "weights", "mask", "keep zero", "all"])
-@pytest.mark.parametrize("num_levels", [4, 16])
+@pytest.mark.parametrize(
+    ("num_levels", "options"), [(4, "mask"), (4, "all"), (16, "plain"), (16, "weights"), (16, "all")]
+)
 def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
     generator = np.random.default_rng(num_levels)
     row = generator.standard_t(3, (1, LONG + 500)).astype(np.float32)
@@ -55,9 +56,8 @@ def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
         assert (np.asarray(host.levels) == 0).any()
 
 
-@pytest.mark.parametrize("distinct", [1, 40, 700, 5000])
-@pytest.mark.parametrize("num_levels", [4, 64])
-def test_many_equal_values(distinct, num_levels):
+@pytest.mark.parametrize(("num_levels", "distinct"), [(4, 1), (4, 700), (64, 40), (64, 700), (64, 5000)])
+def test_many_equal_values(num_levels, distinct):
     """Most of the row is zero, as in a pruned layer: as good as the distinct values with their counts for weights."""
     generator = np.random.default_rng(distinct)
     table = np.unique(np.append(generator.standard_normal(distinct - 1).astype(np.float32), np.float32(0)))
@@ -76,8 +76,15 @@ def test_many_equal_values(distinct, num_levels):
     np.testing.assert_array_equal(fitted.levels, traced)
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-@pytest.mark.parametrize(("num_levels", "length"), [(4, 9000), (64, LONG + 9000), (256, 9000)])
+@pytest.mark.parametrize(
+    ("num_levels", "length", "dtype"),
+    [
+        (4, 9000, ml_dtypes.bfloat16),
+        (64, LONG + 9000, np.float16),
+        (64, LONG + 9000, ml_dtypes.bfloat16),
+        (256, 9000, np.float16),
+    ],
+)
 def test_counted_values_have_the_levels_of_sorted_ones(num_levels, length, dtype):
     generator = np.random.default_rng(length)
     rows = generator.standard_t(5, (2, length)).astype(dtype)
