@@ -82,7 +82,7 @@ def parse_granularity(text: str) -> Any:
     """A granularity of `nuqjax.compress`.
 
     >>> parse_granularity("channel_groups:8")
-    ChannelGroups(8)
+    ChannelGroups(size=8)
     """
     return text if text in ("tensor", "channel") else _parse_groups(text, "granularity", _GRANULARITIES)
 

@@ -6,17 +6,18 @@ values with exact running sums (`fit_knq_long` a long one, `count_rows` one of 1
 partition, `fit_knq_proof` bounds from below what any other could cost, and here it becomes levels: each the mean of its
 interval, rounded once.
 
-A row with no more distinct values than the dense programme has cuts (1024; 256 where there are more than eight rows)
-is solved exactly. A longer row is searched from coarse cells down to single values, wherever a best path may still
-pass; `python -m experiments.optimality` compares that with the proof. With a `tolerance` the proof follows, by branch
-and bound, until the levels are known to be within it of the optimum, and takes better ones where it comes upon them.
-Under `jit` the levels are the same, but the bound of a long row is one round only, as coarse as some hundred cells.
+A row with no more distinct values than the dense programme has cuts (512, or 1024 if it is no longer than that; 256
+where there are more than eight rows) is solved exactly. Another is searched from coarse cells down to single values,
+wherever a best path may still pass; `python -m experiments.optimality` compares that with the proof. With a `tolerance`
+the proof follows, by branch and bound, until the levels are known to be within it of the optimum, and takes better ones
+where it comes upon them. Under `jit` the levels are the same, but the bound of a long row is one round only, as coarse
+as some hundred cells.
 """
 
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -75,18 +76,24 @@ def fit_knq(
     if count == 0 or length == 0:
         empty = jnp.zeros(count, dtype)
         return Fit(jnp.zeros((count, num_levels), dtype), empty, empty, jnp.ones(count, dtype))
-    dense_cuts = _dense_cuts(count, length)
-    options = functools.partial(
-        _fit_sorted, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance, dense_cuts=dense_cuts
-    )
+    task = _Task(num_levels, keep_zero, tolerance, _dense_cuts(count, length))
     if on_mesh(rows):
         weights, mask = (None if x is None else jax.device_put(x, rows.sharding) for x in (weights, mask))
         return _fit_on_mesh(
             rows, num_levels, weights, mask, sharding=rows.sharding, keep_zero=keep_zero, tolerance=tolerance
         )
     if any(_elsewhere(x) for x in (rows, weights, mask)):
-        return _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts)
-    return _fit_on_host(np.asarray(rows), _host(weights), _host(mask), keep_zero, dtype, options, dense_cuts)
+        return _fit_traced(rows, weights, mask, task, dtype)
+    return _fit_on_host(np.asarray(rows), _host(weights), _host(mask), task, dtype)
+
+
+class _Task(NamedTuple):
+    """What is asked of a fit, and how many cuts its dense programme has."""
+
+    num_levels: int
+    keep_zero: bool
+    tolerance: float | None
+    dense_cuts: int
 
 
 def _dense_cuts(count: int, length: int) -> int:
@@ -117,8 +124,8 @@ def _chunk(count: int, size: int) -> int:
     return 1 if count == 1 or size > LONG else 64 if count > 64 else 16
 
 
-def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> Fit:
-    sizes = [size for size in _SIZES if size <= dense_cuts]
+def _fit_on_host(rows, weights, mask, task: _Task, dtype) -> Fit:
+    sizes = [size for size in _SIZES if size <= task.dense_cuts]
     scale = _host_scale(rows, mask, dtype)
     chunk = _chunk(rows.shape[0], rows.shape[1])
 
@@ -135,11 +142,12 @@ def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> 
         heavy, counted = part(weights), part(mask)
         unit = np.ldexp(1.0, np.pad(scale[here], (0, fill), mode="edge"))
         with jax.enable_x64(True):  # of this thread
-            ordered = _ordered(part(rows), dtype, unit, heavy, counted, keep_zero, sizes)
-            levels, bound = options(ordered, fitted=fitted)
+            ordered = _ordered(part(rows), dtype, unit, heavy, counted, task.keep_zero, sizes)
+            levels, bound = _fit_sorted(ordered, task, fitted)
         # Levels are rounded in the units of the rows, and their error is that of what was rounded.
         levels = (levels[:fitted] * unit[:fitted, None]).astype(dtype)
-        error, bound = _host_error(ordered, levels.astype(np.float64) / unit[:fitted, None], keep_zero), bound[:fitted]
+        error = _host_error(ordered, levels.astype(np.float64) / unit[:fitted, None], task.keep_zero)
+        bound = bound[:fitted]
         if weights is not None:
             heaviest = _heaviest(heavy, counted)[:fitted]
             error, bound = error * heaviest, bound * heaviest
@@ -161,7 +169,7 @@ def _fit_on_host(rows, weights, mask, keep_zero, dtype, options, dense_cuts) -> 
 
 def _ordered(rows, dtype, unit, weights, mask, keep_zero: bool, sizes=(), axes=()) -> Rows:
     """Rows sorted in the way that suits their length and dtype; distributed ones over the mesh axes `axes`."""
-    length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
+    length = _length(rows, axes)
     if weights is None and rows.dtype.itemsize == 2 and length > _COUNTED:
         return count_rows(rows, unit, mask, keep_zero, sizes, axes)
     rows = rows if rows.dtype == dtype else rows.astype(dtype)
@@ -252,12 +260,13 @@ def fit_knq_part(
       axes: names of the mesh axes over which the values of a row are distributed; every device on them returns the
         same. Of a row longer than 65,536 values, or of 16-bit values, only counts and sums are exchanged.
     """
-    dtype = working_dtype(rows.dtype)
-    dense_cuts = _dense_cuts(count, rows.shape[1] * (lax.axis_size(axes) if axes else 1))
-    options = functools.partial(
-        _fit_sorted, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance, dense_cuts=dense_cuts
-    )
-    return _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts, axes)
+    task = _Task(num_levels, keep_zero, tolerance, _dense_cuts(count, _length(rows, axes)))
+    return _fit_traced(rows, weights, mask, task, working_dtype(rows.dtype), axes)
+
+
+def _length(rows, axes) -> int:
+    """Values of a row, those on other devices among them."""
+    return rows.shape[1] * (lax.axis_size(axes) if axes else 1)
 
 
 @functools.partial(jax.jit, static_argnames=("num_levels", "sharding", "keep_zero", "tolerance"))
@@ -276,7 +285,7 @@ def _fit_on_mesh(rows, num_levels, weights, mask, *, sharding: NamedSharding, ke
     )(rows, weights, mask)
 
 
-def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts, axes=()) -> Fit:
+def _fit_traced(rows, weights, mask, task: _Task, dtype, axes=()) -> Fit:
     scale = row_scale(rows, mask)
     scale = lax.pmax(scale, axes) if axes else scale
     rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows)
@@ -287,18 +296,18 @@ def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts, axes
         values, unit = next(given), lax.convert_element_type(next(given), jnp.float64)
         heavy = None if weights is None else next(given)
         counted = None if mask is None else next(given)
-        ordered = _ordered(values, dtype, unit, heavy, counted, keep_zero, axes=axes)
-        levels, bound = options(ordered)
+        ordered = _ordered(values, dtype, unit, heavy, counted, task.keep_zero, axes=axes)
+        levels, bound = _fit_sorted(ordered, task)
         if heavy is not None:
             heavy = lax.convert_element_type(heavy, jnp.float64)
             heaviest = jnp.max(heavy if counted is None else jnp.where(counted, heavy, 0.0), axis=1)
             bound = bound * (lax.pmax(heaviest, axes) if axes else heaviest)
         return levels, bound
 
-    length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
+    length = _length(rows, axes)
     with jax.enable_x64(True):
         # Programmes need some 8 MiB, or one long row is handled at a time.
-        chunk = 1 if length > LONG else min(max(1, 2**20 // min(length, dense_cuts) ** 2), rows.shape[0])
+        chunk = 1 if length > LONG else min(max(1, 2**20 // min(length, task.dense_cuts) ** 2), rows.shape[0])
         whole = rows.shape[0] // chunk * chunk
         grouped = [x[:whole].reshape(-1, chunk, *x.shape[1:]) for x in inputs]
         levels, bound = lax.map(one, grouped)
@@ -315,16 +324,9 @@ def _fit_traced(rows, weights, mask, keep_zero, dtype, options, dense_cuts, axes
     return Fit(levels, error, bound, scale)
 
 
-def _fit_sorted(
-    rows: Rows,
-    *,
-    num_levels: int,
-    keep_zero: bool,
-    tolerance: float | None,
-    dense_cuts: int,
-    fitted: int | None = None,
-):
+def _fit_sorted(rows: Rows, task: _Task, fitted: int | None = None):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
+    num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
     cuts, least = partition(rows, num_levels, keep_zero, dense_cuts)
     if tolerance is None:

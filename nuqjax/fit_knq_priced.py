@@ -16,21 +16,21 @@ import jax.numpy as jnp
 from jax import lax
 
 _LANES = 16  # rows handled at once
-_WIDTH = 128  # cuts before a cut that are compared in one go
+_WIDTH = 128
+_SPLITS = (2, 4, 6)  # eighths of an interval at which it is tried to part it
 
 
 @functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
-def priced_paths(count, total, size, zero, price, trials, reach, through, *, num_levels: int, pin: bool):
+def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool):
     """The shortest paths with `num_levels` intervals through cuts.
 
     Args:
-      count: `[R, M + 1]` weight below each cut, M a multiple of 128; those after cut number `size` do not count.
+      count: `[R, M + 1]` weight below each cut; those after cut number `size` do not count.
       total: `[R, M + 1]` weighted sum below it, of the same dtype.
       size: int32.
       zero: `[R]` int32 with `pin`: the interval from a cut up to `zero` to one above it has the level 0, and no price.
       price: `[R]` float64, to begin with.
       trials: int32, of a price. If none of them gives K intervals, K of those that there are come back.
-      reach: int32, how many times 128 cuts an interval may reach over; more if a path reaches as far, unless `through`.
       through: bool, whether `excess` is wanted.
       num_levels: K.
       pin: whether a level is held at 0.
@@ -51,22 +51,14 @@ def priced_paths(count, total, size, zero, price, trials, reach, through, *, num
         count, total, zero, price = group
         problem = _Problem(count, total, size, zero if pin else None)
 
-        def narrow(state):
-            reach, *_, enough = state
-            return ~through & ~jnp.all(enough) & (reach * _WIDTH < size)
+        found, potential, places = _search(problem, price, trials, num_levels)
 
-        def wider(state):
-            reach, price, *_ = state
-            return 2 * reach, *_search(problem, price, trials, 2 * reach, num_levels)
+        def backwards():
+            problem_ = _backwards(problem)
+            return potential.T + _to_size(_potentials(problem_, found, _reaches(problem_, found)).T, size)
 
-        state = reach, *_search(problem, price, trials, reach, num_levels)
-        reached, price, potential, places, _ = lax.while_loop(narrow, wider, state)
-        excess = lax.cond(
-            through,
-            lambda: potential.T + _to_size(_potentials(_backwards(problem), price, reached).T, size),
-            lambda: jnp.zeros_like(potential.T),
-        )
-        return places, price, excess
+        excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential.T))
+        return places, found, excess
 
     found = lax.map(run, tuple(map(grouped, (count, total, zero, price))))
     return tuple(x.reshape(number + missing, *x.shape[2:])[:number] for x in found)
@@ -94,34 +86,42 @@ def _backwards(problem: _Problem) -> _Problem:
     return _Problem(count, total, size, None if zero is None else size - 1 - zero)
 
 
-def _search(problem: _Problem, price, trials, reach, num_levels: int):
-    """The price, the potentials, the places, and whether every interval is shorter than the reach."""
+def _search(problem: _Problem, price, trials, num_levels: int):
+    """The price, the potentials, and the places."""
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
 
     def attempt(price):
-        potential = _potentials(problem, price, reach)
-        return potential, *_traced_back(problem, price, potential, reach, steps)
+        reaches = _reaches(problem, price)
+        potential = _potentials(problem, price, reaches)
+        return potential, *_traced_back(problem, price, potential, reaches, steps)
+
+    def error(price, potential, intervals):
+        paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select between product and sum
+        return lax.dynamic_index_in_dim(potential, problem.size, keepdims=False) - paid
 
     def wrong(state):
-        *_, intervals, _, trial = state
+        *_, intervals, trial = state
         return jnp.any(intervals != free) & (trial < trials)
 
     def again(state):
-        price, low, high, _, _, intervals, _, trial = state
-        low, high = jnp.where(intervals > free, price, low), jnp.where(intervals < free, price, high)
+        price, low, high, potential, _, intervals, trial = state
+        here = price, error(price, potential, intervals), intervals
+        low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
+        high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
         guess = price * (jnp.maximum(intervals, 1) / free) ** 3  # Panter and Dite (1951)
-        bracketed = (low > 0) & (high < jnp.inf)
-        middle = jnp.sqrt(jnp.where(bracketed, low * jnp.where(bracketed, high, 1.0), 1.0))
-        between = jnp.where(bracketed & ((guess <= low) | (guess >= high)), middle, guess)
-        price = jnp.where(intervals == free, price, between)
+        bracketed = (low[0] > 0) & (high[0] < jnp.inf)
+        # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
+        equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)
+        price = jnp.where(intervals == free, price, jnp.where(bracketed, equal, guess))
         return price, low, high, *attempt(price), trial + 1
 
-    begin = price, jnp.zeros_like(price), jnp.full_like(price, jnp.inf), *attempt(price), jnp.int32(1)
-    price, _, _, potential, chain, intervals, enough, _ = lax.while_loop(wrong, again, begin)
+    none = jnp.zeros_like(price), jnp.zeros_like(price), jnp.zeros(price.shape, jnp.int32)
+    begin = price, none, (jnp.full_like(price, jnp.inf), *none[1:]), *attempt(price), jnp.int32(1)
+    price, _, _, potential, chain, intervals, _ = lax.while_loop(wrong, again, begin)
     held = num_levels - free
     rank = jnp.arange(num_levels - 1, 0, -1, dtype=jnp.int32) * (intervals[:, None] + held) // num_levels
-    return price, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1), enough
+    return price, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
 
 
 def _cost(potential, n, s, price, pinned):
@@ -131,7 +131,40 @@ def _cost(potential, n, s, price, pinned):
     return reached if pinned is None else jnp.where(pinned, potential, reached)
 
 
-def _potentials(problem: _Problem, price, reach):
+def _reaches(problem: _Problem, price):
+    """`[M + 1]` over how many times 128 cuts an interval of a best path may reach back from each cut.
+
+    If it pays to part an interval at some place, it pays to part every longer one there (the quadrangle inequality),
+    and no best path has it.
+    """
+    cuts = problem.count.shape[1]
+    count, total = (jnp.pad(x, ((0, 0), (cuts, 0)), mode="edge") for x in problem[:2])
+    place = jnp.arange(cuts, dtype=jnp.int32)
+
+    def before(distance):
+        return *(lax.dynamic_slice_in_dim(x, cuts - distance, cuts, axis=1) for x in (count, total)), place - distance
+
+    def whole(begin, end):
+        pinned = None
+        if problem.zero is not None:
+            pinned = (begin[2] <= problem.zero[:, None]) & (end[2] > problem.zero[:, None])
+        return _cost(0.0, end[0] - begin[0], end[1] - begin[1], price[:, None], pinned)
+
+    def parted(state):
+        pieces, reach, _ = state
+        begin, end = before(reach * _WIDTH), before(0)
+        middles = [before(reach * _WIDTH * eighths // 8) for eighths in _SPLITS]
+        alone = whole(begin, end)
+        pays = functools.reduce(jnp.logical_or, [whole(begin, m) + whole(m, end) < alone for m in middles])
+        still = ~jnp.all(pays, axis=0) & (place > reach * _WIDTH) & (place <= problem.size) & (pieces == reach)
+        longer = reach + (reach + 1) // 2
+        return jnp.where(still, longer, pieces), longer, jnp.any(still)
+
+    begin = jnp.ones_like(place), jnp.int32(1), jnp.bool_(True)
+    return lax.while_loop(lambda state: state[2], parted, begin)[0]
+
+
+def _potentials(problem: _Problem, price, reaches):
     """`[M + 1, R]` the cost of the shortest path to each cut."""
     cuts = problem.count.shape[1]
     # Before the first cut there are as many at which no path can be.
@@ -155,15 +188,15 @@ def _potentials(problem: _Problem, price, reach):
             reached = _cost(window(potential), n, s, price, pinned)
             return jnp.minimum(best, jnp.min(reached, axis=0, keepdims=True))
 
-        pieces = jnp.minimum(reach, (cut + _WIDTH - 1) // _WIDTH)
+        pieces = jnp.minimum(reaches[cut], (cut + _WIDTH - 1) // _WIDTH)
         best = lax.fori_loop(0, pieces, compare, nowhere[:1])
         return lax.dynamic_update_slice_in_dim(potential, best, cut + cuts, 0)
 
     return lax.fori_loop(jnp.int32(1), problem.size + 1, step, potential)[cuts:]
 
 
-def _traced_back(problem: _Problem, price, potential, reach, steps: int):
-    """The cuts of each path from its end, how many intervals are priced, and whether all are shorter than the reach."""
+def _traced_back(problem: _Problem, price, potential, reaches, steps: int):
+    """The cuts of each path from its end, and how many intervals are priced."""
     number, cuts = problem.count.shape
     potential = jnp.concatenate([jnp.full_like(potential, jnp.inf), potential]).T
     count, total = (jnp.pad(x, ((0, 0), (cuts, 0))) for x in problem[:2])
@@ -187,15 +220,15 @@ def _traced_back(problem: _Problem, price, potential, reach, steps: int):
             # Pieces go backwards, so that of equals the first cut is taken.
             return jnp.minimum(least, nearest), jnp.where(nearest <= least, first, before)
 
-        pieces = jnp.minimum(reach, (jnp.max(end) + _WIDTH - 1) // _WIDTH)
+        pieces = jnp.max(jnp.minimum(reaches[end], (end + _WIDTH - 1) // _WIDTH))
         _, before = lax.fori_loop(0, pieces, compare, (jnp.full(number, jnp.inf), end))
         there = end > 0
         before = jnp.where(there, before, 0)
         free = there if problem.zero is None else there & ~((before <= problem.zero) & (end > problem.zero))
-        return before, (before, free, there & (before == end - reach * _WIDTH) & (before > 0))
+        return before, (before, free)
 
     end = jnp.broadcast_to(problem.size, (number,))
-    at, (chain, free, narrow) = lax.scan(back, end, length=steps)
+    at, (chain, free) = lax.scan(back, end, length=steps)
     intervals = jnp.sum(free, axis=0, dtype=jnp.int32)
     intervals = jnp.where(at > 0, steps + 1, intervals)  # more than were followed
-    return jnp.concatenate([end[None], chain]).T, intervals, ~jnp.any(narrow, axis=0)
+    return jnp.concatenate([end[None], chain]).T, intervals

@@ -190,18 +190,7 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
         here = np.ascontiguousarray(cells[:, :, begin : begin + _STRETCH])
         size = np.int32(min(_STRETCH, max(sizes) - begin))
         carried, *found = potentials(
-            carried,
-            here[0],
-            here[1],
-            here[2],
-            here[3],
-            price,
-            np.int32(begin),
-            size,
-            zero,
-            block=_BLOCK,
-            window=_WINDOW,
-            pin=pin,
+            carried, *here, price, np.int32(begin), size, zero, block=_BLOCK, window=_WINDOW, pin=pin
         )
         parts.append([np.asarray(x) for x in found])
     potential, before = (np.pad(np.concatenate(x, axis=1), ((0, 0), (1, 0))) for x in zip(*parts, strict=True))

@@ -3,11 +3,10 @@
 An interval's squared error is Σ w x² − S²/n, with n its weight and S its weighted sum, so a partition is optimal if it
 makes Σ S²/n greatest. Programmes find it over the cuts that the one before leaves open:
 
-1. *dense* (rows of few distinct values, or fewer than 16 levels): some hundred cuts spread over the whole row by rank,
-   value and density; every partition of them. If the row has no more distinct values than that, this is all, and exact.
-2. *priced* (16 levels and more): the shortest path through the cuts at a price per interval at which it has K of them
-   (`fit_knq_path`): over cuts spread as above, then over the intervals found, parted evenly into cells, then over
-   the cells by which the best paths pass, parted further, the others joined.
+1. *dense* (rows of few distinct values): every partition of them (`fit_knq_dense`). This is all, and exact.
+2. *priced* (other rows): the shortest path through cuts at a price per interval at which it has K of them
+   (`fit_knq_priced`): over cuts spread over the whole row by rank, value and density, then over the intervals found,
+   parted evenly into cells, then over the cells by which the best paths pass, parted further, the others joined.
 3. *windows*: each boundary may move by a few steps of its own; every combination. Steps shrink to single values, and a
    boundary at the end of its window moves on, until nothing moves.
 
@@ -27,14 +26,14 @@ from nuqjax.fit_knq_priced import priced_paths
 from nuqjax.fit_knq_rows import SortedRows, take
 from nuqjax.rows import namespace
 
-_PRICED_LEVELS = 16  # from here on the dense programme's cells are too coarse
+_FEW_LEVELS = 12  # fewer have as many cells as these
 _SPREAD = 12  # cells of an interval, on average, when nothing is known
 _CELLS = 32  # when a partition is
 _PARTS = 8  # of a cell that the best paths pass by
 _KEPT = 64  # such parts for each level
 _NARROWINGS = 2
 _TRIALS = 16  # of a price
-_ROOMS = tuple(2**e for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
+_ROOMS = tuple(2**e + 2 for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
 _HALF = 16  # steps of a window to each side
 _ROUNDS = 64
 _LANES = 16  # rows handled at once
@@ -197,29 +196,27 @@ def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> 
     count = min(dense_cuts, rows.length)
     if num_levels == 1 or rows.length <= num_levels:
         return rows.every_cut(num_levels)[0][:, 1:-1], None  # every value its own level
-    if num_levels >= _PRICED_LEVELS and rows.length > count:
+    if rows.length > count:
         return polish(rows, _priced(rows, num_levels, keep_zero), keep_zero), None
     cuts = coarse_cuts(rows, count)
     found, least = dense_rows(*rows.sums_below(cuts), _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
     best = take(cuts, _like(found, xp))
-    if rows.length > count:
-        return polish(rows, best, keep_zero), None
     return best, (np.asarray(least) if xp is np else least) * 2.0 ** (-2 * rows.frac)
 
 
 def _priced(rows: Rows, num_levels: int, keep_zero: bool):
     """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error."""
-    length = rows.nominal
-    cuts = coarse_cuts(rows, min(_SPREAD * num_levels, length))
+    length, levels = rows.nominal, max(num_levels, _FEW_LEVELS)
+    cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
-    if length <= _CELLS * num_levels:  # room for every value
-        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, 1, final=True)[0]
-    best, price, _ = _path(rows, cuts, price, num_levels, keep_zero, 1)
-    cuts = even_cuts(rows, best, _CELLS)
-    for narrowing in range(_narrowings(length, num_levels)):
-        _, price, excess = _path(rows, cuts, price, num_levels, keep_zero, 1 + narrowing)
-        cuts = _narrower(rows, cuts, excess, _KEPT * num_levels)
-    return _path(rows, cuts, price, num_levels, keep_zero, 1, final=True)[0]
+    if length <= _CELLS * levels:  # room for every value
+        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[0]
+    best, price, _ = _path(rows, cuts, price, num_levels, keep_zero)
+    cuts = even_cuts(rows, best, _CELLS * -(-levels // num_levels))
+    for _ in range(_narrowings(length, levels)):
+        _, price, excess = _path(rows, cuts, price, num_levels, keep_zero)
+        cuts = _narrower(rows, cuts, excess, _KEPT * levels)
+    return _path(rows, cuts, price, num_levels, keep_zero, final=True)[0]
 
 
 def _narrowings(length: int, num_levels: int) -> int:
@@ -267,7 +264,7 @@ def _first_price(rows: Rows, cuts, num_levels: int):
     return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
 
 
-def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, reach: int, final: bool = False):
+def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool = False):
     """The cuts `[R, K − 1]` of the shortest path with K intervals, and its price `[R]`, searched from `price`.
 
     Unless it is the final one, also, for every cut `[R, m + 1]`, by how much the best path through it exceeds the best.
@@ -279,7 +276,7 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, reach: int,
     cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
     (count, total), unit = rows.sums_below(cuts), 2.0 ** (2 * rows.frac)
     places, found, excess = priced_paths(
-        count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), np.int32(reach), not final,
+        count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
         num_levels=num_levels, pin=keep_zero,
     )  # fmt: skip
     if xp is np:
