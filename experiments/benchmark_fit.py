@@ -308,7 +308,7 @@ def _tree(options: Options) -> Iterator[dict[str, Any]]:
             name += ", no trained layers"
         with tempfile.TemporaryDirectory() as folder:
             for path, leaf in vgg16_tree(options.data, size):
-                np.save(Path(folder) / f"{path}.npy", leaf)
+                np.save(Path(folder) / f"{path}.npy", np.ascontiguousarray(leaf))
             measured = fresh_process.measure("tree", folder=folder, bits=4, repeats=options.repeats)
         yield {"data": name, "bits": 4, **measured}
 

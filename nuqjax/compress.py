@@ -266,8 +266,10 @@ def _check_finite(array: Any, path: str) -> None:
 
 
 def _each(function: Callable, slices: Any) -> Any:
-    """The function applied to each slice `[S, …]`."""
-    return np.stack([function(s) for s in slices]) if isinstance(slices, np.ndarray) else jax.vmap(function)(slices)
+    """The function applied to each slice `[S, …]`; of a single one on the host no copy is made."""
+    if not isinstance(slices, np.ndarray):
+        return jax.vmap(function)(slices)
+    return function(slices[0])[None] if len(slices) == 1 else np.stack([function(s) for s in slices])
 
 
 def _view(array: Any, importance: Any, plan: LeafPlan) -> _Rows:

@@ -1,0 +1,105 @@
+"""The priced search against plain dynamic programmes over all intervals, in NumPy: its reach misses none of them."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.optimality import FAMILIES
+from nuqjax import fit
+from nuqjax.fit_knq_priced import priced_paths
+
+TRIALS = np.int32(32)
+KINDS = {
+    "t3": lambda g, size: g.standard_t(3, size),
+    "log-normal": lambda g, size: g.lognormal(sigma=2, size=size),
+    "half zeros": lambda g, size: g.standard_normal(size) * (g.uniform(size=size) < 0.5),
+    "lattice": lambda g, size: np.rint(g.standard_normal(size) * 6),
+    "two far apart": lambda g, size: g.standard_normal(size) + 1e4 * (g.uniform(size=size) < 0.02),
+    "all in the last": lambda g, size: np.concatenate([np.zeros(size - 9), g.uniform(1, 2, 9)]),
+}
+
+
+def problem(kind, seed, size, room):
+    """`count` and `total` `[1, room + 1]` in whole units, and the cut at zero; cuts repeat after the last."""
+    values = np.sort(np.rint(KINDS[kind](np.random.default_rng(seed), size) * 2**20).astype(np.int64))
+    count = np.pad(np.arange(size + 1), (0, room - size), mode="edge")
+    total = np.pad(np.concatenate([[0], np.cumsum(values)]), (0, room - size), mode="edge")
+    return count[None], total[None], np.searchsorted(values, 0).astype(np.int32)
+
+
+def interval_costs(count, total, zero, price):
+    """`[M + 1, M + 1]` the cost of every interval, infinite where it would not advance."""
+    n, s = (count[None] - count[:, None]).astype(float), (total[None] - total[:, None]).astype(float)
+    costs = price - s * s / np.where(n > 0, n, 1)
+    place = np.arange(len(count))
+    if zero is not None:
+        costs = np.where((place[:, None] <= zero) & (place > zero), 0.0, costs)
+    return np.where(place[:, None] < place, costs, np.inf)
+
+
+def potentials(costs):
+    """The least cost of a way to each cut."""
+    reached = np.zeros(len(costs))
+    for cut in range(1, len(costs)):
+        reached[cut] = (reached[:cut] + costs[:cut, cut]).min()
+    return reached
+
+
+def least_cost(costs, num_levels):
+    """Of a way to the last cut in so many intervals."""
+    reached = costs[0]
+    for _ in range(num_levels - 1):
+        reached = (reached[:, None] + costs).min(axis=0)
+    return reached[-1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([40, 130, 300, 700]),
+    num_levels=st.sampled_from([3, 16]),
+    pin=st.booleans(),
+)
+def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin):
+    room = 1026
+    count, total, zero = problem(kind, seed, size, room)
+    start = np.array([float(total[0, -1]) ** 2 / size / num_levels + 2.0**40])
+    with jax.enable_x64(True):
+        places, price, excess = (
+            np.asarray(x)[0]
+            for x in priced_paths(
+                count, total, np.int32(size), zero[None], start, TRIALS, True, num_levels=num_levels, pin=pin
+            )
+        )
+    pinned = int(zero) if pin else None
+    costs = interval_costs(count[0, : size + 1], total[0, : size + 1], pinned, price)
+    forward, backward = potentials(costs), potentials(costs[::-1, ::-1].T)[::-1]
+    rounding = 2.0**-48 * np.abs(forward).max() * num_levels
+    np.testing.assert_allclose(excess[: size + 1], forward + backward, atol=rounding, rtol=0)
+    # At the price of a path of K intervals that path is the best of K; where no price has one, it need not be.
+    chosen = np.concatenate([[0], places, [size]])
+    chosen = chosen[np.concatenate([[True], chosen[1:] > chosen[:-1]])]
+    paid = costs[chosen[:-1], chosen[1:]].sum()
+    assert paid >= forward[-1] - rounding
+    if paid <= forward[-1] + rounding and len(chosen) == num_levels + 1:
+        assert paid <= least_cost(costs, num_levels) + rounding
+
+
+# Family, seed, length, row, and number of levels, where a search with a fixed reach did not find the optimum.
+MISSED = [
+    ("half zeros", 2, 1000, 96, 16),
+    ("log-normal", 0, 4608, 12, 64),
+    ("t3", 0, 4608, 34, 64),
+    ("laplace", 0, 1000, 30, 4),
+]
+
+
+@pytest.mark.parametrize(("family", "seed", "length", "row", "num_levels"), MISSED)
+def test_without_the_proof_the_levels_are_the_optimum_too(family, seed, length, row, num_levels):
+    rows = FAMILIES[family](np.random.default_rng([seed, length]), (row + 5, length))
+    rows = rows[row - 5 :].astype(np.float32)  # more than eight: few cuts of the dense programme
+    free, proven = (np.asarray(fit(rows, num_levels, tolerance=t).sse, np.float64) for t in (None, 1e-6))
+    assert (free <= proven * (1 + 1e-6)).all()
