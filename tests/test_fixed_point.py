@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from apytypes import OverflowMode, QuantizationMode
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import AutoQFormat, QFormat
-from nuqjax.fixed_point import OVERFLOW, ROUNDING, check_modes, decode, encode
+from nuqjax.fixed_point import OVERFLOW, ROUNDING, check_modes, decode, encode, requantize
 
 jit_encode = jax.jit(encode, static_argnames=("fmt", "rounding", "overflow"))
 jit_decode = jax.jit(decode, static_argnames="fmt")
+jit_requantize = jax.jit(requantize, static_argnames=("source", "target", "rounding", "overflow"))
 MODES = list(itertools.product(ROUNDING, OVERFLOW))
 APYTYPES_ROUNDING = {
     "floor": QuantizationMode.TO_NEG,
@@ -92,10 +93,17 @@ def encode_words(x):
     return [encode(x, f, rounding=r, overflow=o) for f, (r, o) in itertools.product(TARGETS, MODES)]
 
 
-@pytest.fixture(scope="module")
-def encoded_words():
+@jax.jit
+def requantize_words(raw):
+    """The same from the raw words: no float in between."""
+    return [requantize(raw, SOURCE, f, rounding=r, overflow=o) for f, (r, o) in itertools.product(TARGETS, MODES)]
+
+
+@pytest.fixture(scope="module", params=["encode", "requantize"])
+def encoded_words(request):
     keys = [(f, *modes) for f, modes in itertools.product(TARGETS, MODES)]
-    return dict(zip(keys, jax.device_get(encode_words(np.float32(WORDS / 64))), strict=True))
+    words = encode_words(np.float32(WORDS / 64)) if request.param == "encode" else requantize_words(WORDS)
+    return dict(zip(keys, jax.device_get(words), strict=True))
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -145,6 +153,8 @@ def test_rounding_vectors(word, wanted):
     order = ("floor", "toward_zero", "half_up", "half_toward_zero", "half_away", "half_down", "half_even")
     got = [jit_encode(jnp.float32(word / 8), QFormat(16, 0), rounding=mode).item() for mode in order]
     assert got == wanted
+    got = [jit_requantize(jnp.int32(word), QFormat(16, 3), QFormat(16, 0), rounding=mode).item() for mode in order]
+    assert got == wanted
 
 
 @pytest.mark.parametrize(
@@ -160,6 +170,62 @@ def test_rounding_vectors(word, wanted):
 )
 def test_overflow_vectors(word, rounding, overflow, wanted):
     assert jit_encode(jnp.float32(word / 8), QFormat(4, 0), rounding=rounding, overflow=overflow).item() == wanted
+    raw = jit_requantize(jnp.int32(word), QFormat(8, 3), QFormat(4, 0), rounding=rounding, overflow=overflow)
+    assert raw.item() == wanted
+
+
+@pytest.mark.parametrize(
+    ("word", "source", "target", "overflow", "wanted"),
+    [
+        (1113, QFormat(12, 9), QFormat(6, 3), "saturate", 17),  # an accumulator to activation words
+        (797, QFormat(11, 9), QFormat(6, 3), "saturate", 12),
+        (-935, QFormat(11, 9), QFormat(6, 3), "saturate", -15),
+        (-3, QFormat(8, 4), QFormat(16, 10), "saturate", -192),  # a bias to the accumulator's fraction
+        *(
+            (word, QFormat(8, 12), QFormat(16, 10), "saturate", to)
+            for word, to in zip((5, 6, 2, -2, -6), (1, 2, 0, 0, -2), strict=True)
+        ),
+        (300, QFormat(32, 0), QFormat(8, 0), "saturate", 127),
+        (300, QFormat(32, 0), QFormat(8, 0), "wrap", 44),
+    ],
+)
+def test_requantization_vectors(word, source, target, overflow, wanted):
+    assert jit_requantize(jnp.int32(word), source, target, overflow=overflow).item() == wanted
+
+
+SHIFTS = (-70, -31, -1, 1, 31, 63, 64, 65)
+WIDE = [QFormat(8, 0), QFormat(32, 0)]
+
+
+@jax.jit
+def requantize_any(raw):
+    return [
+        requantize(raw, QFormat(32, shift), f, rounding=r, overflow=o)
+        for (shift, f), (r, o) in itertools.product(zip(SHIFTS, WIDE * 4, strict=True), MODES)
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-300, 300), min_size=8, max_size=8))
+def test_any_int64_is_requantized_exactly(words):
+    words += [2**62, -(2**62), 2**63 - 1, -(2**63), 2**30, -(2**30), 3 * 2**30, -3 * 2**61]
+    with jax.enable_x64(True):
+        got = jax.device_get(requantize_any(np.array(words, np.int64)))
+    cells = itertools.product(zip(SHIFTS, WIDE * 4, strict=True), MODES)
+    for ((shift, fmt), (rounding, overflow)), raw in zip(cells, got, strict=True):
+        whole = [rounded(Fraction(word) / Fraction(2) ** shift, rounding) for word in words]
+        assert raw.dtype == np.int64
+        wanted = [in_range(w, fmt.word, fmt.signed, overflow) for w in whole]
+        assert raw.tolist() == wanted, (shift, fmt, rounding, overflow)
+
+
+def test_requantized_words_have_the_dtype_of_words():
+    for dtype in (np.int8, np.uint8, np.int16, np.int32):
+        raw = requantize(np.array([100, 3], dtype), QFormat(8, 2), QFormat(8, 0))
+        assert raw.dtype == np.int32
+        assert raw.tolist() == [25, 1]
+    with pytest.raises(TypeError, match="requantize: raw words are integers, not float32"):
+        requantize(jnp.ones(2), QFormat(8, 2), QFormat(8, 0))
 
 
 FORMATS = (QFormat(8, 7), QFormat(24, 0), QFormat(32, 40), QFormat(31, 3, signed=False))
