@@ -13,8 +13,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import platform
 import shlex
 import sys
 import time
@@ -22,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 from rich.console import Console
@@ -32,7 +29,8 @@ from rich.table import Table
 import nuqjax
 from experiments import images, networks
 from experiments.networks import Network
-from experiments.settings import Setting, product
+from experiments.results import circumstances, write
+from experiments.settings import Setting, listed, product
 
 
 def run(
@@ -62,7 +60,7 @@ def run(
       A JSON-ready dict: the circumstances, `float` (the scores of the float network) and `cells`, one for each
       setting: the setting, sizes, distortion, scores and seconds.
     """
-    module = _module(network)
+    module = network.fastest
     variables = networks.load_features(network, data)
     labelled = images.load_images(network, data, count)
     params = variables["params"]
@@ -109,12 +107,6 @@ def run(
         )
         on_cell(results)
     return results
-
-
-def _module(network: Network):
-    """The trained module, in the form that suits the platform."""
-    on_cpu = jax.default_backend() == "cpu"
-    return network.cpu_module if on_cpu and network.cpu_module is not None else network.trained
 
 
 def scores(outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray | None) -> dict[str, float | None]:
@@ -190,17 +182,7 @@ def _circumstances(network: Network, count: int, batch: int) -> dict[str, Any]:
         "title": network.title,
         "images": count,
         "batch": batch,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "numpy": np.__version__,
-        },
-        "platform": {
-            "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(),
-        },
+        **circumstances("jax", "flax", "numpy"),
     }
 
 
@@ -252,18 +234,6 @@ def _number(value: float | None, digits: int = 2, factor: float = 1) -> str:
     return "–" if value is None else f"{value * factor:.{digits}f}"
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes JSON; a half-written file never replaces a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(part, path)
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.accuracy",
@@ -272,11 +242,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--network", required=True, choices=networks.NETWORKS)
     parser.add_argument("--data", help="folder with weights/ and images/ (default: $NUQJAX_DATA, else ../shared/data)")
-    parser.add_argument("--method", type=_words, default=["knq"], help="knq, enq, uniform, … (default: knq)")
-    parser.add_argument("--bits", type=_words, default=["4"], help="index widths, 1 to 8 (default: 4)")
-    parser.add_argument("--granularity", type=_words, default=["tensor"], help="tensor, channel, channel_groups:N, …")
-    parser.add_argument("--scale", type=_words, default=["none"], help="none, channel, input_groups:N")
-    parser.add_argument("--codebook-format", type=_words, default=["float32"], help="float32, bfloat16, fixed:8, …")
+    parser.add_argument("--method", type=listed, default=["knq"], help="knq, enq, uniform, … (default: knq)")
+    parser.add_argument("--bits", type=listed, default=["4"], help="index widths, 1 to 8 (default: 4)")
+    parser.add_argument("--granularity", type=listed, default=["tensor"], help="tensor, channel, channel_groups:N, …")
+    parser.add_argument("--scale", type=listed, default=["none"], help="none, channel, input_groups:N")
+    parser.add_argument("--codebook-format", type=listed, default=["float32"], help="float32, bfloat16, fixed:8, …")
     parser.add_argument(
         "--rule",
         nargs="+",

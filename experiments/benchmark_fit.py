@@ -25,8 +25,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import math
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -47,7 +45,6 @@ from rich.table import Table
 
 import nuqjax
 from experiments import fresh_process, images, networks
-from experiments.accuracy import write
 from experiments.benchmark_tables import rates
 from experiments.benchmark_tools import (
     CHANNEL_TOOLS,
@@ -59,6 +56,7 @@ from experiments.benchmark_tools import (
 )
 from experiments.draws import student_t
 from experiments.fresh_process import TOLERANCE
+from experiments.results import circumstances, write
 
 _BLOCK = 2**20  # values whose float64 errors are held at once
 _SAMPLE = 20  # a slow tool's time is predicted from one part in so many
@@ -362,28 +360,12 @@ def run(
 def _circumstances(options: Options) -> dict[str, Any]:
     tools = (*ROW_TOOLS, *HALF_TOOLS, *CHANNEL_TOOLS)
     packages = dict.fromkeys(package for tool in tools for package in (tool.package, *tool.needs))
-    peers = {DISTRIBUTIONS.get(package, package): package for package in packages}
+    peers = (DISTRIBUTIONS.get(package, package) for package in packages)
     return {
         "repeats": options.repeats,
         "budget_seconds": options.budget,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("nuqjax", "jax", "jaxlib", "numpy")},
-            **{
-                name: importlib.metadata.version(name) if importlib.util.find_spec(package) else None
-                for name, package in peers.items()
-            },
-        },
-        "platform": {
-            "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        },
+        **circumstances("nuqjax", "jax", "jaxlib", "numpy", *peers),
     }
-
-
-# --- The command line.
 
 
 def table(section: str, cells: Sequence[dict[str, Any]]) -> Table:

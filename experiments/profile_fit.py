@@ -24,7 +24,7 @@ _REPEATS = 20
 
 def profile(length: int, num_levels: int, tolerance: float | None) -> list[tuple[str, int, float]]:
     """Function, calls and milliseconds of a row, for every function of nuqjax; the longest first."""
-    rows = student_t(5, (_ROWS, length))
+    rows = jax.device_put(student_t(5, (_ROWS, length)))
 
     def fit():
         jax.block_until_ready(nuqjax.fit(rows, num_levels, tolerance=tolerance))

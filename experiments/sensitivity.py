@@ -17,7 +17,6 @@ Weightings:
 
 import argparse
 import math
-import platform
 import shlex
 import sys
 import time
@@ -25,7 +24,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,10 +33,11 @@ from rich.table import Table
 
 import nuqjax
 from experiments import images, networks
-from experiments.accuracy import scores, sizes, write
+from experiments.accuracy import scores, sizes
 from experiments.images import LabelledImages
 from experiments.networks import Network, Variables
-from experiments.settings import parse_granularity
+from experiments.results import circumstances, write
+from experiments.settings import listed, parse_granularity
 
 WEIGHTINGS = ("none", "fisher", "damped:1", "power:0.5")
 
@@ -76,7 +75,7 @@ def diagonal(
     network: Network, variables: Variables, labelled: LabelledImages, on_image: Callable[[], None] = lambda: None
 ) -> Any:
     """The Fisher diagonal of the parameters over labelled images: a tree like them, of numpy arrays."""
-    apply: Callable = _module(network).apply
+    apply: Callable = network.fastest.apply
 
     def loss(params, example):
         pixels, label = example
@@ -89,12 +88,6 @@ def diagonal(
             on_image()
 
     return jax.tree.map(np.asarray, nuqjax.fisher(loss, variables["params"], examples()))
-
-
-def _module(network: Network):
-    """The trained module, in the form that suits the platform."""
-    on_cpu = jax.default_backend() == "cpu"
-    return network.cpu_module if on_cpu and network.cpu_module is not None else network.trained
 
 
 def weighted(fisher: Any, weighting: str) -> Any:
@@ -193,7 +186,7 @@ def run(
             bars.advance(image_bar, valid)
         return np.concatenate(parts)
 
-    module = _module(network)
+    module = network.fastest
     reference = outputs(jax.jit(module.apply), params, "float")
     leaves = jax.tree.leaves(fisher)
     results = {
@@ -244,13 +237,7 @@ def _circumstances(network: Network, calibration: int, held_out: int) -> dict[st
         "title": network.title,
         "calibration_images": calibration,
         "images": held_out,
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "numpy": np.__version__,
-        },
-        "platform": {"backend": jax.default_backend(), "machine": platform.machine()},
+        **circumstances("jax", "flax", "numpy"),
     }
 
 
@@ -291,10 +278,6 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sensitivity",
@@ -303,11 +286,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--network", required=True, choices=networks.NETWORKS)
     parser.add_argument("--data", help="folder with weights/ and images/ (default: $NUQJAX_DATA, else ../shared/data)")
-    parser.add_argument("--bits", type=_words, default=["4"], help="index widths, 1 to 8 (default: 4)")
+    parser.add_argument("--bits", type=listed, default=["4"], help="index widths, 1 to 8 (default: 4)")
     parser.add_argument(
-        "--granularity", type=_words, default=["tensor", "channel"], help="tensor, channel, … (default: both)"
+        "--granularity", type=listed, default=["tensor", "channel"], help="tensor, channel, … (default: both)"
     )
-    parser.add_argument("--weighting", type=_words, default=list(WEIGHTINGS), help=f"default: {','.join(WEIGHTINGS)}")
+    parser.add_argument("--weighting", type=listed, default=list(WEIGHTINGS), help=f"default: {','.join(WEIGHTINGS)}")
     parser.add_argument("--calibration", type=int, default=250, help="images for the Fisher diagonal (default: 250)")
     parser.add_argument("--images", type=int, help="labelled images in all; half are held out (default: all)")
     parser.add_argument("--batch", type=int, default=25, help="images a step of the evaluation (default: 25)")

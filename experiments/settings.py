@@ -78,6 +78,15 @@ def product(
     ]
 
 
+def listed(text: str) -> list[str]:
+    """The words of an option that takes a list, with commas.
+
+    >>> listed("knq,enq")
+    ['knq', 'enq']
+    """
+    return [word for word in text.split(",") if word]
+
+
 def parse_granularity(text: str) -> Any:
     """A granularity of `nuqjax.compress`.
 

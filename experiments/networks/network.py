@@ -55,6 +55,12 @@ class Network:
         """The module whose parameters all come from the weights file: the whole network or its features."""
         return self.module if self.features is None else self.features
 
+    @property
+    def fastest(self) -> nn.Module:
+        """The trained module, in the form that suits the platform."""
+        on_cpu = jax.default_backend() == "cpu"
+        return self.cpu_module if on_cpu and self.cpu_module is not None else self.trained
+
 
 def imagenet_normalise(pixels: np.ndarray) -> np.ndarray:
     """uint8 RGB to float32: divided by 255, then ImageNet's channel means and deviations (as torchvision does)."""

@@ -1,0 +1,38 @@
+"""What every results file says of the machine that made it, and how it is written."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def circumstances(*packages: str) -> dict[str, Any]:
+    """The versions of Python and of the packages (None for one that is not installed), and the machine."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "platform": {
+            "backend": jax.default_backend(),
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Writes JSON; a half-written file never replaces a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, path)
