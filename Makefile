@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m experiments.digits
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 doctest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q nuqjax README.md

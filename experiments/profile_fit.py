@@ -7,6 +7,7 @@ As many Student-t rows as are fitted at once are fitted a few times under Python
 
 import argparse
 import cProfile
+import inspect
 import pstats
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.table import Table
 import nuqjax
 from experiments.draws import student_t
 
-_PACKAGE = Path(nuqjax.__file__).parent
+_PACKAGE = Path(inspect.getfile(nuqjax)).parent
 _ROWS = 16
 _REPEATS = 20
 
