@@ -2,11 +2,15 @@
 
 from nuqjax.apply import apply
 from nuqjax.assign import Fit, assign
+from nuqjax.calibrate import calibrate
 from nuqjax.codebook_array import CodebookArray
 from nuqjax.compress import codebooks, compress, decompress, with_codebooks
+from nuqjax.emulate import Trace, emulate
+from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.fisher import fisher
 from nuqjax.fit import fit
 from nuqjax.fixed_point import AutoQFormat, QFormat
+from nuqjax.fold import fold_batch_norm
 from nuqjax.plan import Plan, plan
 from nuqjax.report import Report, report
 from nuqjax.rows import ChannelGroups, InputGroups
@@ -16,22 +20,29 @@ from nuqjax.shardings import shardings
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
     "AutoQFormat",
     "ChannelGroups",
     "CodebookArray",
     "Fit",
+    "Formats",
     "InputGroups",
     "Plan",
     "QFormat",
     "Report",
     "Rule",
+    "SiteFormat",
+    "Trace",
     "apply",
     "assign",
+    "calibrate",
     "codebooks",
     "compress",
     "decompress",
+    "emulate",
     "fisher",
     "fit",
+    "fold_batch_norm",
     "plan",
     "report",
     "shardings",

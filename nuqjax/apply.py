@@ -20,7 +20,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from nuqjax.codebook_array import CodebookArray, decode, decode_take, is_codebook_array
-from nuqjax.interpret import Interpreter, Site, bind
+from nuqjax.interpret import Interpreter, Site, bind, trace
 from nuqjax.rules import path_name
 
 
@@ -82,33 +82,12 @@ def apply(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(*args, **kwargs):
-        flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)
-        traced = [n for n, (_, x) in enumerate(flat) if is_codebook_array(x) or _is_array(x)]
-
-        def dense(*arrays):
-            values = [x for _, x in flat]
-            for n, array in zip(traced, arrays, strict=True):
-                values[n] = array
-            args, kwargs = structure.unflatten(values)
-            return fn(*args, **kwargs)
-
-        jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*(_shape_of(flat[n][1]) for n in traced))
-        values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in (flat[n] for n in traced)]
-        outputs = _INTERPRETER.lower_all(_INTERPRETER.evaluate(jaxpr, values))
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        traced = trace(fn, args, kwargs, is_codebook_array)
+        values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in traced.arrays]
+        outputs = _INTERPRETER.lower_all(_INTERPRETER.evaluate(traced.jaxpr, values))
+        return jax.tree.unflatten(traced.outputs, outputs)
 
     return run
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | np.generic)
-
-
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    if is_codebook_array(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
-    aval = jax.typeof(x)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nuqjax.fixed_point_words import (
+    drop_bits,
+    into_range,
+    rounding_divide_by_power_of_two,
+    saturating_rounding_doubling_high_mul,
+)
+
+__all__ = [
+    "OVERFLOW",
+    "ROUNDING",
+    "AutoQFormat",
+    "QFormat",
+    "check_modes",
+    "decode",
+    "encode",
+    "requantize",
+    "rounding_divide_by_power_of_two",
+    "saturating_rounding_doubling_high_mul",
+]
+
 ROUNDING = ("floor", "toward_zero", "half_up", "half_down", "half_away", "half_toward_zero", "half_even")
 OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
 
@@ -169,52 +189,8 @@ def requantize(
     with jax.enable_x64(True):
         wide = lax.convert_element_type(raw, jnp.int64)
         drop = source.frac - target.frac
-        kept = _overflow_integers(_drop_bits(wide, drop, rounding), max(-drop, 0), target, overflow)
+        kept = into_range(drop_bits(wide, drop, rounding), max(-drop, 0), target, overflow)
         return lax.convert_element_type(kept, dtype)
-
-
-def _drop_bits(raw: jax.Array, bits: int, rounding: str) -> jax.Array:
-    """Int64 words over 2^bits, as whole numbers; unchanged where `bits` is not positive."""
-    if bits <= 0:
-        return raw
-    if bits > 63:  # a quarter stands for all that is less than a half; 2^64 is twice the magnitude of one word only
-        half = (raw == jnp.iinfo(jnp.int64).min) & (bits == 64)
-        bits, raw = 2, jnp.where(half, -2, jnp.sign(raw))
-    whole = raw >> bits
-    rest, half = raw - (whole << bits), jnp.int64(1 << (bits - 1))
-    # The word is `whole` + rest / 2^bits, 0 ≤ rest < 2^bits; the part dropped may be compared without rounding.
-    match rounding:
-        case "floor":
-            up = jnp.zeros_like(rest, bool)
-        case "toward_zero":
-            up = (raw < 0) & (rest > 0)
-        case "half_up":
-            up = rest >= half
-        case "half_down":
-            up = rest > half
-        case "half_away":
-            up = (rest > half) | ((rest == half) & (raw >= 0))
-        case "half_toward_zero":
-            up = (rest > half) | ((rest == half) & (raw < 0))
-        case _:
-            up = (rest > half) | ((rest == half) & (whole & 1 == 1))
-    return whole + up
-
-
-def _overflow_integers(whole: jax.Array, shift: int, fmt: QFormat, overflow: str) -> jax.Array:
-    """Int64 whole · 2^shift brought into the format's range, which is looked at before the shift could overflow."""
-    least, largest = fmt.least, fmt.largest
-    if overflow == "wrap":
-        low = whole << shift if shift < 64 else jnp.zeros_like(whole)  # modulo 2^64
-        low = low & ((1 << fmt.word) - 1)
-        return jnp.where(low > largest, low - (1 << fmt.word), low)
-    if overflow == "saturate_symmetric" and fmt.signed:
-        least = -largest
-    above, below = whole > largest >> shift, whole < -(-least >> shift)
-    inside = jnp.where(above | below, 0, whole) << min(shift, 63)
-    if overflow == "saturate_zero":
-        return inside
-    return jnp.where(above, largest, jnp.where(below, least, inside))
 
 
 def _round(scaled: jax.Array, rounding: str) -> jax.Array:

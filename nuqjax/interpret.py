@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -45,13 +46,15 @@ class Interpreter:
       is_lifted: tells lifted values from arrays.
       lower: `lower(value, others) -> array`: a lifted value as an array, on its way to an equation whose other operands
         are `others`.
-      rules: by primitive name, what to do with an equation that has a lifted operand; the default lowers the operands
-        and binds the equation. Rules for control flow are built in.
+      rules: by primitive name, what to do with an equation that has a lifted operand. Rules for control flow are built
+        in.
+      default: the rule where there is none; None lowers the operands and binds the equation.
     """
 
     is_lifted: Callable[[Any], bool]
     lower: Callable[[Any, Sequence[Any]], Any]
     rules: Mapping[str, Rule]
+    default: Rule | None = None
 
     def evaluate(self, jaxpr: core.ClosedJaxpr, args: Sequence[Any], scope: str = "") -> list[Any]:
         """The outputs of a closed jaxpr; `args` and outputs may be lifted."""
@@ -74,7 +77,7 @@ class Interpreter:
     def _equation(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
         if not any(map(self.is_lifted, operands)):
             return bind(eqn, operands)
-        rule = self.rules.get(site.primitive) or _CONTROL_FLOW.get(site.primitive)
+        rule = self.rules.get(site.primitive) or _CONTROL_FLOW.get(site.primitive) or self.default
         if rule is None:
             return bind(eqn, self.lower_all(operands))
         return rule(self, site, eqn, *operands)
@@ -83,6 +86,52 @@ class Interpreter:
         """The operands with every lifted one lowered."""
         arrays = [x for x in operands if not self.is_lifted(x)]
         return [self.lower(x, arrays) if self.is_lifted(x) else x for x in operands]
+
+
+class Traced(NamedTuple):
+    """A function traced to a jaxpr, its arguments told apart into arrays, which it takes, and the rest, static.
+
+    Attributes:
+      jaxpr: takes the arrays, in the order of `arrays`, and gives the outputs' leaves.
+      arrays: path and value of every argument that is an array or a leaf like one.
+      outputs: the structure of the outputs.
+    """
+
+    jaxpr: core.ClosedJaxpr
+    arrays: list[tuple[tuple[Any, ...], Any]]
+    outputs: Any
+
+
+def trace(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], is_leaf: Callable[[Any], bool]
+) -> Traced:
+    """Traces `fn` on the dense shapes of its arguments.
+
+    Args:
+      fn: a function that JAX can trace.
+      args: its arguments: pytrees of arrays, of leaves that stand for one, and of anything else.
+      kwargs: its arguments by name, likewise.
+      is_leaf: tells the leaves that stand for an array; they have a `shape` and a `dtype`.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
+    kinds = jax.Array | np.ndarray | np.generic
+    traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, kinds)]
+
+    def dense(*arrays):
+        values = [x for _, x in flat]
+        for n, array in zip(traced, arrays, strict=True):
+            values[n] = array
+        args, kwargs = structure.unflatten(values)
+        return fn(*args, **kwargs)
+
+    def shape_of(x):
+        if is_leaf(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        aval = jax.typeof(x)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+    jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
+    return Traced(jaxpr, [flat[n] for n in traced], jax.tree.structure(shapes))
 
 
 def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
@@ -117,6 +166,13 @@ def _jit(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
 
 def _call(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     return interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
+
+
+def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """The rule that goes inside a call and forgets it: for values that are no arrays and have no derivatives."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    inside = next(eqn.params[name] for name in names if name in eqn.params)
+    return interpreter.evaluate(_closed(inside), operands, site.scope)
 
 
 def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
@@ -196,7 +252,7 @@ def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
 def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     """Lifted constants stay lifted, scanned lifted operands are sliced as they are; the carry is lowered."""
     params, jaxpr = eqn.params, _closed(eqn.params["jaxpr"])
-    first, second = _scan_parts(params, len(operands))
+    first, second = scan_parts(params, len(operands))
     consts, xs = operands[:first], operands[second:]
     carry = tuple(interpreter.lower_all(operands[first:second]))
     xs = [x if not interpreter.is_lifted(x) or _can_scan(x) else interpreter.lower(x, ()) for x in xs]
@@ -211,7 +267,7 @@ def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     return (*carry, *ys)
 
 
-def _scan_parts(params: Mapping[str, Any], count: int) -> tuple[int, int]:
+def scan_parts(params: Mapping[str, Any], count: int) -> tuple[int, int]:
     """Where a scan's carry and its scanned operands begin among `count` operands."""
     if "ft_in" in params:  # jax 0.11 and newer
         consts, carry, _ = (list(part) for part in params["ft_in"].update(range(count)).unpack())

@@ -7,3 +7,8 @@ from hypothesis import settings
 settings.register_profile("nuqjax", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("nuqjax")
+
+
+def pytest_addoption(parser):
+    """`--oracle-images N`: on how many images a trained network's words are compared with the oracle's."""
+    parser.addoption("--oracle-images", dest="oracle_images", type=int, default=1)

@@ -18,6 +18,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 ARRAYS = {"jax", "numpy"}
 FITS = {"fit_knq", "fit_enq", "fit_grid"}
 LEAF = {"rows", "packing", "fixed_point", "codebook_array"}
+EMULATION = {"emulate", "calibrate", "fold"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"jax"}),
     "rows": (set(), ARRAYS),
@@ -36,10 +37,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "compress": ({"rules", "assign", "fit", "fit_grid", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
     "interpret": (set(), ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
+    # `emulate` stands for emulate.py and its parts emulate_*.py, too.
+    "emulate": ({"rules", "interpret", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "calibrate": ({"emulate", *LEAF}, ARRAYS),
+    "fold": ({"emulate", "interpret", "rules", *LEAF}, ARRAYS),
     "shardings": (LEAF, ARRAYS),
     "fisher": (set(), ARRAYS),
     "__init__": (
-        {"rules", "assign", "fit", "plan", "compress", "apply", "report", "shardings", "fisher", *LEAF},
+        {"rules", "assign", "fit", "plan", "compress", "apply", "report", "shardings", "fisher", *EMULATION, *LEAF},
         set(),
     ),
 }
