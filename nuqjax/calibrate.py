@@ -17,6 +17,7 @@ from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.emulate_program import LINEAR, MOVING, Node, Program, build, consumers, operands
 from nuqjax.emulate_sums import weight_sums
 from nuqjax.fixed_point import QFormat, check_modes
+from nuqjax.fixed_point_words import rounds_up
 
 CHOICES = ("range", "error", "ristretto")
 
@@ -169,7 +170,8 @@ def _choose(program: Program, arrays: Any, modes: Preset, words: Mapping[str, in
     for node in program.nodes:
         floats = node in program.floats
         own = {} if floats else _by_role(node)
-        if node not in program.rounded and not own:
+        told = floats and node.op not in MOVING
+        if node not in program.rounded and not own and not told:
             continue
         linear = node.op in LINEAR and not floats
         rows[node.name] = SiteFormat(
@@ -281,7 +283,8 @@ def _first_choice(entry: _Wanted, low: float, high: float, modes: Preset) -> QFo
     unsigned = low >= 0 and not parameter and modes.overflow != "wrap" and modes.choose != "ristretto"
     constant = entry.nodes[0].op == "constant"
     rule = "ristretto" if modes.choose == "ristretto" and not constant else "range"
-    fmt = format_for(low, high, entry.word, not unsigned, rule, parameter)
+    rounding = "half_even" if parameter else modes.rounding
+    fmt = format_for(low, high, entry.word, not unsigned, rule, parameter, rounding)
     if constant and low == high:  # no longer than it has to be: a slope of 1/8 is one bit and a sign
         raw = round(low * 2.0**fmt.frac)
         zeros = (raw & -raw).bit_length() - 1 if raw else 0
@@ -336,7 +339,13 @@ def _clip(node: Node, uses: Mapping[Node, Any]) -> tuple[float, float]:
 
 
 def format_for(
-    low: float, high: float, word: int, signed: bool, choose: str = "range", parameter: bool = False
+    low: float,
+    high: float,
+    word: int,
+    signed: bool,
+    choose: str = "range",
+    parameter: bool = False,
+    rounding: str = "half_even",
 ) -> QFormat:
     """The format of `word` bits for values from `low` to `high`.
 
@@ -345,9 +354,9 @@ def format_for(
       high: the largest.
       word: bits.
       signed: whether words are two's complement.
-      choose: `"range"`: the most fraction bits with which neither end, rounded to nearest, overflows; `"ristretto"`: by
-        its rule.
+      choose: `"range"`: the most fraction bits with which neither end, rounded, overflows; `"ristretto"`: by its rule.
       parameter: whether Ristretto's rule is that for parameters.
+      rounding: of the ends, a site's mode.
 
     >>> format_for(-1.0, 1.0, 8, signed=True)
     QFormat(word=8, frac=6, signed=True)
@@ -360,6 +369,16 @@ def format_for(
     frac = word - signed - math.frexp(peak)[1] + 1
     while True:
         fmt = QFormat(word, min(max(frac, -512), 512), signed)
-        if (round(high * 2.0**frac) <= fmt.largest and round(low * 2.0**frac) >= fmt.least) or frac <= -512:
+        ends = (_whole(end * 2.0**frac, rounding) for end in (low, high))
+        if all(fmt.least <= end <= fmt.largest for end in ends) or frac <= -512:
             return fmt
         frac -= 1
+
+
+def _whole(value: float, rounding: str) -> int:
+    """A value rounded to a whole number; by gemmlowp's two roundings, as far from zero as they may bring it."""
+    if rounding == "gemmlowp":
+        value, rounding = value + 0.25 * (value > 0), "half_away"
+    below = math.floor(value)
+    rest = value - below
+    return below + int(rounds_up(below, value < 0, rest > 0, rest > 0.5, rest == 0.5, rounding))

@@ -19,7 +19,7 @@ from jax import lax
 
 from nuqjax import fixed_point
 from nuqjax.codebook_array import CodebookArray, decode, is_codebook_array, level_values
-from nuqjax.emulate_bounds import Site, Words, as_words, reciprocals, sites
+from nuqjax.emulate_bounds import Site, Words, as_words, format_words, reciprocals, sites
 from nuqjax.emulate_formats import Formats, SiteFormat
 from nuqjax.emulate_program import LINEAR, MOVING, TELLING, Node, Program, build, whole_numbers
 from nuqjax.emulate_sums import products_sum, scanned_sum, wrapped
@@ -185,13 +185,8 @@ def _encode_input(node: Node, site: Site, x: Any, recorder: _Recorder) -> jax.Ar
     words = _encoded(site.row, x)
     fmt = site.row.output  # pyright: ignore[reportOptionalMemberAccess]
     assert fmt is not None
-    # A value is in range if it is the word that has room for it, too.
-    roomy = QFormat(32, fmt.frac)
-    recorder.count(
-        recorder.outputs,
-        node,
-        lambda: (words != fixed_point.encode(x, roomy, rounding=_one(site.row.rounding))).sum(dtype=jnp.int32),  # pyright: ignore[reportOptionalMemberAccess]
-    )
+    over = functools.partial(fixed_point.overflows, jnp.asarray(x), fmt, rounding=_one(site.row.rounding))  # pyright: ignore[reportOptionalMemberAccess]
+    recorder.count(recorder.outputs, node, lambda: over().sum(dtype=jnp.int32))
     recorder.words_of(node, site.row, words)  # pyright: ignore[reportArgumentType]
     return words
 
@@ -310,17 +305,17 @@ def _linear(
 ) -> jax.Array:
     row = site.row
     assert row is not None
-    operands, fracs = [], []
+    operands, spans = [], []
     for n in node.inputs[:2]:
         if n.role != "activation":
             assert row.weight is not None
             operands.append(parameters.words(n, row.weight))
-            fracs.append(row.weight.frac)
+            spans.append(format_words(row.weight))
         else:
             x = values[n]
             operands.append(_encoded(known[n].row, x) if jnp.issubdtype(x.dtype, jnp.floating) else x)
-            fracs.append(known[n].words.frac)
-    [lhs, rhs], frac, accumulator = operands, sum(fracs), row.accumulator
+            spans.append(known[n].words)
+    [lhs, rhs], frac, accumulator = operands, sum(words.frac for words in spans), row.accumulator
     assert accumulator is not None
     target = frac if accumulator.frac is None else accumulator.frac
     start: Any = 0
@@ -335,7 +330,7 @@ def _linear(
         recorder.count(recorder.accumulators, node, lambda: scanned.overflows)
         return scanned.words
     dtype = "int32" if site.bound < 2**31 else "int64"
-    total = products_sum(node, lhs, rhs, site.route, dtype) + jnp.asarray(start, dtype)
+    total = products_sum(node, lhs, rhs, spans, site.route, dtype) + jnp.asarray(start, dtype)
     if accumulator.mode == "wrap" and site.bound >= 1 << (accumulator.word - 1):  # pyright: ignore[reportOptionalOperand]
         kept = wrapped(total.astype(jnp.int64), accumulator.word)  # pyright: ignore[reportArgumentType]
         recorder.count(recorder.accumulators, node, lambda: (kept != total).sum(dtype=jnp.int32))
@@ -397,7 +392,7 @@ def _exact(
         case "concatenate":
             return lax.concatenate([aligned(n) for n in node.inputs], node.params["dimension"])
         case "stack":
-            return jnp.stack([aligned(n) for n in node.inputs])
+            return jnp.stack([aligned(n) for n in node.inputs], node.params.get("axis", 0))
         case "select_n":
             return lax.select_n(_plain(node.inputs[0], values, parameters), *(aligned(n) for n in node.inputs[1:]))
         case "max" | "min":

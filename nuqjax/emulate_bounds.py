@@ -91,7 +91,7 @@ def sites(program: Program, formats: Formats) -> dict[Node, Site]:
         if node in program.floats:
             if node in program.rounded:
                 row = formats[node.name]
-                words = _format_words(_need(row, "output"))
+                words = format_words(_need(row, "output"))
                 found[node] = Site(words, words, row, "", words.peak)
             continue
         found[node] = _site(node, program, formats, found)
@@ -105,7 +105,7 @@ def _site(node: Node, program: Program, formats: Formats, found: Mapping[Node, S
         row = formats[node.name]
     route, bound = "", None
     if node.op == "input":
-        exact = _format_words(_need(row, "output"))
+        exact = format_words(_need(row, "output"))
     elif node.op in LINEAR:
         exact, route, bound = _linear(node, formats[node.name], found)
     else:
@@ -127,7 +127,8 @@ def _need(row: SiteFormat | None, name: str, site: str = "") -> QFormat:
     return fmt
 
 
-def _format_words(fmt: QFormat) -> Words:
+def format_words(fmt: QFormat) -> Words:
+    """All words of a format."""
     return Words(fmt.frac, fmt.least, fmt.largest)
 
 
@@ -142,7 +143,7 @@ def _rounded(exact: Words, row: SiteFormat | None) -> Words:
         ends = (low // (small if low < 0 else large), -(-high // (small if high > 0 else large)))
     low, high = (ends[0] << -drop, ends[1] << -drop) if drop < 0 else (ends[0] >> drop, -(-ends[1] >> drop))
     if row and row.overflow == "wrap" and (low < fmt.least or high > fmt.largest):
-        return _format_words(fmt)
+        return format_words(fmt)
     least = min(max(low, fmt.least), fmt.largest)
     largest = max(min(high, fmt.largest), fmt.least)
     if row and row.overflow == "saturate_zero":
@@ -152,8 +153,8 @@ def _rounded(exact: Words, row: SiteFormat | None) -> Words:
 
 def _linear(node: Node, row: SiteFormat, found: Mapping[Node, Site]) -> tuple[Words, str, int]:
     """Words of a dot's or a convolution's accumulator, the route to it, and the bound if nothing is lost there."""
-    terms = _terms(node)
-    words = [found[n].words if n.role == "activation" else _format_words(_need(row, "weight")) for n in node.inputs[:2]]
+    terms = terms_of(node)
+    words = [found[n].words if n.role == "activation" else format_words(_need(row, "weight")) for n in node.inputs[:2]]
     frac = words[0].frac + words[1].frac
     number = split_operand(node)
     total = terms * words[1 - number].peak if row.weight_sum is None else row.weight_sum
@@ -177,7 +178,7 @@ def _linear(node: Node, row: SiteFormat, found: Mapping[Node, Site]) -> tuple[Wo
     exact = Words(frac, -bound, bound)
     if accumulator.mode == "saturate" and not _fits(exact, accumulator.word):
         return _scanned(node, accumulator, exact), "scan", bound
-    route = _route(node, [w.peak for w in words], total)
+    route = _route(node, words, total)
     if accumulator.mode == "wrap" and not _fits(exact, accumulator.word):
         return _register_words(accumulator, frac), route, bound
     _require_fit(node, exact, accumulator.word)
@@ -212,12 +213,12 @@ def _require_fit(node: Node, exact: Words, word: int | None) -> None:
 
 def _bias_peak(row: SiteFormat, bias: QFormat, frac: int) -> int:
     """The largest magnitude with which a bias starts an accumulator of `frac` fraction bits."""
-    peak = _format_words(bias).peak if row.bias_peak is None else row.bias_peak
+    peak = format_words(bias).peak if row.bias_peak is None else row.bias_peak
     up = frac - bias.frac
     return peak << up if up >= 0 else -(-peak >> -up)
 
 
-def _terms(node: Node) -> int:
+def terms_of(node: Node) -> int:
     """How many products make one output."""
     lhs, rhs = (n.shape for n in node.inputs[:2])
     if node.op == "dot_general":
@@ -231,19 +232,33 @@ def split_operand(node: Node) -> int:
     return 0 if node.inputs[0].role == "activation" else 1
 
 
-def _route(node: Node, peaks: Sequence[int], total: int) -> str:
+def _route(node: Node, words: Sequence[Words], total: int) -> str:
     """The cheapest arithmetic in which the products' partial sums are exact; a bias is added to integers."""
-    peak = peaks[split_operand(node)]
+    peak = words[split_operand(node)].peak
     products = peak * total
     if products <= 1 << _FLOAT32:
         return "float32"
     if is_depthwise(node):
         return "int32" if products < 2**31 else "int64"
-    if max(peaks) <= 127 and products < 2**31:
+    if all(limb_count(w) == 1 for w in words) and products < 2**31:
         return "int8"
     if total * max(1 << (LIMB - 1), (peak >> LIMB) + 1) <= 1 << _FLOAT32:
         return "limbs"
     return "float64" if products <= 1 << _FLOAT64 else "int64"
+
+
+def limb_count(words: Words) -> int:
+    """How many balanced limbs, each an int8, hold every word.
+
+    >>> [limb_count(Words(0, -top, top)) for top in (127, 128, 32639, 32640)]
+    [1, 2, 2, 3]
+    """
+    count = 1
+    while True:
+        ones = ((1 << LIMB * count) - 1) // ((1 << LIMB) - 1)  # every limb a one
+        if words.least >= -128 * ones and words.largest <= 127 * ones:
+            return count
+        count += 1
 
 
 def is_depthwise(node: Node) -> bool:
@@ -258,13 +273,13 @@ def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, Site]) -> Wo
     """Words of what is no sum of products, before any rounding."""
     acts = [found[n].words for n in node.inputs if n.role == "activation" and n.real and n in found]
     if node.op in LOOKING_UP and node.inputs[0].role != "activation":
-        return _format_words(_need(row, "weight", node.name))
+        return format_words(_need(row, "weight", node.name))
     if node.op in MOVING:
         return acts[0] if acts else _whole_words(node.inputs[0])
     match node.op:
         case "add" | "sub" | "concatenate" | "stack" | "select_n":
             parts = [
-                found[n].words if n.role == "activation" else _format_words(_need(row, "bias", node.name))
+                found[n].words if n.role == "activation" else format_words(_need(row, "bias", node.name))
                 for n in node.inputs
                 if n.real
             ]
@@ -286,7 +301,7 @@ def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, Site]) -> Wo
             peak = _no_divisor(node, acts[0]).peak ** power
             return Words(acts[0].frac * power, 0 if power % 2 == 0 else -peak, peak)
         case "mul":
-            other = acts[1] if len(acts) == 2 else _format_words(_need(row, "weight", node.name))
+            other = acts[1] if len(acts) == 2 else format_words(_need(row, "weight", node.name))
             return _product(_no_divisor(node, acts[0]), other)
         case "div":
             divisor = whole_numbers(node.inputs[1].value)

@@ -85,7 +85,7 @@ class Node:
         """What the function makes of the inputs' values."""
         if self.op == "index":
             return values[0][self.index]
-        if self.op == "stack":
+        if self.op == "stack" and not self.eqns:
             return jax.numpy.stack(values)
         if self.op == "reciprocal":
             return 1 / values[0]
@@ -349,27 +349,28 @@ def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[N
     A float node is, too, where a dot or a convolution takes it.
     """
     uses = consumers(nodes)
-    known: dict[Node, bool] = {}
+    known: dict[tuple[Node, str], bool] = {}
 
-    def absorbed(node: Node) -> bool:
-        """Whether everything that takes a node's words takes them with all their bits."""
-        if node not in known:
+    def absorbed(node: Node, made_by: str) -> bool:
+        """Whether everything that takes a node's words, made by an operation and moved, takes them with all bits."""
+        if (node, made_by) not in known:
             takers = uses[node]
-            known[node] = bool(takers) and node not in outputs and all(absorbs(t, node) for t in takers)
-        return known[node]
+            taken = bool(takers) and node not in outputs and all(absorbs(t, made_by) for t in takers)
+            known[node, made_by] = taken
+        return known[node, made_by]
 
-    def absorbs(taker: Node, node: Node) -> bool:
+    def absorbs(taker: Node, made_by: str) -> bool:
         if taker in floats:
             return False
         if taker.op in MOVING - LOOKING_UP:
-            return absorbed(taker)
+            return absorbed(taker, made_by)
         match taker.op:
             case "mul":
-                return node.op in _SUMS and any(n.role == "constant" for n in taker.inputs)
+                return made_by in _SUMS and any(n.role == "constant" for n in taker.inputs)
             case "div":
-                return node.op in _SUMS
+                return made_by in _SUMS
             case "max" | "min":
-                return joins(taker) and node.op == "mul"
+                return joins(taker) and made_by == "mul"
         return taker.op in ("add", "sub", "neg", "select_n", "reduce_sum")
 
     def joins(node: Node) -> bool:
@@ -386,7 +387,9 @@ def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[N
         if node in floats:
             if any(t.op in LINEAR and t not in floats for t in uses[node]):
                 found.add(node)
-        elif node.op == "input" or (wide(node) and (node.op in LINEAR or node.op == "div" or not absorbed(node))):
+        elif node.op == "input" or (
+            wide(node) and (node.op in LINEAR or node.op == "div" or not absorbed(node, node.op))
+        ):
             found.add(node)
     return frozenset(found)
 

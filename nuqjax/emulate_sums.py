@@ -7,14 +7,14 @@ one for each tap of its window, of balanced int8 limbs with int32 sums. Saturati
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nuqjax.emulate_bounds import LIMB, is_depthwise, split_operand
+from nuqjax.emulate_bounds import LIMB, Words, is_depthwise, limb_count, split_operand, terms_of
 from nuqjax.emulate_formats import Accumulator
 from nuqjax.emulate_program import Node
 from nuqjax.fixed_point_words import drop_bits
@@ -22,8 +22,19 @@ from nuqjax.fixed_point_words import drop_bits
 _FLOATS = {"float32": jnp.float32, "float64": jnp.float64}
 
 
-def products_sum(node: Node, lhs: jax.Array, rhs: jax.Array, route: str, dtype: str) -> jax.Array:
-    """The sums of a dot or a convolution of raw integers, of `dtype`, by a route whose bound has been shown."""
+def products_sum(
+    node: Node, lhs: jax.Array, rhs: jax.Array, words: Sequence[Words], route: str, dtype: str
+) -> jax.Array:
+    """The sums of a dot or a convolution of raw integers, of `dtype`, by a route whose bound has been shown.
+
+    Args:
+      node: the dot or the convolution.
+      lhs: its raw integers.
+      rhs: likewise.
+      words: what is known of both.
+      route: one of those of `SiteFormat`.
+      dtype: `"int32"` or `"int64"`, which holds every sum.
+    """
     if is_depthwise(node):
         kind = _FLOATS.get(route, jnp.dtype(dtype))
         return _by_taps(node, lhs.astype(kind), rhs.astype(kind), lambda a, b: a * b).astype(dtype)
@@ -31,7 +42,7 @@ def products_sum(node: Node, lhs: jax.Array, rhs: jax.Array, route: str, dtype: 
         lhs,
         rhs,
         cpu=lambda lhs, rhs: _on_cpu(node, lhs, rhs, route, dtype),
-        default=lambda lhs, rhs: by_int8_limbs(node, lhs, rhs, dtype),
+        default=lambda lhs, rhs: by_int8_limbs(node, lhs, rhs, words, dtype),
     )
 
 
@@ -74,9 +85,9 @@ def _balanced(x: jax.Array, count: int) -> list[jax.Array]:
     return [*limbs, x]
 
 
-def by_int8_limbs(node: Node, lhs: jax.Array, rhs: jax.Array, dtype: str) -> jax.Array:
-    """The sums as int8 dots with int32 sums, whatever the words' lengths (up to 32 bits): exact on any platform."""
-    a, b = (_limbs(x) for x in (lhs, rhs))
+def by_int8_limbs(node: Node, lhs: jax.Array, rhs: jax.Array, words: Sequence[Words], dtype: str) -> jax.Array:
+    """The sums as int8 dots with int32 sums, by as many limbs as the words need: exact on any platform."""
+    a, b = (_limbs(x, limb_count(known)) for x, known in zip((lhs, rhs), words, strict=True))
     total = None
     for i, left in enumerate(a):
         for j, right in enumerate(b):
@@ -86,11 +97,9 @@ def by_int8_limbs(node: Node, lhs: jax.Array, rhs: jax.Array, dtype: str) -> jax
     return total
 
 
-def _limbs(x: jax.Array) -> list[jax.Array]:
-    """Balanced int8 limbs, as many as the dtype of the words needs."""
-    count = x.dtype.itemsize + (x.dtype == jnp.uint8 or x.dtype == jnp.uint16)
-    wide = x.astype(jnp.int64)
-    return [limb.astype(jnp.int8) for limb in _balanced(wide, count)]
+def _limbs(x: jax.Array, count: int) -> list[jax.Array]:
+    """`count` balanced int8 limbs, least first."""
+    return [limb.astype(jnp.int8) for limb in _balanced(x.astype(jnp.int64), count)]
 
 
 def _int8_sum(node: Node, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -211,7 +220,7 @@ def _by_taps(node: Node, lhs: jax.Array, rhs: jax.Array, product: Callable[..., 
 
 
 class Scanned(NamedTuple):
-    """What a sum in order gives: the accumulators' words, and how many additions went over an end."""
+    """What a sum in order gives: the accumulators' words; how many additions saturated, or how many sums wrapped."""
 
     words: jax.Array
     overflows: jax.Array
@@ -239,23 +248,22 @@ def scanned_sum(
     word = accumulator.word or 63
     least, largest = -(1 << (word - 1)), (1 << (word - 1)) - 1
 
+    def into_register(total, count):
+        if accumulator.mode != "saturate":
+            return (total, count), None
+        over = (total > largest) | (total < least)
+        return (jnp.clip(total, least, largest), count + over.sum(dtype=jnp.int64)), None
+
     def step(carry, terms):
         total, count = carry
         x, w = terms
         total = total + drop_bits(x * w, drop, accumulator.rounding)
-        over = (total > largest) | (total < least)
-        if accumulator.mode == "saturate":
-            total = jnp.clip(total, least, largest)
-        elif accumulator.mode == "wrap":
-            total = wrapped(total, word)
-        return (total, count + over.sum(dtype=jnp.int64)), None
+        return into_register(total, count)
 
-    over = (begin > largest) | (begin < least)
-    if accumulator.mode == "saturate":
-        begin = jnp.clip(begin, least, largest)
-    elif accumulator.mode == "wrap":
-        begin = wrapped(begin, word)
-    (total, count), _ = lax.scan(step, (begin, over.sum(dtype=jnp.int64)), (xs, ws))
+    (total, count), _ = lax.scan(step, into_register(begin, jnp.int64(0))[0], (xs, ws))
+    if accumulator.mode == "wrap":  # modulo 2^word, additions may as well wrap once
+        kept = wrapped(total, word)
+        total, count = kept, (kept != total).sum(dtype=jnp.int64)
     return Scanned(restore(total), count)
 
 
@@ -271,6 +279,8 @@ def weight_sums(node: Node, weight: Any) -> Mapping[str, int]:
     magnitudes = abs(weight.astype("int64"))
     if node.op == "dot_general":
         axes = node.params["dimension_numbers"][0][number]
+    elif number == 0:  # a convolution whose image is the parameter
+        return {"weight_sum": terms_of(node) * int(magnitudes.max(initial=0))}
     else:
         axes = node.params["dimension_numbers"].rhs_spec[1:]
     sums = magnitudes.sum(axis=tuple(axes))

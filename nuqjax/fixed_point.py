@@ -39,6 +39,7 @@ __all__ = [
     "check_modes",
     "decode",
     "encode",
+    "overflows",
     "requantize",
     "rounding_divide_by_power_of_two",
     "saturating_rounding_doubling_high_mul",
@@ -142,8 +143,26 @@ def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow:
     """
     check_modes(rounding, overflow)
     with jax.enable_x64(True):
-        scaled = lax.convert_element_type(x, jnp.float64) * 2.0**fmt.frac
-        return lax.convert_element_type(_overflow(_round(scaled, rounding), fmt, overflow), jnp.int32)
+        whole = _round(_scaled(x, fmt), rounding)
+        return lax.convert_element_type(_overflow(whole, fmt, overflow), jnp.int32)
+
+
+def overflows(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even") -> jax.Array:
+    """Where real values, rounded, are outside the format's range: what `encode` brings into it.
+
+    >>> import jax.numpy as jnp
+    >>> overflows(jnp.array([1.75, 1.875, -2.0]), QFormat(4, 2)).tolist()
+    [False, True, False]
+    """
+    check_modes(rounding, "saturate")
+    with jax.enable_x64(True):
+        whole = _round(_scaled(x, fmt), rounding)
+        return (whole < fmt.least) | (whole > fmt.largest)
+
+
+def _scaled(x: jax.Array, fmt: QFormat) -> jax.Array:
+    """Real values in units of the last place, float64."""
+    return lax.convert_element_type(x, jnp.float64) * 2.0**fmt.frac
 
 
 def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:

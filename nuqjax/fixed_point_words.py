@@ -3,7 +3,7 @@
 Words are int32 or int64, and results have the dtype of the words. The modes are those of `nuqjax.fixed_point`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def drop_bits(raw: jax.Array, bits: int, rounding: str) -> jax.Array:
     whole = raw >> bits
     # The word is `whole` + rest / 2^bits, 0 ≤ rest < 2^bits; the part dropped may be compared without rounding.
     rest, half = raw - (whole << bits), jnp.asarray(1 << (bits - 1), raw.dtype)
-    return whole + _up(whole, raw < 0, rest > 0, rest > half, rest == half, rounding).astype(raw.dtype)
+    return whole + rounds_up(whole, raw < 0, rest > 0, rest > half, rest == half, rounding).astype(raw.dtype)
 
 
 def divide(raw: jax.Array, divisor: int | jax.Array, rounding: str) -> jax.Array:
@@ -39,15 +39,15 @@ def divide(raw: jax.Array, divisor: int | jax.Array, rounding: str) -> jax.Array
     toward_zero = lax.div(raw, jnp.broadcast_to(divisor, raw.shape))
     rest = raw - toward_zero * divisor
     whole, rest = jnp.where(rest < 0, toward_zero - 1, toward_zero), jnp.where(rest < 0, rest + divisor, rest)
-    up = _up(whole, raw < 0, rest > 0, 2 * rest > divisor, 2 * rest == divisor, rounding)
+    up = rounds_up(whole, raw < 0, rest > 0, 2 * rest > divisor, 2 * rest == divisor, rounding)
     return whole + up.astype(raw.dtype)
 
 
-def _up(whole, negative, inexact, above, tie, rounding: str) -> jax.Array:
+def rounds_up(whole, negative, inexact, above, tie, rounding: str) -> Any:
     """Whether a value between `whole` and `whole` + 1 goes up; it lies `above` the middle or in it (`tie`)."""
     match rounding:
         case "floor":
-            return jnp.zeros_like(inexact)
+            return inexact & False
         case "toward_zero":
             return negative & inexact
         case "half_up":
@@ -55,7 +55,7 @@ def _up(whole, negative, inexact, above, tie, rounding: str) -> jax.Array:
         case "half_down":
             return above
         case "half_away":
-            return above | (tie & ~negative)
+            return above | (tie & (negative == 0))
         case "half_toward_zero":
             return above | (tie & negative)
         case "half_even":

@@ -343,7 +343,6 @@ def test_values_that_are_not_finite(bad):
         calibrate(predict, CPARAMS, X.at[3, 4].set(bad))
 
 
-@pytest.mark.xfail(strict=True, reason="format_for rounds half to even whatever the site's rounding")
 def test_what_rounds_away_from_zero_does_not_overflow_on_the_batch():
     """−128.5 rounded half away from zero is no word of 8 bits, though half even it is one."""
     x = jnp.array([[-128.5, 100.0]])
