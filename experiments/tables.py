@@ -5,8 +5,9 @@
     python -m experiments.tables --write README.md  # puts them into the README
 
 There are blocks of tables: `accuracy` against size (`experiments.accuracy`), what Fisher weights bring (`sensitivity`:
-`experiments.sensitivity`) and the speed of the fit (`benchmark`: `experiments.benchmark_fit`). In the README a block
-stands between a line `<!-- NAME tables: begin -->` and a line `<!-- NAME tables: end -->`.
+`experiments.sensitivity`), networks on raw integers (`emulation`: `experiments.emulation` and
+`experiments.benchmark_emulation`) and the speed of the fit (`benchmark`: `experiments.benchmark_fit`). In the README a
+block stands between a line `<!-- NAME tables: begin -->` and a line `<!-- NAME tables: end -->`.
 """
 
 import argparse
@@ -122,6 +123,61 @@ def _weightings(result: dict[str, Any]) -> str:
     return "\n\n".join([head, table, commands([result])])
 
 
+def emulation(results: Iterable[dict[str, Any]]) -> str:
+    """A table of all networks on raw integers, one of what that costs in time, then the commands."""
+    results = list(results)
+    scored = [result for result in results if "network" in result]
+    timed = [cell for result in results if "network" not in result for cell in result["cells"]]
+    parts = [
+        markdown(
+            [
+                "network",
+                "images",
+                "float",
+                "index bits",
+                "words",
+                "codebooks in float",
+                "on integers",
+                "out",
+                "widest sum",
+            ],
+            [_on_integers(result, cell) for result in scored for cell in result["cells"]],
+            left=1,
+        )
+    ]
+    if timed:
+        head = ["network", "batch", "words", "float, ms", "emulated, ms", "ratio", "compilation, s"]
+        parts.append(markdown(head, [_times(cell) for cell in timed], left=1))
+    return "\n\n".join([*parts, commands(results)]) + "\n"
+
+
+def _on_integers(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+    decoded, emulated = cell["decoded"], cell["emulated"]
+    return [
+        result["title"],
+        f"{result['images']:,}",
+        percent(result["float"]["top1"]),
+        str(cell["setting"]["bits"]),
+        f"{cell['setting']['weight_word']} × {cell['setting']['word']} bits",
+        percent(decoded["top1"]),
+        percent(emulated["top1"]),
+        f"{emulated['output_sqnr_db']:.1f} dB",
+        f"{cell['accumulator_bits']} bits",
+    ]
+
+
+def _times(cell: dict[str, Any]) -> list[str]:
+    seconds = [f"{1e3 * cell[name]:.0f}" for name in ("float_seconds", "emulated_seconds")]
+    return [
+        cell["title"],
+        str(cell["batch"]),
+        f"8 × {cell['word']} bits",
+        *seconds,
+        f"{cell['ratio']:.2f}",
+        f"{cell['compile_seconds']:.1f}",
+    ]
+
+
 class Block(NamedTuple):
     """Tables that stand together in the README.
 
@@ -139,6 +195,7 @@ class Block(NamedTuple):
 BLOCKS = {
     "accuracy": Block("accuracy_*.json", accuracy, "python -m experiments.accuracy --json"),
     "sensitivity": Block("sensitivity_*.json", sensitivity, "python -m experiments.sensitivity --json"),
+    "emulation": Block("*emulation*.json", emulation, "python -m experiments.emulation --json"),
     "benchmark": Block("benchmark_fit*.json", benchmark_tables.tables, "python -m experiments.benchmark_fit --json"),
 }
 
