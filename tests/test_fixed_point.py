@@ -5,6 +5,7 @@ import math
 from fractions import Fraction
 
 import apytypes
+import fxpmath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +135,18 @@ def test_every_12_bit_word_against_apytypes(encoded_words, target):
         wanted = np.where(bits >= 2 ** (wide - 1), bits - 2**wide, bits)
         if not target.signed:
             wanted = np.clip(wanted, 0, target.largest) if overflow == "saturate" else wanted % 2**target.word
+        np.testing.assert_array_equal(
+            encoded_words[target, rounding, overflow], wanted, err_msg=f"{rounding}, {overflow}"
+        )
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_12_bit_word_against_fxpmath(encoded_words, target):
+    """Where its modes overlap: its "trunc" is its "fix", toward zero; its "around" is half to even."""
+    modes = {"floor": "floor", "toward_zero": "fix", "half_even": "around"}
+    options = {"signed": target.signed, "n_word": target.word, "n_frac": target.frac}
+    for (rounding, theirs), overflow in itertools.product(modes.items(), ("saturate", "wrap")):
+        wanted = fxpmath.Fxp(WORDS / 64, **options, rounding=theirs, overflow=overflow).raw()
         np.testing.assert_array_equal(
             encoded_words[target, rounding, overflow], wanted, err_msg=f"{rounding}, {overflow}"
         )
