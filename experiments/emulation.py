@@ -149,7 +149,8 @@ def per_layer(network: Network, data: Path, cell: dict[str, Any], count: int, ca
         traced.append((formats, {site: np.asarray(words) * units[site] for site, words in trace.words.items()}, trace))
     (formats, words, trace), (_, wide, _) = traced
     found = []
-    for site, values in words.items():
+    for site in (row.site for row in formats if row.site in words):  # in the order of the program
+        values = words[site]
         noise = np.square(values - wide[site]).sum()
         signal = np.square(wide[site]).sum()
         found.append(

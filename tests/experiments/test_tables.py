@@ -114,6 +114,28 @@ def other_results(folder):
         "cells": [_weighting("none", 3, 0.25), _weighting("fisher", 3, 0.5), _weighting("fisher", 4, 0.75)],
     }
     (folder / "sensitivity_network.json").write_text(json.dumps(sensitivity))
+    emulation = {
+        "network": "network",
+        "title": "Network",
+        "images": 2000,
+        "commands": ["python -m experiments.emulation --network network"],
+        "float": {"top1": 0.805},
+        "cells": [
+            {
+                "setting": {"bits": 4, "weight_word": 8, "word": 16},
+                "decoded": {"top1": 0.75},
+                "emulated": {"top1": 0.5, "output_sqnr_db": 11.04},
+                "accumulator_bits": 24,
+            }
+        ],
+    }
+    (folder / "emulation_network.json").write_text(json.dumps(emulation))
+    times = {"float_seconds": 0.039, "emulated_seconds": 0.051, "ratio": 1.3911, "compile_seconds": 2.44}
+    timed = {
+        "commands": ["python -m experiments.benchmark_emulation"],
+        "cells": [{"title": "Network", "batch": 32, "word": 8, **times}],
+    }
+    (folder / "benchmark_emulation.json").write_text(json.dumps(timed))
     shape = {"data": "t3 float32", "values": 4_000_000, "rows": 1, "num_levels": 16}
     coremltools = "coremltools PostTrainingPalettizer"
     row = [_fitted("nuqjax", 0.5, 1e-9), _fitted("b", 12.34, 0.02), {"tool": "c", "status": "skipped: predicted 9 s"}]
@@ -139,6 +161,21 @@ def other_results(folder):
     (folder / "benchmark_fit.json").write_text(json.dumps(benchmark))
     return folder
 
+
+INTEGERS = """
+| network | images | float | index bits | words | codebooks in float | on integers | out | widest sum |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| Network | 2,000 | 80.5 % | 4 | 8 × 16 bits | 75.0 % | 50.0 % | 11.0 dB | 24 bits |
+
+| network | batch | words | float, ms | emulated, ms | ratio | compilation, s |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| Network | 32 | 8 × 8 bits | 39 | 51 | 1.39 | 2.4 |
+
+```sh
+python -m experiments.benchmark_emulation
+python -m experiments.emulation --network network
+```
+"""
 
 OTHERS = """
 **Network**, 500 images (float32: top-1 90.0 %), Fisher diagonal of 250 others: top-1 (same first choice as float32).
@@ -192,13 +229,18 @@ def test_the_other_tables_hold_every_cell(other_results, capsys):
     assert capsys.readouterr().out.strip() == OTHERS.strip()
 
 
+def test_the_tables_of_integers_hold_every_cell(other_results, capsys):
+    assert tables.main(["--results", str(other_results), "--blocks", "emulation"]) == 0
+    assert capsys.readouterr().out.strip() == INTEGERS.strip()
+
+
 def test_all_blocks_are_written_and_checked_together(other_results, capsys):
     readme = other_results / "README.md"
     marks = "".join(f"<!-- {name} tables: begin -->\n<!-- {name} tables: end -->\n" for name in tables.BLOCKS)
     readme.write_text(marks)
     arguments = ["--results", str(other_results)]
     assert tables.main([*arguments, "--check", str(readme)]) == 1
-    assert "the accuracy and sensitivity and benchmark tables differ" in capsys.readouterr().err
+    assert "the accuracy and sensitivity and emulation and benchmark tables differ" in capsys.readouterr().err
     assert tables.main([*arguments, "--write", str(readme)]) == 0
     assert tables.main([*arguments, "--check", str(readme)]) == 0
     readme.write_text(readme.read_text().replace("20.0 times", "21.0 times"))
@@ -216,7 +258,7 @@ def test_a_cell_measured_twice_is_an_error(other_results, capsys):
 def test_unknown_tables_are_an_error(capsys):
     with pytest.raises(SystemExit):
         tables.main(["--blocks", "speed"])
-    assert "unknown tables speed: the known are accuracy, sensitivity, benchmark" in capsys.readouterr().err
+    assert "unknown tables speed: the known are accuracy, sensitivity, emulation, benchmark" in capsys.readouterr().err
 
 
 def test_the_readme_holds_what_was_measured():
