@@ -142,8 +142,8 @@ def test_every_12_bit_word_against_apytypes(encoded_words, target):
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_12_bit_word_against_fxpmath(encoded_words, target):
-    """Where its modes overlap: its "trunc" is its "fix", toward zero; its "around" is half to even."""
-    modes = {"floor": "floor", "toward_zero": "fix", "half_even": "around"}
+    """Where its modes overlap: its "trunc" is toward zero, its "around" half to even."""
+    modes = {"floor": "floor", "toward_zero": "trunc", "half_even": "around"}
     options = {"signed": target.signed, "n_word": target.word, "n_frac": target.frac}
     for (rounding, theirs), overflow in itertools.product(modes.items(), ("saturate", "wrap")):
         wanted = fxpmath.Fxp(WORDS / 64, **options, rounding=theirs, overflow=overflow).raw()
