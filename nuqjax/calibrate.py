@@ -280,7 +280,8 @@ def _measure(program: Program, arrays: Any, wanted: Sequence[_Wanted], modes: Pr
 def _first_choice(entry: _Wanted, low: float, high: float, modes: Preset) -> QFormat:
     """The format by the extremes."""
     parameter = entry.nodes[0].role != "activation"
-    unsigned = low >= 0 and not parameter and modes.overflow != "wrap" and modes.choose != "ristretto"
+    rectified = low >= 0 and not parameter and modes.overflow != "wrap" and modes.choose != "ristretto"
+    unsigned = rectified and entry.word < 32  # no unsigned word is longer
     constant = entry.nodes[0].op == "constant"
     rule = "ristretto" if modes.choose == "ristretto" and not constant else "range"
     rounding = "half_even" if parameter else modes.rounding

@@ -83,6 +83,7 @@ def raw(formats, params, x):
 )
 def test_the_format_of_a_range_is_the_finest_that_holds_it(a, b, word, signed):
     low, high = sorted((a, b) if signed else (abs(a), abs(b)))
+    word = min(word, 31 + signed)
     if max(abs(low), abs(high)) < 2.0**-400:
         return
     fmt = format_for(low, high, word, signed)
@@ -94,6 +95,12 @@ def test_the_format_of_a_range_is_the_finest_that_holds_it(a, b, word, signed):
 
     assert holds(fmt.frac)
     assert not holds(fmt.frac + 1)
+
+
+def test_words_of_32_bits_are_signed():
+    fn = lambda params, x: jax.nn.relu(x)  # noqa: E731
+    formats = calibrate(fn, {}, jnp.array([0.5, 1.0]), word=32)
+    assert formats["input"].output == QFormat(32, 30)
 
 
 @pytest.mark.parametrize(("word", "signed", "frac"), [(8, True, 7), (8, False, 8), (1, False, 1)])
