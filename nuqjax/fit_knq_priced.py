@@ -17,6 +17,7 @@ from jax import lax
 
 _LANES = 16  # rows handled at once
 _WIDTH = 128
+_TOGETHER = 4  # cuts to which the paths of a single row are settled at once
 _SPLITS = (2, 4, 6)  # eighths of an interval at which it is tried to part it
 
 
@@ -165,34 +166,51 @@ def _reaches(problem: _Problem, price):
 
 
 def _potentials(problem: _Problem, price, reaches):
-    """`[M + 1, R]` the cost of the shortest path to each cut."""
-    cuts = problem.count.shape[1]
-    # Before the first cut there are as many at which no path can be.
-    count, total = (jnp.pad(x.T, ((cuts, 0), (0, 0))) for x in problem[:2])
-    nowhere = jnp.full(count[:cuts].shape, jnp.inf)
-    potential = jnp.concatenate([nowhere, jnp.zeros_like(nowhere)])
-    place = jnp.arange(_WIDTH, dtype=jnp.int32)[:, None]
+    """`[M + 1, R]` the cost of the shortest path to each cut.
 
-    def step(cut, potential):
-        def at_cut(x):
-            return lax.dynamic_slice_in_dim(x, cut + cuts, 1)
+    A few cuts at a time: from those before all of them, searched at once, then from one another, written out.
+    """
+    number, cuts = problem.count.shape
+    together = _TOGETHER if number == 1 else 1  # many rows fill the lanes as they are
+    # Before the first cut there are as many at which no path can be, and behind the last some that fill a step.
+    count, total = (jnp.pad(x.T, ((cuts, 0), (0, 0))) for x in problem[:2])
+    count, total = (jnp.pad(x, ((0, together), (0, 0)), mode="edge") for x in (count, total))
+    potential = jnp.where(jnp.arange(2 * cuts + together) < cuts, jnp.inf, 0.0)[:, None] + jnp.zeros((1, number))
+    reaches = jnp.pad(reaches, (0, together))
+    place = jnp.arange(_WIDTH, dtype=jnp.int32)[:, None, None]
+    ahead = jnp.arange(together, dtype=jnp.int32)[:, None]
+
+    def pinned(begin, end):
+        return None if problem.zero is None else (begin <= problem.zero) & (end > problem.zero)
+
+    def step(block, potential):
+        first = block * together + 1
+        ends = tuple(lax.dynamic_slice_in_dim(x, first + cuts, together) for x in (count, total))
 
         def compare(piece, best):
-            begin = cut - (piece + 1) * _WIDTH
+            begin = first - (piece + 1) * _WIDTH
 
             def window(x):
-                return lax.dynamic_slice_in_dim(x, begin + cuts, _WIDTH)
+                return lax.dynamic_slice_in_dim(x, begin + cuts, _WIDTH)[:, None]
 
-            n, s = (at_cut(x) - window(x) for x in (count, total))
-            pinned = None if problem.zero is None else (begin + place <= problem.zero) & (cut > problem.zero)
-            reached = _cost(window(potential), n, s, price, pinned)
-            return jnp.minimum(best, jnp.min(reached, axis=0, keepdims=True))
+            n, s = (x - window(y) for x, y in zip(ends, (count, total), strict=True))
+            reached = _cost(window(potential), n, s, price, pinned(begin + place, first + ahead))
+            return jnp.minimum(best, jnp.min(reached, axis=0))
 
-        pieces = jnp.minimum(reaches[cut], (cut + _WIDTH - 1) // _WIDTH)
-        best = lax.fori_loop(0, pieces, compare, nowhere[:1])
-        return lax.dynamic_update_slice_in_dim(potential, best, cut + cuts, 0)
+        pieces = jnp.max(lax.dynamic_slice_in_dim(reaches, first, together))
+        pieces = jnp.minimum(pieces, (first + _WIDTH - 1) // _WIDTH)
+        reached = lax.fori_loop(0, pieces, compare, jnp.full((together, number), jnp.inf))
+        settled = []
+        for end in range(together):
+            best = reached[end]
+            for begin, before in enumerate(settled):
+                n, s = (x[end] - x[begin] for x in ends)
+                best = jnp.minimum(best, _cost(before, n, s, price, pinned(first + begin, first + end)))
+            settled.append(best)
+        return lax.dynamic_update_slice_in_dim(potential, jnp.stack(settled), first + cuts, 0)
 
-    return lax.fori_loop(jnp.int32(1), problem.size + 1, step, potential)[cuts:]
+    steps = (problem.size + together - 1) // together
+    return lax.fori_loop(jnp.int32(0), steps, step, potential)[cuts : 2 * cuts]
 
 
 def _traced_back(problem: _Problem, price, potential, reaches, steps: int):

@@ -211,7 +211,7 @@ def _priced(rows: Rows, num_levels: int, keep_zero: bool):
     price = _first_price(rows, cuts, num_levels)
     if length <= _CELLS * levels:  # room for every value
         return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[0]
-    best, price, _ = _path(rows, cuts, price, num_levels, keep_zero)
+    best, price, _ = _path(rows, cuts, price, num_levels, keep_zero, final=True)
     cuts = even_cuts(rows, best, _CELLS * -(-levels // num_levels))
     for _ in range(_narrowings(length, levels)):
         _, price, excess = _path(rows, cuts, price, num_levels, keep_zero)
