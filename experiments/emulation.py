@@ -6,14 +6,17 @@ Batch-norms are folded, the convolutions and dense layers compressed to codebook
 (`codebook_format=AutoQFormat(weight word)`), formats calibrated on images of their own where there are enough, and the
 unchanged module runs on raw integers (`nuqjax.emulate`). Beside its top-1 stand those of the float network and of the
 float network on the same codebooks. `--formats DIR` keeps every table of formats; `--per-layer` shows what each site's
-words cost: the SQNR of the float network's values at that site against the words.
+words cost: the SQNR of the float network's values at that site against the words. `--alone` shows which sites hurt: the
+outputs' SQNR when all sites have 16-bit words but one.
 """
 
 import argparse
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from experiments.accuracy import scores
 from experiments.networks import Network
 from experiments.results import circumstances, write
 from experiments.settings import listed
+
+_WIDE = 16  # bits of words that cost no accuracy
 
 
 def folded(network: Network, data: Path) -> tuple[Callable[..., jax.Array], Any]:
@@ -59,7 +64,7 @@ def run(
     Args:
       network: which network.
       data: the data folder.
-      cells: settings: `bits`, `weight_word`, `word`, `granularity`, `choose`.
+      cells: settings: `bits`, `weight_word`, `word`, `granularity`, `choose`, and maybe `wide`.
       count: number of images; None takes all.
       batch: images a step.
       calibration: images that formats are chosen from.
@@ -101,9 +106,7 @@ def run(
     for cell in cells:
         cparams = compressed(variables, cell["bits"], cell["weight_word"], cell["granularity"])
         decoded, _ = outputs(decode, cparams, f"{_describe(cell)}: decoded")
-        formats = nuqjax.calibrate(
-            fn, cparams, calibrating, word=cell["word"], weight_word=cell["weight_word"], choose=cell["choose"]
-        )
+        formats = formats_of(fn, cparams, calibrating, cell)
         if formats_folder is not None:
             formats_folder.mkdir(parents=True, exist_ok=True)
             name = "_".join([network.name, *(f"{key}-{value}" for key, value in cell.items())])
@@ -123,6 +126,25 @@ def run(
     return results
 
 
+def formats_of(
+    fn: Callable, cparams: Any, calibrating: np.ndarray, cell: dict[str, Any], bias_word: int = 16
+) -> nuqjax.Formats:
+    """The formats of a setting: words of `word` bits, but of 16 at the sites in whose names `wide` is found."""
+
+    def chosen(word: int) -> nuqjax.Formats:
+        options = {"weight_word": cell["weight_word"], "bias_word": bias_word, "choose": cell["choose"]}
+        return nuqjax.calibrate(fn, cparams, calibrating, word=word, **options)
+
+    formats = chosen(cell["word"])
+    if not cell.get("wide"):
+        return formats
+    rows = {row.site: row for row in chosen(_WIDE) if row.output is not None and re.search(cell["wide"], row.site)}
+    if not rows:
+        raise ValueError(f"{cell['wide']!r} is in no site's name; the sites are {', '.join(formats.rows)}")
+    changed = {site: replace(formats[site], output=row.output) for site, row in rows.items()}
+    return nuqjax.calibrate(fn, cparams, calibrating, formats=replace(formats, rows={**formats.rows, **changed}))
+
+
 def _calibration_inputs(network: Network, data: Path, count: int) -> np.ndarray:
     """Images to choose formats from: of CIFAR-10 others than `load_images` takes, else some of the same thousand."""
     pixels = images.load_images(network, data).pixels
@@ -139,11 +161,10 @@ def per_layer(network: Network, data: Path, cell: dict[str, Any], count: int, ca
     fn, variables = folded(network, data)
     cparams = compressed(variables, cell["bits"], cell["weight_word"], cell["granularity"])
     calibrating = _calibration_inputs(network, data, calibration)
-    options = {"weight_word": cell["weight_word"], "bias_word": 32, "choose": cell["choose"]}
     inputs = next(images.batches(network, images.load_images(network, data, count).pixels, count))[0]
     traced = []
     for word in (cell["word"], 24):  # words of 24 bits stand for the float network's values
-        formats = nuqjax.calibrate(fn, cparams, calibrating, word=word, **options)
+        formats = formats_of(fn, cparams, calibrating, cell | {"word": word}, 32)
         _, trace = jax.jit(nuqjax.emulate(fn, formats, trace=[""]))(cparams, inputs)
         units = {site: 2.0**-fmt.frac for site, fmt in trace.formats}
         traced.append((formats, {site: np.asarray(words) * units[site] for site, words in trace.words.items()}, trace))
@@ -165,8 +186,40 @@ def per_layer(network: Network, data: Path, cell: dict[str, Any], count: int, ca
     return found
 
 
+def alone(network: Network, data: Path, cell: dict[str, Any], count: int, calibration: int) -> list[dict[str, Any]]:
+    """By site: how far the outputs are from those of 16-bit words throughout when this site alone has `word` bits.
+
+    `sqnr_db` is the power of the outputs over that of their change, `agreement` the share of images with the same first
+    choice. Such changes nearly add up, so the sites of the lowest SQNR are what makes the narrow words lose accuracy.
+    """
+    fn, variables = folded(network, data)
+    cparams = compressed(variables, cell["bits"], cell["weight_word"], cell["granularity"])
+    calibrating = _calibration_inputs(network, data, calibration)
+    inputs = next(images.batches(network, images.load_images(network, data, count).pixels, count))[0]
+    wide, narrow = (formats_of(fn, cparams, calibrating, cell | {"word": word}, 32) for word in (_WIDE, cell["word"]))
+
+    def outputs(formats: nuqjax.Formats) -> np.ndarray:
+        return np.asarray(jax.jit(nuqjax.emulate(fn, formats))(cparams, inputs)).reshape(count, -1)
+
+    reference = outputs(wide)
+    found = []
+    for site in (row.site for row in wide if row.output is not None):
+        rows = {**wide.rows, site: replace(wide[site], output=narrow[site].output)}
+        changed = outputs(nuqjax.calibrate(fn, cparams, calibrating, formats=replace(wide, rows=rows)))  # bounds anew
+        noise = np.square(changed - reference).sum()
+        found.append(
+            {
+                "site": site,
+                "sqnr_db": float(10 * np.log10(np.square(reference).sum() / noise)) if noise else None,
+                "agreement": float((changed.argmax(-1) == reference.argmax(-1)).mean()),
+            }
+        )
+    return found
+
+
 def _describe(cell: dict[str, Any]) -> str:
-    return f"{cell['bits']} bits, {cell['weight_word']}-bit levels, {cell['word']}-bit words"
+    wide = f", {_WIDE} at {cell['wide']}" if cell.get("wide") else ""
+    return f"{cell['bits']} bits, {cell['weight_word']}-bit levels, {cell['word']}-bit words{wide}"
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -188,7 +241,7 @@ def table(results: dict[str, Any]) -> Table:
             str(setting["bits"]),
             setting["granularity"],
             f"{setting['weight_word']} bits",
-            f"{setting['word']} bits",
+            f"{setting['word']} bits" + (f", {_WIDE} at {setting['wide']}" if setting.get("wide") else ""),
             setting["choose"],
             *(_percent(part["top1"]) for part in (cell["decoded"], emulated)),
             _percent(emulated["agreement"]),
@@ -216,12 +269,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--word", type=listed, default=["8"], help="bits of the activations (default: 8)")
     parser.add_argument("--granularity", type=listed, default=["tensor"], help="tensor, channel")
     parser.add_argument("--choose", type=listed, default=["range"], help="range, error or ristretto (default: range)")
+    parser.add_argument("--wide", help=f"sites (a pattern of their names) whose words have {_WIDE} bits nevertheless")
     parser.add_argument("--images", type=int, help="how many, evenly spread (default: all)")
     parser.add_argument("--calibration", type=int, default=50, help="images to choose formats from (default: 50)")
     parser.add_argument("--batch", type=int, default=25, help="images a step (default: 25)")
     parser.add_argument("--formats", type=Path, help="write every table of formats into this folder, as JSON")
     parser.add_argument(
         "--per-layer", action="store_true", help="show what the words of each site cost (first setting)"
+    )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="show what each site's words cost alone, among 16-bit words (first setting)",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file")
     return parser
@@ -231,7 +290,7 @@ def _command(args: argparse.Namespace) -> str:
     """The command line that measures the same, without what differs from machine to machine."""
     words = ["python", "-m", "experiments.emulation"]
     for name, value in vars(args).items():
-        if name not in ("data", "json", "formats", "per_layer") and value != _parser().get_default(name):
+        if name not in ("data", "json", "formats", "per_layer", "alone") and value != _parser().get_default(name):
             words += ["--" + name.replace("_", "-"), ",".join(value) if isinstance(value, list) else str(value)]
     return shlex.join(words)
 
@@ -247,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "word": int(word),
             "granularity": granularity,
             "choose": choose,
+            **({"wide": args.wide} if args.wide else {}),
         }
         for granularity in args.granularity
         for choose in args.choose
@@ -257,6 +317,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         network, data = networks.get(args.network), images.data_folder(args.data)
+        if args.alone:
+            sites = alone(network, data, cells[0], args.images or args.batch, args.calibration)
+            out = Table("site", title=f"{network.title}: {_describe(cells[0])} at one site, 16-bit words elsewhere")
+            for name in ("outputs' SQNR dB", "same choice %"):
+                out.add_column(name, justify="right")
+            for site in sites:
+                sqnr = "the same" if site["sqnr_db"] is None else f"{site['sqnr_db']:.1f}"
+                out.add_row(site["site"], sqnr, _percent(site["agreement"]))
+            console.print(out)
+            return 0
         if args.per_layer:
             sites = per_layer(network, data, cells[0], min(args.images or args.batch, args.batch), args.calibration)
             console.print(_layers(sites, f"{network.title}: {_describe(cells[0])}"))

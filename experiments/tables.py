@@ -158,7 +158,8 @@ def _on_integers(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
         f"{result['images']:,}",
         percent(result["float"]["top1"]),
         str(cell["setting"]["bits"]),
-        f"{cell['setting']['weight_word']} × {cell['setting']['word']} bits",
+        f"{cell['setting']['weight_word']} × {cell['setting']['word']} bits"
+        + (", some 16" * ("wide" in cell["setting"])),
         percent(decoded["top1"]),
         percent(emulated["top1"]),
         f"{emulated['output_sqnr_db']:.1f} dB",
