@@ -188,19 +188,24 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
     array = _on_host(array)
     _check_finite(array, plan.path)
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
-    count, length = rows.row_shape(outputs, inputs, options.granularity)
-    fitted = _fit_unviewed(array, importance, plan)
+    on_mesh = _fit_on_mesh(array, importance, plan)
     view = _view(array, importance, plan)
-    levels, certificate = fitted if fitted is not None else _fit(view, 2**options.bits, options)
+    levels, certificate = on_mesh if on_mesh is not None else _fit(view, 2**options.bits, options)
     codebook_format = options.codebook_format
     if isinstance(codebook_format, AutoQFormat):
         codebook_format = _choose_format(codebook_format, levels, view, plan)
     dtype = jnp.dtype(plan.dtype)
     stored, values = _round_levels(levels, codebook_format, dtype, scaled=view.factors is not None)
-    indices = _assign(view.values, values).reshape(-1, count, length)
-    back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=options.granularity)
-    packed = packing.pack(_each(back, indices), options.bits)
-    return _leaf(plan, stored, packed, view.factors, codebook_format), certificate
+    indices, factors = _assign(view.values, values), view.factors
+    del view  # as many bytes as the leaf
+    if _in_own_order(array, options):
+        back = partial(rows.to_channels, axes=plan.axes)
+        indices = indices.reshape(-1, *plan.slice_shape)
+    else:
+        back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=options.granularity)
+        indices = indices.reshape(-1, *rows.row_shape(outputs, inputs, options.granularity))
+    indices = _each(back, indices)
+    return _leaf(plan, stored, packing.pack(indices, options.bits), factors, codebook_format), certificate
 
 
 def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_format: Any) -> CodebookArray:
@@ -272,9 +277,18 @@ def _each(function: Callable, slices: Any) -> Any:
     return function(slices[0])[None] if len(slices) == 1 else np.stack([function(s) for s in slices])
 
 
+def _in_own_order(array: Any, options: Options) -> bool:
+    """Whether the values of a slice all share a codebook and nothing else, so that their order does not matter."""
+    return options.granularity == "tensor" and options.scale is None and not rows.on_mesh(array)
+
+
 def _view(array: Any, importance: Any, plan: LeafPlan) -> _Rows:
     """The leaf as rows of values (divided by their scales), with the weights of their squared errors."""
     options = plan.options
+    if _in_own_order(array, options):
+        count = math.prod(plan.shape[: options.stack_axes])
+        weights = None if importance is None else rows.namespace(array).asarray(importance, np.float32)
+        return _Rows(array.reshape(count, -1), None, None if weights is None else weights.reshape(count, -1), None)
     slices = array.reshape(-1, *plan.slice_shape)
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     xp = rows.namespace(slices)
@@ -339,30 +353,17 @@ def _padded_view(view: _Rows) -> tuple[Any, Any, Any]:
     return values, _padded(view.weights), _padded(mask, fill=False)
 
 
-def _fit_unviewed(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array, float | None] | None:
-    """As `_fit`, where the leaf need not be brought into rows first: in the order in which, and where, its values are.
-
-    None where it must be.
-    """
+def _fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array, float | None] | None:
+    """As `_fit`, for a leaf on a mesh, where its values are; None if it must be brought into rows."""
     options = plan.options
-    if options.method != "knq" or options.scale is not None or isinstance(array, jax.core.Tracer):
+    if not rows.on_mesh(array) or options.method != "knq" or options.scale is not None:
         return None
-    given = {"keep_zero": options.keep_zero, "tolerance": options.tolerance}
-    if rows.on_mesh(array):
-        if options.granularity not in ("tensor", "channel"):
-            return None
-        fitted = fit_leaf_on_mesh(
-            array, importance, 2**options.bits, stack_axes=options.stack_axes, axes=plan.axes,
-            by_channel=options.granularity == "channel", **given,
-        )  # fmt: skip
-    elif options.granularity == "tensor":
-        slices = math.prod(plan.shape[: options.stack_axes])
-        weights = None
-        if importance is not None:
-            weights = rows.namespace(array).asarray(importance, np.float32).reshape(slices, -1)
-        fitted = fit(array.reshape(slices, -1), 2**options.bits, "knq", weights=weights, **given)
-    else:
+    if options.granularity not in ("tensor", "channel"):
         return None
+    fitted = fit_leaf_on_mesh(
+        array, importance, 2**options.bits, stack_axes=options.stack_axes, axes=plan.axes,
+        by_channel=options.granularity == "channel", keep_zero=options.keep_zero, tolerance=options.tolerance,
+    )  # fmt: skip
     return fitted.levels, _certificate(fitted) if options.tolerance is not None else None
 
 

@@ -48,7 +48,9 @@ def pack(indices: Any, bits: int) -> Any:
         return indices.astype(jnp.uint8)
     group, width = _period(bits)
     xp = namespace(indices)
-    padded = xp.pad(indices.astype(jnp.uint8), [(0, 0)] * len(lead) + [(0, -count % group)])
+    padded = indices.astype(jnp.uint8, copy=False)
+    if count % group:
+        padded = xp.pad(padded, [(0, 0)] * len(lead) + [(0, -count % group)])
     padded = padded.reshape(*lead, -(-count // group), group)
     columns = []
     for byte in range(width):
