@@ -16,6 +16,7 @@ from nuqjax.report import Report, report
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.rules import Rule
 from nuqjax.shardings import shardings
+from nuqjax.store import inspect, load, save
 
 __version__ = "0.1.0"
 
@@ -43,8 +44,11 @@ __all__ = [
     "fisher",
     "fit",
     "fold_batch_norm",
+    "inspect",
+    "load",
     "plan",
     "report",
+    "save",
     "shardings",
     "with_codebooks",
 ]

@@ -280,6 +280,18 @@ def check(leaf: CodebookArray, path: str = "leaf") -> None:
 
     Not done on construction, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
     """
+    check_structure(leaf, path)
+    if leaf.scale is not None and not np.isfinite(np.asarray(leaf.scale)).all():
+        raise ValueError(f"{path}: a scale is not finite")
+    levels = np.asarray(leaf.levels).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"{path}: a level is not finite")
+    if (np.diff(levels, axis=-1) < 0).any():
+        raise ValueError(f"{path}: the levels of a codebook do not ascend")
+
+
+def check_structure(leaf: CodebookArray, path: str = "leaf") -> None:
+    """`check` without what trained levels may break: that levels and scales are finite, and that levels ascend."""
     if leaf.bits not in range(1, 9):
         raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
     try:
@@ -296,17 +308,13 @@ def check(leaf: CodebookArray, path: str = "leaf") -> None:
         if leaf.scale_group < 1:
             raise ValueError(f"{path}: a scale_group of {leaf.scale_group}, but with scales it is 1 or more")
         _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, -(-inputs // leaf.scale_group)))
-        if not np.isfinite(np.asarray(leaf.scale)).all():
-            raise ValueError(f"{path}: a scale is not finite")
-    levels, fixed = np.asarray(leaf.levels).astype(np.float64), leaf.codebook_format
-    if not np.isfinite(levels).all():
-        raise ValueError(f"{path}: a level is not finite")
+    fixed = leaf.codebook_format
     if fixed and leaf.levels.dtype != fixed.storage_dtype:
         raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {fixed} stores {fixed.storage_dtype}")
-    if fixed and ((levels < fixed.least) | (levels > fixed.largest)).any():
-        raise ValueError(f"{path}: a level is outside the range of {fixed}")
-    if (np.diff(levels, axis=-1) < 0).any():
-        raise ValueError(f"{path}: the levels of a codebook do not ascend")
+    if fixed:
+        levels = np.asarray(leaf.levels).astype(np.int64)
+        if ((levels < fixed.least) | (levels > fixed.largest)).any():
+            raise ValueError(f"{path}: a level is outside the range of {fixed}")
 
 
 def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype=None) -> None:

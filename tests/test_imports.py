@@ -42,9 +42,24 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "calibrate": ({"emulate", *LEAF}, ARRAYS),
     "fold": ({"emulate", "interpret", "rules", *LEAF}, ARRAYS),
     "shardings": (LEAF, ARRAYS),
+    # `store` stands for store.py and its parts store_*.py.
+    "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
     "fisher": (set(), ARRAYS),
     "__init__": (
-        {"rules", "assign", "fit", "plan", "compress", "apply", "report", "shardings", "fisher", *EMULATION, *LEAF},
+        {
+            "rules",
+            "assign",
+            "fit",
+            "plan",
+            "compress",
+            "apply",
+            "report",
+            "shardings",
+            "fisher",
+            "store",
+            *EMULATION,
+            *LEAF,
+        },
         set(),
     ),
 }
@@ -127,7 +142,7 @@ def test_every_public_name_is_documented(name):
 
 
 def test_importing_nuqjax_needs_the_core_dependencies_only():
-    optional = {"flax", "optax", "matplotlib", "equinox", "sklearn", "PIL", "tensorflow_datasets"}
+    optional = {"flax", "optax", "matplotlib", "equinox", "sklearn", "PIL", "tensorflow_datasets", "constriction"}
     script = f"import sys, nuqjax; print(*({optional!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []
