@@ -248,11 +248,17 @@ def build_report(
     leaves = []
     for (path, dense), (_, leaf) in zip(before, after, strict=True):
         name = path_name(path)
-        if is_codebook_array(leaf) and not is_codebook_array(dense):
-            leaves.append(_report_leaf(name, dense, leaf, *fits.get(name, (None, None))))
-        else:
-            leaves.append(_report_dense(name, leaf, reasons.get(name)))
+        leaves.append(report_leaf(name, dense, leaf, reasons.get(name), *fits.get(name, (None, None))))
     return Report(tuple(leaves))
+
+
+def report_leaf(
+    path: str, dense: Any, leaf: Any, reason: str | None, method: str | None = None, certificate: float | None = None
+) -> LeafReport:
+    """One leaf of a report: `leaf` beside the `dense` one that it came from, or why it stayed dense."""
+    if is_codebook_array(leaf) and not is_codebook_array(dense):
+        return _report_compressed(path, dense, leaf, method, certificate)
+    return _report_dense(path, leaf, reason)
 
 
 def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
@@ -267,7 +273,7 @@ def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
     )
 
 
-def _report_leaf(
+def _report_compressed(
     path: str, dense: Any, leaf: CodebookArray, method: str | None, certificate: float | None
 ) -> LeafReport:
     if tuple(dense.shape) != leaf.shape:

@@ -35,7 +35,7 @@ def save(
     *,
     report: Report | None = None,
     entropy_coding: bool = False,
-    max_shard_size: int | str | None = None,
+    maxshard_size: int | str | None = None,
 ) -> None:
     """Saves a tree, compressed or not, every bit as it is.
 
@@ -49,7 +49,7 @@ def save(
       report: the `Report` of the tree, kept beside it.
       entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
         unaffected: they are packed again when the file is loaded.
-      max_shard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
+      maxshard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
         files with an index, `PATH.index.json`, as on the Hugging Face Hub.
 
     Raises:
@@ -66,7 +66,7 @@ def save(
     >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
     (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
     """
-    limit = _shard_size(max_shard_size)
+    limit = shard_size(maxshard_size)
     nodes, leaves = tree_to_nodes(cparams)
     layout = Layout(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
@@ -81,7 +81,7 @@ class Layout:
         """The layout of a tree of these nodes, without leaves as yet."""
         self._nodes, self.entries = nodes, []
         self._names = {"__metadata__"}
-        self._coded: dict[str, int] = {}
+        self.coded: dict[str, int] = {}
 
     def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
         """The next leaf's tensors, to be written; the layout names them."""
@@ -100,9 +100,16 @@ class Layout:
                 stored.append(tensor)
             entry["tensors"] = references
         if "coded" in parts:
-            self._coded[path] = parts["coded"].array.nbytes + parts["weights"].array.nbytes
+            self.coded[path] = parts["coded"].array.nbytes + parts["weights"].array.nbytes
         self.entries.append(entry)
         return stored
+
+    def take_over(self, entry: dict[str, Any], coded: int | None) -> None:
+        """The next leaf, as an earlier layout described it."""
+        self._names |= {reference["name"] for reference in entry.get("tensors", {}).values()}
+        if coded is not None:
+            self.coded[entry["path"]] = coded
+        self.entries.append(entry)
 
     def _name(self, path: str, role: str | None) -> str:
         """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
@@ -118,7 +125,7 @@ class Layout:
             paths = [entry["path"] for entry in self.entries]
             if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
                 raise ValueError("save: the report is not that of this tree: its leaves have other paths")
-            report = with_coded_sizes(report, self._coded)
+            report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
         return to_json({"version": VERSION, "tree": self._nodes, "leaves": self.entries, "report": kept})
 
@@ -129,14 +136,19 @@ def metadata(text: str) -> tuple[dict[str, str], str]:
     return {"nuqjax": text, "nuqjax.crc32": tag}, tag
 
 
-def _shard_size(given: int | str | None) -> int | None:
+def shard_size(given: int | str | None) -> int | None:
+    """The bytes that `max_shard_size` says.
+
+    Raises:
+      ValueError: it says none.
+    """
     if given is None:
         return None
     match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", given.strip()) if isinstance(given, str) else None
     if match and match[2].upper() in _UNITS:
         given = int(match[1]) * _UNITS[match[2].upper()]
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f'max_shard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
+        raise ValueError(f'maxshard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
     return given
 
 

@@ -37,9 +37,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class File:
-    """A safetensors file whose header was checked; `data` is mapped or in memory, not read."""
+    """A safetensors file whose header was checked; `data`, from byte `start` on, is mapped or in memory, not read."""
 
     name: str
+    start: int
     entries: dict[str, Entry]
     metadata: dict[str, str]
     data: np.ndarray
@@ -141,7 +142,7 @@ def parse(data: np.ndarray, name: str) -> File:
         end, before = entry.end, f"tensor {key[:200]!r}"
     if end != body.size:
         raise ValueError(f"{name}: the tensors take {end} bytes, but {body.size} follow the header")
-    return File(name, entries, metadata, body)
+    return File(name, 8 + length, entries, metadata, body)
 
 
 def _entry(value: Any, where: str) -> Entry:
@@ -309,16 +310,16 @@ def to_json(value: Any) -> str:
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
+def replacing(path: str, scratch: str | None = None) -> Iterator[BinaryIO]:
     """A file to write that takes its place at `path`, whole and on disk, when the block ends.
 
-    Before, it has another name beside it. What goes wrong in the block leaves what was at `path` as it was, and nothing
+    Before, it has another name beside it, or in the folder `scratch` of the same disk. What goes wrong in the block leaves what was at `path` as it was, and nothing
     else.
     """
     path = os.path.realpath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a directory; a file is wanted")
-    part = f"{path}.{secrets.token_hex(4)}.part"
+    part = f"{os.path.join(scratch, os.path.basename(path)) if scratch else path}.{secrets.token_hex(4)}.part"
     file = open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")  # noqa: SIM115
     try:
         with file:
@@ -349,6 +350,7 @@ def write(
     metadata: Mapping[str, str],
     tag: str,
     max_shard_size: int | None,
+    scratch: str | None = None,
 ) -> None:
     """Writes tensors as one file at `path`, or as shards beside an index.
 
@@ -361,12 +363,13 @@ def write(
       metadata: of the single file, or of the index.
       tag: eight hexadecimal digits that tell these contents from others.
       max_shard_size: bytes of tensors in a shard (a larger tensor has one of its own); None for a single file.
+      scratch: as in `replacing`.
     """
     path = os.path.realpath(os.fspath(path))
     index, old = index_path(path), _old_shards(path)
     groups = _shards(tensors, max_shard_size)
     if len(groups) <= 1:
-        _write_one(path, tensors, metadata)
+        _write_one(path, tensors, metadata, scratch)
         with suppress(FileNotFoundError):
             os.unlink(index)
         _remove(old)
@@ -381,9 +384,9 @@ def write(
     fresh = [name for name in names if not os.path.exists(name)]
     try:
         for name, group in zip(names, groups, strict=True):
-            _write_one(name, group, {})
+            _write_one(name, group, {}, scratch)
         total = sum(tensor.nbytes for tensor in tensors)
-        with replacing(index) as file:
+        with replacing(index, scratch) as file:
             text = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
             file.write(to_json(text).encode() + b"\n")
     except BaseException:
@@ -394,9 +397,9 @@ def write(
     _remove(name for name in old if name not in names)
 
 
-def _write_one(path: str, tensors: Sequence[Stored], metadata: Mapping[str, str]) -> None:
+def _write_one(path: str, tensors: Sequence[Stored], metadata: Mapping[str, str], scratch: str | None) -> None:
     text, ordered = header(tensors, metadata)
-    with replacing(path) as file:
+    with replacing(path, scratch) as file:
         file.write(text)
         for tensor in ordered:
             start = file.tell()

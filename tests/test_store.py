@@ -159,7 +159,7 @@ def compressed():
         Rule("fixed", codebook_format=QFormat(12, 9), bits=7), Rule("float8", codebook_format="float8_e4m3fn"),
         Rule("half", codebook_format="bfloat16", scale="channel"),
     ]  # fmt: skip
-    return nuqjax.compress(params, rules=rules, return_report=True)
+    return nuqjax.compress(params, method="normal", rules=rules, return_report=True)
 
 
 def test_what_compress_makes_comes_back_with_its_report(compressed, tmp_path):
@@ -182,7 +182,7 @@ def test_inspect_without_a_report_agrees_with_the_report(compressed, tmp_path):
                      "codebook_format", "levels_used", "levels_available",
                      "payload_bits", "nbytes_packed"):  # fmt: skip
             assert getattr(here, name) == getattr(there, name), name
-        assert here.entropy == pytest.approx(there.entropy, rel=1e-12)
+        assert here.entropy == pytest.approx(there.entropy, rel=1e-12) or here.entropy is there.entropy is None
         assert (here.reason is None) == (there.reason is None)
     assert found.total["sqnr_db"] is None
     assert "SQNR" in str(found)
@@ -196,9 +196,7 @@ def test_the_script_of_the_format_decodes_a_file_without_nuqjax(compressed, tmp_
     cparams, _ = compressed
     nuqjax.save(tmp_path / "a.safetensors", cparams)
     program = script(0) + "\nassert 'nuqjax' not in sys.modules and 'jax' not in sys.modules\n"
-    program += (
-        "np.savez(sys.argv[2], **{path.replace('/', '.'): a.view('u1') if a.ndim else a for path, a in arrays.items()})"
-    )
+    program += "np.savez(sys.argv[2], **{path.replace('/', '.'): np.frombuffer(a.tobytes(), 'u1') for path, a in arrays.items()})"
     command = [sys.executable, "-c", program, str(tmp_path / "a.safetensors"), str(tmp_path / "out.npz")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
@@ -315,7 +313,7 @@ def test_a_subset_of_leaves(compressed, tmp_path):
     same(cparams["layers"]["stack"], found["layers"]["stack"])
     same(found, nuqjax.load(tmp_path / "a", leaves=lambda path: path in ("layers/stack", "layers/bias")))
     with pytest.raises(
-        ValueError, match="leaves='layer/stack' matches none of the 18 leaves; the nearest paths are 'layers/st"
+        ValueError, match="leaves='layer/stack' matches none of the 19 leaves; the nearest paths are 'layers/st"
     ):
         nuqjax.load(tmp_path / "a", leaves="layer/stack")
     with pytest.raises(ValueError, match="no regular expression"):
@@ -413,7 +411,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(compressed, tm
 
             def stopping():
                 calls.append(name)
-                if len(calls) > 60 + 9 * step:
+                if len(calls) > 40 + 7 * step:
                     raise OSError(28, "No space left on device")
                 return whole.chunks()
 
