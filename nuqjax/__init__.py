@@ -3,8 +3,10 @@
 from nuqjax.apply import apply
 from nuqjax.assign import Fit, assign
 from nuqjax.calibrate import calibrate
+from nuqjax.checkpoint import open_checkpoint, write_checkpoint
 from nuqjax.codebook_array import CodebookArray
 from nuqjax.compress import codebooks, compress, decompress, with_codebooks
+from nuqjax.convert import compress_checkpoint
 from nuqjax.emulate import Trace, emulate
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.fisher import fisher
@@ -39,6 +41,7 @@ __all__ = [
     "calibrate",
     "codebooks",
     "compress",
+    "compress_checkpoint",
     "decompress",
     "emulate",
     "fisher",
@@ -46,9 +49,11 @@ __all__ = [
     "fold_batch_norm",
     "inspect",
     "load",
+    "open_checkpoint",
     "plan",
     "report",
     "save",
     "shardings",
     "with_codebooks",
+    "write_checkpoint",
 ]

@@ -17,7 +17,7 @@ import numpy as np
 
 from nuqjax.codebook_array import decode, is_codebook_array
 from nuqjax.rules import path_name
-from nuqjax.store import read_layout
+from nuqjax.store import read_layout, shard_size
 from nuqjax.store_file import Bundle, Entry, Stored, open_bundle, replacing, write
 from nuqjax.store_layout import NUMPY_DTYPES, to_part
 
@@ -275,7 +275,7 @@ def write_checkpoint(
     format: str,
     *,
     separator: str = ".",
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes the leaves of a checkpoint, decoded, as a dense checkpoint of another format.
 
@@ -286,13 +286,13 @@ def write_checkpoint(
       checkpoint: where the leaves come from.
       format: one of `FORMATS`.
       separator: what joins keys to a tensor's name.
-      max_shard_size: bytes of tensors in a safetensors file.
+      max_shard_size: of a safetensors file, as in `save`.
 
     Raises:
       ValueError: a leaf is of a kind that the format does not hold.
     """
     if format == "safetensors":
-        _write_safetensors(path, checkpoint, separator, max_shard_size)
+        _write_safetensors(path, checkpoint, separator, shard_size(max_shard_size))
     elif format == "npz":
         _write_npz(path, checkpoint, separator)
     elif format == "msgpack":

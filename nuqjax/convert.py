@@ -1,4 +1,4 @@
-"""A checkpoint on disk to a compressed file, leaf by leaf: memory is that of the largest leaf, and it can be resumed."""
+"""A checkpoint on disk to a compressed file, leaf by leaf: memory for the largest leaf, and it can be resumed."""
 
 import hashlib
 import os

@@ -35,7 +35,7 @@ def save(
     *,
     report: Report | None = None,
     entropy_coding: bool = False,
-    maxshard_size: int | str | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Saves a tree, compressed or not, every bit as it is.
 
@@ -49,7 +49,7 @@ def save(
       report: the `Report` of the tree, kept beside it.
       entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
         unaffected: they are packed again when the file is loaded.
-      maxshard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
+      max_shard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
         files with an index, `PATH.index.json`, as on the Hugging Face Hub.
 
     Raises:
@@ -66,7 +66,7 @@ def save(
     >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
     (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
     """
-    limit = shard_size(maxshard_size)
+    limit = shard_size(max_shard_size)
     nodes, leaves = tree_to_nodes(cparams)
     layout = Layout(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
@@ -148,7 +148,7 @@ def shard_size(given: int | str | None) -> int | None:
     if match and match[2].upper() in _UNITS:
         given = int(match[1]) * _UNITS[match[2].upper()]
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f'maxshard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
+        raise ValueError(f'max_shard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
     return given
 
 

@@ -82,9 +82,7 @@ def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count:
     if size > _EXPANSION * stream.nbytes + _FREE:
         raise ValueError(f"a stream of {stream.nbytes} bytes that would expand to {size}, more than {_EXPANSION}-fold")
     if weights.shape != (1 << bits,) or not weights.any():
-        raise ValueError(
-            f"a model of weights of shape {weights.shape}, but {1 << bits} are wanted that are not all zero"
-        )
+        raise ValueError(f"model weights of shape {weights.shape}, but {1 << bits} are wanted that are not all zero")
     library = _library()
     model = _model(library, weights)
     coder = library.stream.stack.AnsCoder(np.array(stream, np.uint32))  # refuses a last word of zero

@@ -313,13 +313,14 @@ def to_json(value: Any) -> str:
 def replacing(path: str, scratch: str | None = None) -> Iterator[BinaryIO]:
     """A file to write that takes its place at `path`, whole and on disk, when the block ends.
 
-    Before, it has another name beside it, or in the folder `scratch` of the same disk. What goes wrong in the block leaves what was at `path` as it was, and nothing
-    else.
+    Before, it has another name beside it, or in the folder `scratch` of the same disk. What goes wrong in the block
+    leaves what was at `path` as it was, and nothing else.
     """
     path = os.path.realpath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a directory; a file is wanted")
-    part = f"{os.path.join(scratch, os.path.basename(path)) if scratch else path}.{secrets.token_hex(4)}.part"
+    beside = os.path.join(scratch, os.path.basename(path)) if scratch else path
+    part = f"{beside}.{secrets.token_hex(4)}.part"
     file = open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")  # noqa: SIM115
     try:
         with file:

@@ -196,7 +196,8 @@ def test_the_script_of_the_format_decodes_a_file_without_nuqjax(compressed, tmp_
     cparams, _ = compressed
     nuqjax.save(tmp_path / "a.safetensors", cparams)
     program = script(0) + "\nassert 'nuqjax' not in sys.modules and 'jax' not in sys.modules\n"
-    program += "np.savez(sys.argv[2], **{path.replace('/', '.'): np.frombuffer(a.tobytes(), 'u1') for path, a in arrays.items()})"
+    program += "raw = {path.replace('/', '.'): np.frombuffer(a.tobytes(), 'u1') for path, a in arrays.items()}\n"
+    program += "np.savez(sys.argv[2], **raw)"
     command = [sys.executable, "-c", program, str(tmp_path / "a.safetensors"), str(tmp_path / "out.npz")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)

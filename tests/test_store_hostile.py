@@ -194,7 +194,7 @@ A, B = ("leaves", 0), ("leaves", 1)
         (set_at(*A, "kind", "code"), "leaf 'a': unknown kind 'code'; known: codebook, array, key, python, absent"),
         (set_at(*A, "run", "os.system"), "leaf 'a': the layout has 'run', which this version does not know"),
         (set_at(*A, "bits", 9), "leaf 'a': bits=9, but a whole number from 1 to 8 is wanted"),
-        (set_at(*A, "bits", True), "leaf 'a': 'bits' is True"),
+        (set_at(*A, "bits", True), "leaf 'a': 'bits' is 'True'"),
         (set_at(*A, "bits", 4), r"leaf 'a': packed of shape \[3, 2\], but the layout needs \[3, 3\]"),
         (set_at(*A, "shape", [6, 3]), r"leaf 'a': packed of shape \[3, 2\], but the layout needs \[3, 3\]"),
         (set_at(*A, "shape", [2**61, 3]), "leaf 'a': a shape of more values"),
