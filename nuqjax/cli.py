@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
+    DownloadColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -256,7 +256,7 @@ def _one_line(error: BaseException) -> str:
 
 def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options: Any) -> None:
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"),
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
         TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), disable=quiet,
     )  # fmt: skip
@@ -284,6 +284,8 @@ def _decompress(source: str, target: str, format: str | None, separator: str, ma
     suffixes = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "msgpack"}
     format = format or suffixes.get(os.path.splitext(target)[1], "orbax")
     checkpoint = nuqjax.open_checkpoint(source)
+    if checkpoint.format != "nuqjax":
+        raise ValueError(f"{source}: not a compressed file")
     nuqjax.write_checkpoint(target, checkpoint, format, separator=separator, max_shard_size=max_shard_size)
 
 
@@ -404,7 +406,7 @@ def _demo() -> None:
         nuqjax.save(path, cparams, report=report)
         same = nuqjax.load(path)
         print(f"\nSaved, loaded again: {os.path.getsize(path):,} bytes on disk, header and report counted.")
-    x = jnp.ones((1, 576))
+    x = jnp.asarray(rng.normal(size=(8, 576)), jnp.float32)
     exact = x @ params["dense"]["kernel"]
     small = nuqjax.apply(lambda p, x: x @ p["dense"]["kernel"])(same, x)
     error = float(jnp.linalg.norm(small - exact) / jnp.linalg.norm(exact))

@@ -5,6 +5,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import jax
@@ -17,7 +18,7 @@ from nuqjax.report import LeafReport, Report, report_leaf
 from nuqjax.rules import Options, Rule
 from nuqjax.store import Layout, metadata, shard_size
 from nuqjax.store_file import Stored, parse_json, to_json, write
-from nuqjax.store_layout import report_from_json, report_to_json
+from nuqjax.store_layout import report_from_json, report_to_json, with_coded_sizes
 from nuqjax.store_tree import tree_to_nodes
 
 _CHUNK = 1 << 24
@@ -103,7 +104,8 @@ def compress_checkpoint(
     folder = f"{target}.partial"
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder, exist_ok=True)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
     with _Journal(folder, mark, nodes) as journal:
         for number, (leaf, plan) in enumerate(zip(checkpoint.leaves, plans, strict=True)):
             if number >= len(journal.reports):
@@ -116,10 +118,11 @@ def compress_checkpoint(
                 journal.add(kept, report_leaf(plan.path, dense, kept, plan.reason, name, certificate), entropy_coding)
             if progress is not None:
                 progress(plan, plan.nbytes_before)
-        text = journal.layout.text(Report(tuple(journal.reports)))
+        report = with_coded_sizes(Report(tuple(journal.reports)), journal.layout.coded)
+        text = journal.layout.text(report)
         write(target, journal.tensors, *metadata(text), limit, scratch=folder)
     shutil.rmtree(folder)
-    return Report(tuple(journal.reports))
+    return report
 
 
 def _fingerprint(checkpoint: Checkpoint, plans: Sequence[LeafPlan], entropy_coding: bool) -> str:
@@ -179,11 +182,14 @@ class _Journal:
         for number, line in enumerate(lines):
             if not line.endswith(b"\n"):
                 break
-            record = parse_json(line, f"{self._lines}, line {number + 1}")
+            try:
+                record = parse_json(line, self._lines)
+            except ValueError:  # not all of it reached the disk
+                record = None
             if number == 0:
                 if record != {"mark": mark}:
                     raise ValueError(f"{folder} is of another source or other options; without resume it is begun anew")
-            elif not self._is_whole(record):
+            elif record is None or not self._is_whole(record):
                 break
             else:
                 entry = record["entry"]
