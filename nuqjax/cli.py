@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(parser().parse_args(argv))
     command = _COMMANDS[args.pop("command")]
     try:
-        with _terminated_as_interrupted():
+        with _stoppable():
             command(**args)
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
@@ -230,22 +231,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+_asked_to_stop = threading.Event()
+
+
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, and neither is lost.
+
+    Python drops an exception that a signal raises while it runs a callback of the garbage collector, so that the event
+    is looked at between tensors too.
+    """
 
     def stop(*_: Any) -> None:
+        _asked_to_stop.set()
         raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        before = None
+    _asked_to_stop.clear()
+    if threading.current_thread() is not threading.main_thread():  # which alone is given signals
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _one_line(error: BaseException) -> str:
@@ -268,6 +278,8 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
 
         def progress(plan: Any, nbytes: int) -> None:
             nonlocal done
+            if _asked_to_stop.is_set():
+                raise KeyboardInterrupt
             done += 1
             text = f"{done}/{len(checkpoint.leaves)} {plan.path[-40:]}"
             bar.update(task, advance=nbytes, description=text)
