@@ -4,6 +4,7 @@ A checkpoint is opened without being read: its leaves have paths, shapes and dty
 for. (A msgpack file can be read only whole.)
 """
 
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,11 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...] | None
     dtype: np.dtype | None
     read: Callable[[], Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array; 0 for what is no array."""
+        return 0 if self.shape is None or self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def spec(self) -> Any:
@@ -325,7 +331,7 @@ def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit:
     codes = {np.dtype(name): code for code, name in NUMPY_DTYPES.items()}
     tensors = []
     for name, leaf in _named_arrays(checkpoint, separator):
-        if leaf.dtype not in codes:
+        if leaf.dtype is None or leaf.dtype not in codes:
             raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which safetensors lacks")
 
         def chunks(leaf=leaf):

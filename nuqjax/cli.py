@@ -80,7 +80,8 @@ def codebook_format(text: str) -> Any:
     kind, *numbers = text.split("/")
     try:
         if kind == "fixed" and len(numbers) in (1, 2):
-            return (nuqjax.AutoQFormat, nuqjax.QFormat)[len(numbers) - 1](*map(int, numbers))
+            word, *frac = map(int, numbers)
+            return nuqjax.QFormat(word, frac[0]) if frac else nuqjax.AutoQFormat(word)
         if not numbers and jnp.issubdtype(jnp.dtype(kind), jnp.floating):
             return jnp.dtype(kind)
     except (ValueError, TypeError):
@@ -271,7 +272,7 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
         console=Console(stderr=True), disable=quiet,
     )  # fmt: skip
     checkpoint = nuqjax.open_checkpoint(source, options["format"], options["separator"])
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in checkpoint.leaves if leaf.dtype is not None)
+    total = sum(leaf.nbytes for leaf in checkpoint.leaves)
     with bar:
         task = bar.add_task("compress", total=total)
         done = 0

@@ -9,6 +9,7 @@ in whole numbers, so that every machine has the same. Indices are coded in the o
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _EXPANSION, _FREE = 64, 1 << 16
 """A stream of n bytes never stands for more than 64·n + 65,536 bytes of packed indices: what would, is not coded."""
 
 
-def _library():
+def _library() -> Any:
     try:
         import constriction
     except ImportError as error:
@@ -133,7 +134,7 @@ def _frequencies(weights: np.ndarray) -> np.ndarray:
     return np.diff(np.arange(levels + 1) + before * ((1 << _PRECISION) - levels) // int(before[-1]))
 
 
-def _model(library, weights: np.ndarray):
+def _model(library: Any, weights: np.ndarray):
     # The library gives symbol k the share p[k]/Σp of 2^24 − K, rounded down cumulatively, and 1 more. Of whole numbers
     # that sum to 2^24 − K nothing is rounded: the frequencies are exactly those above.
     return library.stream.model.Categorical((_frequencies(weights) - 1).astype(np.float64), lazy=False, perfect=False)

@@ -103,13 +103,13 @@ def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any]
         return entry | {"kind": "key", "impl": impl}, {"data": to_part(jax.random.key_data(leaf), path)}
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return entry | {"kind": "array"}, {"data": to_part(leaf, path)}
-    kind = type(leaf).__name__
+    kind, value = type(leaf).__name__, leaf
     if _PYTHON.get(kind) is type(leaf):
-        if kind == "float":
-            leaf = leaf.hex()
-        elif kind == "complex":
-            leaf = [leaf.real.hex(), leaf.imag.hex()]
-        return entry | {"kind": "python", "type": kind, "value": leaf}, {}
+        if isinstance(value, float):
+            value = value.hex()
+        elif isinstance(value, complex):
+            value = [value.real.hex(), value.imag.hex()]
+        return entry | {"kind": "python", "type": kind, "value": value}, {}
     return entry | {"kind": "absent", "type": f"{type(leaf).__module__}.{type(leaf).__qualname__}"}, {}
 
 
@@ -357,7 +357,7 @@ class Entry:
         """
         if self.kind == "python":
             return self._value
-        arrays = {role: self._array(role, verify) for role in self.tensors}
+        arrays: dict[str, Any] = {role: self._array(role, verify) for role in self.tensors}
         if self.kind == "array":
             return arrays["data"]
         if self.kind == "key":
@@ -391,7 +391,7 @@ class Entry:
         reference = self.tensors[role]
         raw = self._bundle.array(reference["name"])
         where = f"{self.where}, {role}"
-        if verify and zlib.crc32(raw) != reference["crc32"]:
+        if verify and zlib.crc32(raw.data) != reference["crc32"]:
             raise ValueError(f"{where}: the bytes are not those that were saved (their CRC-32 differs)")
         dtype, shape = reference["dtype"], tuple(reference["shape"])
         if dtype == "bool" or dtype in _AS_BYTES:
@@ -414,7 +414,7 @@ class Entry:
     def report(self, verify: bool) -> LeafReport:
         """What the file alone says of the leaf, where no report was stored."""
         if self.kind in ("python", "absent", "key"):
-            kind = self._entry.get("type", self._entry.get("impl"))
+            kind = str(self._entry.get("type", self._entry.get("impl")))
             size = self.nbytes("data")
             return LeafReport(self.path, (), kind, 0, size, size, "not an array" if not size else "random keys")
         shape, dtype = self.shape_and_dtype() or ((), "")

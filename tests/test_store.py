@@ -182,7 +182,7 @@ def test_inspect_without_a_report_agrees_with_the_report(compressed, tmp_path):
                      "codebook_format", "levels_used", "levels_available",
                      "payload_bits", "nbytes_packed"):  # fmt: skip
             assert getattr(here, name) == getattr(there, name), name
-        assert here.entropy == pytest.approx(there.entropy, rel=1e-12) or here.entropy is there.entropy is None
+        assert here.entropy == (None if there.entropy is None else pytest.approx(there.entropy, rel=1e-12))
         assert (here.reason is None) == (there.reason is None)
     assert found.total["sqnr_db"] is None
     assert "SQNR" in str(found)
