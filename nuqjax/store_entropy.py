@@ -46,7 +46,7 @@ def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.nd
     >>> indices = np.repeat(np.array([[0, 1, 3]], np.uint8), [2000, 300, 50], axis=-1)
     >>> stream, weights = encode(packing.pack(indices, 2), 2, 2350)
     >>> stream.nbytes + weights.nbytes, packing.packed_size(2350, 2)
-    (216, 588)
+    (212, 588)
     """
     library = _library()
     rows = packed.reshape(-1, packed.shape[-1])

@@ -359,7 +359,7 @@ def test_an_index_that_is_damaged_is_told_or_harmless(shards, fuzz):
     rng = np.random.default_rng(3)
     for _ in range(fuzz // 20):
         found, message = outcome(damage(b"\0" * 8 + data, rng)[8:])
-        assert found == wanted if message is None else message.startswith("FILE: ")
+        assert found == wanted if message is None else message.startswith("FILE")
 
 
 def test_shards_of_two_saves_are_not_mixed(shards):
@@ -564,12 +564,12 @@ def test_any_damage_is_told_or_harmless(files, fuzz):
     wanted = {name: flat(load(data)) for name, data in files.items()}
     rng = np.random.default_rng(0)
     names, told = list(files), 0
-    for number in range(fuzz // 2):
+    for number in range(fuzz):
         name = names[number % len(names)]
         found, message = outcome(damage(files[name], rng), verify=True)
         told += message is not None
         assert flat(found) == wanted[name] if message is None else message.startswith("FILE: ")
-    assert told > 0.5 * (fuzz // 2)
+    assert told > 0.5 * fuzz
 
 
 def test_a_forgery_is_told_or_well_formed(files, fuzz):
