@@ -193,6 +193,8 @@ def _open_npz(path: str, separator: str | None) -> Checkpoint:
                 name = info.filename.removesuffix(".npy")
                 with archive.open(info) as file:
                     shape, dtype = _npy_header(file, f"{path}: {name!r}")
+                    if file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+                        raise ValueError(f"{path}: {name!r} is not as long as its shape {shape} says")
                 named[name] = Leaf(name, shape, dtype, _from_npz(path, info.filename))
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: {error}") from error
@@ -288,7 +290,7 @@ def write_checkpoint(
     safetensors and npz are written leaf by leaf; msgpack and orbax need the tree in memory.
 
     Args:
-      path: what to write; what is there is replaced.
+      path: what to write; a file that is there is replaced, a directory is not.
       checkpoint: where the leaves come from.
       format: one of `FORMATS`.
       separator: what joins keys to a tensor's name.

@@ -18,7 +18,7 @@ from nuqjax.report import LeafReport, Report, report_leaf
 from nuqjax.rules import Options, Rule
 from nuqjax.store import Layout, metadata, shard_size
 from nuqjax.store_file import Stored, parse_json, to_json, write
-from nuqjax.store_layout import report_from_json, report_to_json, with_coded_sizes
+from nuqjax.store_report import report_from_json, report_to_json, with_coded_sizes
 from nuqjax.store_tree import tree_to_nodes
 
 _CHUNK = 1 << 24

@@ -22,7 +22,8 @@ from nuqjax.report import Report
 from nuqjax.rules import path_name
 from nuqjax.shardings import shardings
 from nuqjax.store_file import Bundle, Stored, from_array, open_bundle, parse_json, to_json, write
-from nuqjax.store_layout import Entry, checksum, describe, report_from_json, report_to_json, with_coded_sizes
+from nuqjax.store_layout import Entry, checksum, describe
+from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
 from nuqjax.store_tree import Structure, tree_to_nodes
 
 VERSION = 1
@@ -225,8 +226,8 @@ def from_bundle(
         raise ValueError(f"{bundle.name}: {error}") from error
 
 
-def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], Report | None]:
-    """The structure, the leaves' entries and the report in a file's metadata, checked against its tensors.
+def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], Any]:
+    """The structure and the leaves' entries in a file's metadata, checked against its tensors, and the report's JSON.
 
     Raises:
       ValueError: what is wrong, and with which entry.
@@ -258,8 +259,7 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], R
     if len(set(names)) < len(names) or len(names) < len(bundle.files):
         unnamed = sorted(set(bundle.files) - set(names)) or sorted(n for n in set(names) if names.count(n) > 1)
         raise ValueError(f"{name}: the tensor {unnamed[0][:200]!r} is not named by just one leaf")
-    report = None if layout["report"] is None else report_from_json(layout["report"], name)
-    return structure, entries, report
+    return structure, entries, layout["report"]
 
 
 def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], name: str) -> list[bool]:
@@ -372,5 +372,12 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
     ...     inspect(os.path.join(folder, "model.safetensors")).total["nbytes_after"]
     2112
     """
-    _, entries, report = read_layout(open_bundle(path), verify)
-    return report if report is not None else Report(tuple(entry.report(verify) for entry in entries))
+    return inspect_bundle(open_bundle(path), verify)
+
+
+def inspect_bundle(bundle: Bundle, verify: bool) -> Report:
+    """`inspect`, of files that are open."""
+    _, entries, report = read_layout(bundle, verify)
+    if report is not None:
+        return report_from_json(report, bundle.name)
+    return Report(tuple(report_entry(entry, verify) for entry in entries))

@@ -6,8 +6,7 @@
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from nuqjax import packing, store_entropy
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray, check_structure, is_codebook_array
 from nuqjax.fixed_point import QFormat
-from nuqjax.report import LeafReport, Report
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.store_file import Bundle, check_shape
 
@@ -164,6 +162,7 @@ class Entry:
     Attributes:
       path: the leaf's path.
       where: what messages call it.
+      layout: the entry itself.
       tensors: by role, the reference to each of its tensors: name, dtype, shape and checksum.
     """
 
@@ -198,7 +197,7 @@ class Entry:
                 if role not in roles:
                     raise ValueError(f"{self.where}: unknown tensor {role[:40]!r}; known: {', '.join(sorted(roles))}")
                 self.tensors[role] = self._check_reference(reference, role)
-        self._entry = entry
+        self.layout = entry
         if self.kind == "codebook":
             self._check_codebook()
         elif self.kind in ("array", "key"):
@@ -245,7 +244,7 @@ class Entry:
         return reference
 
     def _check_codebook(self) -> None:
-        entry, where = self._entry, self.where
+        entry, where = self.layout, self.where
         self._need("levels", *(["weights"] if "coded" in self.tensors else ["packed"]))
         if {"coded", "packed"} <= set(self.tensors) or ("weights" in self.tensors) != ("coded" in self.tensors):
             raise ValueError(f"{where}: both packed and coded, or weights of no stream")
@@ -269,10 +268,10 @@ class Entry:
         group = _field(entry, "scale_group", int, where)
         if group < (scale is not None) or (scale is None and group):
             raise ValueError(f"{where}: scale_group={group} {'without' if scale is None else 'with'} scales")
-        if not _floating(_field(entry, "dtype", str, where)):
+        if not is_floating(_field(entry, "dtype", str, where)):
             raise ValueError(f"{where}: dtype {entry['dtype'][:40]!r} is not floating")
         for name, reference in (("levels", None if self._fixed else levels), ("scale", scale)):
-            if reference is not None and not _floating(reference["dtype"]):
+            if reference is not None and not is_floating(reference["dtype"]):
                 raise ValueError(f"{where}: {name} of dtype {reference['dtype']} are not floating")
         slice_shape = tuple(shape[stack:])
         outputs, inputs = rows_.channel_shape(slice_shape, axes)
@@ -320,7 +319,7 @@ class Entry:
     def _check_python(self) -> None:
         if self.kind == "absent":
             return
-        kind, value = self._entry["type"], self._entry.get("value")
+        kind, value = self.layout["type"], self.layout.get("value")
         try:
             if kind == "float" and isinstance(value, str):
                 self._value: Any = float.fromhex(value)
@@ -336,12 +335,12 @@ class Entry:
 
     def is_absent(self) -> str | None:
         """The name of the type of what the file could not hold; None for a leaf that it holds."""
-        return self._entry["type"] if self.kind == "absent" else None
+        return self.layout["type"] if self.kind == "absent" else None
 
     def shape_and_dtype(self) -> tuple[tuple[int, ...], str] | None:
         """Shape and dtype of the dense array that the leaf stands for; None for what is no array."""
         if self.kind == "codebook":
-            return tuple(self._entry["shape"]), self._entry["dtype"]
+            return tuple(self.layout["shape"]), self.layout["dtype"]
         if self.kind == "array":
             return tuple(self.tensors["data"]["shape"]), self.tensors["data"]["dtype"]
         return None
@@ -361,12 +360,12 @@ class Entry:
         if self.kind == "array":
             return arrays["data"]
         if self.kind == "key":
-            return jax.random.wrap_key_data(jnp.asarray(np.array(arrays["data"])), impl=self._entry["impl"])
+            return jax.random.wrap_key_data(jnp.asarray(np.array(arrays["data"])), impl=self.layout["impl"])
         if "coded" in arrays:
             rows = math.prod(self._packed_shape[:-1])
             try:
                 packed: Any = store_entropy.decode(
-                    arrays["coded"], arrays["weights"], self._entry["bits"], rows, self._inputs
+                    arrays["coded"], arrays["weights"], self.layout["bits"], rows, self._inputs
                 ).reshape(self._packed_shape)
             except ValueError as error:
                 raise ValueError(f"{self.where}, coded: {error}") from error
@@ -377,12 +376,12 @@ class Entry:
             packed=packed,
             scale=arrays.get("scale"),
             slice_shape=self._slice_shape,
-            dtype=jnp.dtype(self._entry["dtype"]),
-            bits=self._entry["bits"],
+            dtype=jnp.dtype(self.layout["dtype"]),
+            bits=self.layout["bits"],
             granularity=self._granularity,
             axes=self._axes,
             codebook_format=self._fixed,
-            scale_group=self._entry["scale_group"],
+            scale_group=self.layout["scale_group"],
         )
         check_structure(leaf, self.where)
         return leaf
@@ -411,38 +410,8 @@ class Entry:
         """Bytes that these tensors of the leaf take in the file."""
         return sum(self._bundle.array(self.tensors[role]["name"]).size for role in roles if role in self.tensors)
 
-    def report(self, verify: bool) -> LeafReport:
-        """What the file alone says of the leaf, where no report was stored."""
-        if self.kind in ("python", "absent", "key"):
-            kind = str(self._entry.get("type", self._entry.get("impl")))
-            size = self.nbytes("data")
-            return LeafReport(self.path, (), kind, 0, size, size, "not an array" if not size else "random keys")
-        shape, dtype = self.shape_and_dtype() or ((), "")
-        size = math.prod(shape)
-        before = size * np.dtype(dtype).itemsize
-        if self.kind == "array":
-            floating = _floating(dtype)
-            reason = "left dense" if floating else f"dtype {dtype} is not floating"
-            return LeafReport(self.path, shape, dtype, size, before, before, reason)
-        leaf = self.read(verify)
-        counts = np.zeros(1 << leaf.bits, np.int64)
-        used = 0
-        for place in np.ndindex(leaf.stack_shape):
-            table = _index_counts(leaf[place])
-            counts += table.sum(axis=0)
-            used += int(np.count_nonzero(table))
-        share = counts[counts > 0] / max(counts.sum(), 1)
-        return LeafReport(
-            self.path, shape, dtype, size, before, leaf.nbytes,
-            bits=leaf.bits, granularity=str(leaf.granularity),
-            codebook_format=str(leaf.codebook_format or leaf.levels.dtype),
-            levels_used=used, levels_available=math.prod(leaf.levels.shape), payload_bits=leaf.payload_bits,
-            entropy=float(-(share * np.log2(share)).sum()) + 0.0, nbytes_packed=int(leaf.packed.nbytes),
-            nbytes_coded=self.nbytes("coded", "weights") if "coded" in self.tensors else None,
-        )  # fmt: skip
 
-
-def _floating(dtype: str) -> bool:
+def is_floating(dtype: str) -> bool:
     """Whether this names a floating dtype of the format that this NumPy has: not any text that `np.dtype` takes."""
     if not (dtype in _CODES or dtype in _AS_BYTES) or "float" not in dtype:
         return False
@@ -454,76 +423,3 @@ def _floating(dtype: str) -> bool:
 
 def _viewed(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(np.dtype(dtype).newbyteorder("<")) if np.dtype(dtype).kind in "iufc" else raw.view(dtype)
-
-
-def _index_counts(leaf: CodebookArray) -> np.ndarray:
-    """`[R, K]` how often each level of each codebook of a slice is named, some channels at a time."""
-    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-    levels = 1 << leaf.bits
-    table = np.zeros((leaf.levels.shape[0], levels), np.int64)
-    step = max(1, (1 << 20) // max(inputs, 1))
-    for start in range(0, outputs, step):
-        stop = min(start + step, outputs)
-        indices = packing.unpack(leaf.packed[start:stop], leaf.bits, inputs)
-        channel = np.arange(start, stop)[:, None]
-        match leaf.granularity:
-            case "tensor":
-                row: Any = np.zeros((1, 1), np.int64)
-            case "channel":
-                row = channel
-            case ChannelGroups(size):
-                row = channel // size
-            case InputGroups(size):
-                row = channel * -(-inputs // size) + np.arange(inputs) // size
-        number = np.broadcast_to(row * levels, indices.shape) + indices
-        table += np.bincount(number.reshape(-1), minlength=table.size).reshape(table.shape)
-    return table
-
-
-def report_to_json(report: Report) -> list[dict[str, Any]]:
-    """A report's leaves as JSON; numbers that are not finite as strings."""
-
-    def plain(value: Any) -> Any:
-        return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-    return [{name: plain(value) for name, value in vars(leaf).items()} for leaf in report.leaves]
-
-
-_HINTS: dict[str, Any] = get_type_hints(LeafReport)
-
-
-def report_from_json(value: Any, where: str) -> Report:
-    """The report in a layout.
-
-    Raises:
-      ValueError: a field is missing, unknown or of another type.
-    """
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: the report is no list")
-    names = {f.name for f in fields(LeafReport)}
-    leaves = []
-    for number, given in enumerate(value):
-        if not isinstance(given, dict) or set(given) != names:
-            raise ValueError(f"{where}: leaf {number} of the report does not have the fields of one")
-        made = {}
-        for name, item in given.items():
-            hint = _HINTS[name]
-            if name == "shape":
-                good = isinstance(item, list) and all(type(n) is int for n in item)
-                item = tuple(item) if good else item
-            elif hint == float | None:
-                if isinstance(item, str) and item in ("inf", "-inf", "nan"):
-                    item = float(item)
-                good = item is None or (isinstance(item, int | float) and not isinstance(item, bool))
-            else:
-                good = isinstance(item, hint) and not isinstance(item, bool)
-            if not good:
-                raise ValueError(f"{where}: leaf {number} of the report: {name} is {str(item)[:80]!r}")
-            made[name] = item
-        leaves.append(LeafReport(**made))
-    return Report(tuple(leaves))
-
-
-def with_coded_sizes(report: Report, sizes: Mapping[str, int]) -> Report:
-    """The report with the sizes of coded indices, by path."""
-    return Report(tuple(replace(leaf, nbytes_coded=sizes.get(leaf.path)) for leaf in report.leaves))

@@ -1,5 +1,7 @@
 """Checkpoints of other formats: what is read is what was written, and what is written others read."""
 
+import zipfile
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -136,6 +138,12 @@ def test_what_is_refused(tmp_path):
     for format, message in (("safetensors", "a header of"), ("npz", "not a zip file"), ("msgpack", "no Flax msgpack")):
         with pytest.raises(ValueError, match=message):
             nuqjax.open_checkpoint(tmp_path / "text", format)
+    with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive:
+        head = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
+        text = "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }"
+        archive.writestr("a.npy", head + text.ljust(117).encode() + b"\n" + bytes(64))
+    with pytest.raises(ValueError, match="'a' is not as long as its shape"):
+        nuqjax.open_checkpoint(tmp_path / "long.npz")
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
     with pytest.raises(ValueError, match="'a' holds Python objects, which are not loaded"):
         nuqjax.open_checkpoint(tmp_path / "objects.npz")

@@ -47,13 +47,17 @@ def files(tmp_path_factory):
         nuqjax.save(folder / name, tree, entropy_coding=name == "coded")
         found[name] = (folder / name).read_bytes()
     assert b".coded" in found["coded"]
+    params = {"w": np.linspace(-1, 1, 32, dtype=np.float32).reshape(4, 8), "b": np.ones(2, np.float32)}
+    cparams, report = nuqjax.compress(params, bits=1, method="uniform", min_size=0, return_report=True)
+    nuqjax.save(folder / "reported", cparams, report=report)
+    found["reported"] = (folder / "reported").read_bytes()
     return found
 
 
 def load(data, verify=True):
     """`nuqjax.load` of a file in memory."""
-    file = store_file.parse(np.frombuffer(bytes(data), np.uint8), "FILE")
-    return store.from_bundle(store_file.bundle_file(file), numpy=True, verify=verify)
+    bundle = store_file.bundle_file(store_file.parse(np.frombuffer(bytes(data), np.uint8), "FILE"))
+    return store.from_bundle(bundle, numpy=True, verify=verify)
 
 
 def taken_apart(data):
@@ -187,8 +191,6 @@ A, B = ("leaves", 0), ("leaves", 1)
         (set_at("tree", [["node", "T", [1]], "leaf"]), "a child's name that is not a string"),
         (set_at("tree", [["list", 1]] * 300 + ["leaf"]), "node 256 of the tree is deeper than 256 levels"),
         (set_at("tree", 1, "c"), "node 1 of the tree is of type str"),
-        (set_at("report", {}), "the report is no list"),
-        (set_at("report", [{}]), "leaf 0 of the report does not have the fields of one"),
         (set_at(*A, []), "leaf 'a': the layout has no object for it"),
         (set_at(*A, "path", "b"), "leaf 'a': the layout has 'b' in its place"),
         (set_at(*A, "kind", "code"), "leaf 'a': unknown kind 'code'; known: codebook, array, key, python, absent"),
@@ -226,6 +228,27 @@ def test_a_layout_that_lies(files, change, message):
     header, layout, body = taken_apart(files["codebooks"])
     change(layout)
     refused(put_together(header, layout, body), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_at("report", {}), "FILE: the report is no list"),
+        (set_at("report", [{}]), "FILE: leaf 0 of the report does not have the fields of one"),
+        (set_at("report", 0, "path", KeyError), "leaf 0 of the report does not have the fields of one"),
+        (set_at("report", 0, "run", "os.system"), "leaf 0 of the report does not have the fields of one"),
+        (set_at("report", 1, "bits", "four"), "leaf 1 of the report: bits is 'four'"),
+        (set_at("report", 1, "shape", [1.5]), "leaf 1 of the report: shape is"),
+        (set_at("report", 1, "noise", True), "leaf 1 of the report: noise is 'True'"),
+        (set_at("report", 1, "weights", None), "leaf 1 of the report: weights is 'None'"),
+    ],
+)
+def test_a_report_that_lies(files, change, message):
+    header, layout, body = taken_apart(files["reported"])
+    change(layout)
+    file = store_file.parse(np.frombuffer(put_together(header, layout, body), np.uint8), "FILE")
+    with pytest.raises(ValueError, match=message):
+        store.inspect_bundle(store_file.bundle_file(file), verify=True)
 
 
 def test_a_layout_that_is_no_json(files):
@@ -554,7 +577,10 @@ def well_formed(tree, size):
 def outcome(data, verify):
     """The tree, or what is wrong with the file."""
     try:
-        return load(data, verify), None
+        bundle = store_file.bundle_file(store_file.parse(np.frombuffer(data, np.uint8), "FILE"))
+        tree = store.from_bundle(bundle, numpy=True, verify=verify)
+        assert str(store.inspect_bundle(bundle, verify))
+        return tree, None
     except ValueError as error:
         return None, str(error)
 
