@@ -232,29 +232,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_asked_to_stop = threading.Event()
-
-
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM ends a command as Ctrl-C does, and neither is lost.
 
-    Python drops an exception that a signal raises while it runs a callback of the garbage collector, so that the event
-    is looked at between tensors too.
+    Python drops an exception that a signal raises while it runs a callback of the garbage collector, and JAX has one:
+    then the signal comes again, a moment later.
     """
-
-    def stop(*_: Any) -> None:
-        _asked_to_stop.set()
-        raise KeyboardInterrupt
-
-    _asked_to_stop.clear()
     if threading.current_thread() is not threading.main_thread():  # which alone is given signals
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            hook(dropped)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if hasattr(signal, "setitimer") else [])]
+    before, hook = {number: signal.signal(number, stop) for number in numbers}, sys.unraisablehook
+    if hasattr(signal, "setitimer"):  # not on Windows
+        sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -279,8 +284,6 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
 
         def progress(plan: Any, nbytes: int) -> None:
             nonlocal done
-            if _asked_to_stop.is_set():
-                raise KeyboardInterrupt
             done += 1
             text = f"{done}/{len(checkpoint.leaves)} {plan.path[-40:]}"
             bar.update(task, advance=nbytes, description=text)

@@ -217,6 +217,22 @@ def test_interrupted_and_resumed(folder, capsys, ending):
     assert (folder / "out.safetensors").read_bytes() == resumed
 
 
+def test_a_signal_that_python_drops_comes_again(folder, capsys, monkeypatch):
+    class Collected:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.001)  # the handler runs here, where its exception is dropped
+
+    def command():
+        held = Collected()
+        del held
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setitem(cli._COMMANDS, "demo", command)
+    assert run("demo", capsys) == (130, "", "nuqjax: interrupted\n")
+
+
 def test_no_room_on_the_disk(folder, capsys):
     """A limit on the size of files stands for it."""
     run(COMPRESS + " --quiet", capsys)
