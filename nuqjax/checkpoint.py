@@ -46,12 +46,13 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is open: its format, its leaves in JAX's order, and a tree of their numbers."""
+    """A checkpoint that is open: its format, its leaves in JAX's order, their structure, and the files it is of."""
 
     path: str
     format: str
     leaves: tuple[Leaf, ...]
     structure: Any
+    files: tuple[str, ...]
 
     def tree(self, leaves: Iterable[Any]) -> Any:
         """The tree with these in place of its leaves."""
@@ -117,7 +118,9 @@ def open_checkpoint(
     raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
 
 
-def _nested(path: str, format: str, named: Mapping[str, Leaf], separator: str | None) -> Checkpoint:
+def _nested(
+    path: str, format: str, named: Mapping[str, Leaf], separator: str | None, files: Iterable[str] = ()
+) -> Checkpoint:
     """A checkpoint of named tensors as a tree of dicts."""
     if separator is None:
         separator = "/" if any("/" in name for name in named) else "."
@@ -135,13 +138,13 @@ def _nested(path: str, format: str, named: Mapping[str, Leaf], separator: str | 
                 f'parted at {separator!r}; separator="" (--separator "") keeps names whole'
             )
         here[last] = leaf
-    return _checkpoint(path, format, tree)
+    return _checkpoint(path, format, tree, files)
 
 
-def _checkpoint(path: str, format: str, tree: Any) -> Checkpoint:
+def _checkpoint(path: str, format: str, tree: Any, files: Iterable[str] = ()) -> Checkpoint:
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Leaf))
     leaves = tuple(leaf._replace(path=path_name(keys)) for keys, leaf in flat)
-    return Checkpoint(path, format, leaves, structure)
+    return Checkpoint(path, format, leaves, structure, tuple(files) or (path,))
 
 
 def _open_safetensors(path: str, separator: str | None) -> Checkpoint:
@@ -155,7 +158,9 @@ def _open_safetensors(path: str, separator: str | None) -> Checkpoint:
             raise ValueError(f"{path}: tensor {name!r} has dtype {entry.code}, which is not read here")
         dtype = np.dtype(NUMPY_DTYPES[entry.code])
         named[name] = Leaf(name, entry.shape, dtype, _from_file(file.name, file.start, entry, dtype))
-    return _nested(path, "safetensors", named, separator)
+    return _nested(
+        path, "safetensors", named, separator, sorted({bundle.name, *(f.name for f in bundle.files.values())})
+    )
 
 
 def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -271,7 +276,8 @@ def _open_orbax(path: str) -> Checkpoint:
             return Leaf("", None, None, read)
         return Leaf("", tuple(info.shape), np.dtype(info.dtype), read)
 
-    return _checkpoint(path, "orbax", jax.tree.unflatten(structure, [leaf(i, x) for i, x in enumerate(flat)]))
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return _checkpoint(path, "orbax", jax.tree.unflatten(structure, [leaf(i, x) for i, x in enumerate(flat)]), files)
 
 
 # Writing

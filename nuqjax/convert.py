@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
-from nuqjax.checkpoint import Checkpoint, open_checkpoint
+from nuqjax.checkpoint import Checkpoint, Leaf, open_checkpoint
 from nuqjax.compress import compress_leaf
 from nuqjax.plan import LeafPlan, plan_leaves
 from nuqjax.report import LeafReport, Report, report_leaf
@@ -109,13 +109,11 @@ def compress_checkpoint(
     with _Journal(folder, mark, nodes) as journal:
         for number, (leaf, plan) in enumerate(zip(checkpoint.leaves, plans, strict=True)):
             if number >= len(journal.reports):
-                dense, certificate = leaf.read(), None
-                if leaf.shape is None or plan.reason is not None:
-                    kept = dense
-                else:
-                    kept, certificate = compress_leaf(dense, None, plan)
-                name = plan.options.method if plan.reason is None else None
-                journal.add(kept, report_leaf(plan.path, dense, kept, plan.reason, name, certificate), entropy_coding)
+                try:
+                    journal.add(*_compressed(leaf, plan), entropy_coding)
+                except ValueError:  # so it would be the next time: there is nothing to resume
+                    shutil.rmtree(folder)
+                    raise
             if progress is not None:
                 progress(plan, plan.nbytes_before)
         report = with_coded_sizes(Report(tuple(journal.reports)), journal.layout.coded)
@@ -125,19 +123,22 @@ def compress_checkpoint(
     return report
 
 
+def _compressed(leaf: Leaf, plan: LeafPlan) -> tuple[Any, LeafReport]:
+    """A leaf as it is kept, and its report."""
+    dense = leaf.read()
+    if plan.reason is not None:
+        return dense, report_leaf(plan.path, dense, dense, plan.reason)
+    kept, certificate = compress_leaf(dense, None, plan)
+    return kept, report_leaf(plan.path, dense, kept, None, plan.options.method, certificate)
+
+
 def _fingerprint(checkpoint: Checkpoint, plans: Sequence[LeafPlan], entropy_coding: bool) -> str:
     """What a partial result depends on: the source's files, as they are named, sized and dated, and every plan."""
     found = [os.path.abspath(checkpoint.path), checkpoint.format, str(entropy_coding), *map(repr, plans)]
-    for path in _files(checkpoint.path):
+    for path in checkpoint.files:
         status = os.stat(path)
         found += [path, str(status.st_size), str(status.st_mtime_ns)]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()
-
-
-def _files(path: str) -> list[str]:
-    if os.path.isdir(path):
-        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-    return [name for name in (path, f"{path}.index.json") if os.path.exists(name)]
 
 
 class _Journal:

@@ -153,8 +153,21 @@ def test_what_is_refused(source, tmp_path):
     with pytest.raises(FileNotFoundError):
         nuqjax.compress_checkpoint(source, tmp_path / "no" / "b")
     safetensors.numpy.save_file({"w": np.full((20, 30), np.nan, "f4")}, tmp_path / "nan.safetensors")
+    before = sorted(os.listdir(tmp_path))
     with pytest.raises(ValueError, match=r"^w: 600 of 600 values are NaN"):
         nuqjax.compress_checkpoint(tmp_path / "nan.safetensors", tmp_path / "b")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_shard_that_changed_is_another_source(source, tmp_path):
+    sharded = tmp_path / "s.safetensors"
+    nuqjax.write_checkpoint(sharded, nuqjax.open_checkpoint(source), "safetensors", max_shard_size="10KB")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    partial(sharded, folder, 4)
+    os.utime(next(tmp_path.glob("s-*.safetensors")), (0, 0))
+    with pytest.raises(ValueError, match="is of another source"):
+        nuqjax.compress_checkpoint(sharded, folder / "a.safetensors", resume=True, **OPTIONS)
 
 
 _MEMORY = """
