@@ -211,7 +211,9 @@ def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
     row = rows_.row_of(outputs[:, None], inputs[None, :], count, leaf.granularity)
     values = _decoding_levels(leaf)[row, indices]
     if leaf.scale is not None:
-        values = values * leaf.scale[outputs[:, None], inputs[None, :] // leaf.scale_group].astype(values.dtype)
+        values = values * leaf.scale[outputs[:, None], inputs[None, :] // min(leaf.scale_group, max(count, 1))].astype(
+            values.dtype
+        )
     return rows_.from_channels(values.astype(leaf.dtype), taken, leaf.axes)
 
 
@@ -263,7 +265,7 @@ def _decode_slice(leaf: CodebookArray) -> jax.Array:
     values = jnp.take_along_axis(_decoding_levels(leaf), rows, axis=-1, mode="promise_in_bounds")
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        factors = jnp.repeat(leaf.scale, leaf.scale_group, axis=-1)[:, :inputs]
+        factors = jnp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
         values = values * factors.astype(values.dtype)
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
 

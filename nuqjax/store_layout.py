@@ -32,6 +32,7 @@ _AS_BYTES = {  # floats by their bits, one to a byte: how many bits that are
 }  # fmt: skip
 _AS_INTEGERS = {"int4": ("int8", -8, 7), "uint4": ("uint8", 0, 15), "int2": ("int8", -2, 1), "uint2": ("uint8", 0, 3)}
 _AS_PAIRS = {"complex64": "float32", "complex128": "float64"}  # real and imaginary part along a last axis
+_MAX_GROUP = 2**62  # values that share a codebook or a scale
 _PYTHON = {"bool": bool, "int": int, "float": float, "complex": complex, "str": str}
 _KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # random keys: words of each
 
@@ -83,7 +84,7 @@ def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any]
     entry: dict[str, Any] = {"path": path}
     if is_codebook_array(leaf):
         leaf = jax.tree.map(np.asarray, leaf)
-        check_structure(leaf, path)
+        _check_kinds(leaf, path)
         parts = {"packed": to_part(leaf.packed, path), "levels": to_part(leaf.levels, path)}
         if leaf.scale is not None:
             parts["scale"] = to_part(leaf.scale, path)
@@ -109,6 +110,21 @@ def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any]
             value = [value.real.hex(), value.imag.hex()]
         return entry | {"kind": "python", "type": kind, "value": value}, {}
     return entry | {"kind": "absent", "type": f"{type(leaf).__module__}.{type(leaf).__qualname__}"}, {}
+
+
+def _check_kinds(leaf: CodebookArray, path: str) -> None:
+    """Raises ValueError unless the leaf is such as `load` takes: what it refuses must not be saved either."""
+    check_structure(leaf, path)
+    dtypes = {"dtype": leaf.dtype, "scale": None if leaf.scale is None else leaf.scale.dtype}
+    dtypes["levels"] = None if leaf.codebook_format else leaf.levels.dtype
+    for name, dtype in dtypes.items():
+        if dtype is not None and not is_floating(np.dtype(dtype).name):
+            raise ValueError(f"{path}: {name} of dtype {dtype}, but a floating one is wanted")
+    if leaf.scale is None and leaf.scale_group:
+        raise ValueError(f"{path}: a scale_group of {leaf.scale_group} without scales; 0 is wanted")
+    for size in (leaf.scale_group, getattr(leaf.granularity, "size", 0)):
+        if size > _MAX_GROUP:
+            raise ValueError(f"{path}: a group of {size} values, more than any array has")
 
 
 def _layout(leaf: CodebookArray) -> dict[str, Any]:
@@ -266,7 +282,7 @@ class Entry:
         self._fixed = None if fixed is None else self._qformat(fixed)
         self._granularity = self._read_granularity(entry.get("granularity"))
         group = _field(entry, "scale_group", int, where)
-        if group < (scale is not None) or (scale is None and group):
+        if group < (scale is not None) or (scale is None and group) or group > _MAX_GROUP:
             raise ValueError(f"{where}: scale_group={group} {'without' if scale is None else 'with'} scales")
         if not is_floating(_field(entry, "dtype", str, where)):
             raise ValueError(f"{where}: dtype {entry['dtype'][:40]!r} is not floating")
@@ -312,7 +328,7 @@ class Entry:
             return value
         if isinstance(value, dict) and len(value) == 1:
             (kind, size), *_ = value.items()
-            if kind in ("channels", "inputs") and type(size) is int and size >= 1:
+            if kind in ("channels", "inputs") and type(size) is int and 1 <= size <= _MAX_GROUP:
                 return ChannelGroups(size) if kind == "channels" else InputGroups(size)
         raise ValueError(f"{self.where}: unknown granularity {str(value)[:80]}")
 

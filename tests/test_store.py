@@ -542,6 +542,13 @@ def test_what_a_file_does_not_hold_is_refused(compressed, tmp_path):
         ({"a\ud800": 1}, "not valid Unicode"),
         (deep, "deeper than 256 levels"),
         ({"w": jax.tree.map(lambda a: a[..., :-1], leaf)}, r"^w: levels has shape"),
+        (
+            {"w": replace(leaf, levels=np.asarray(leaf.levels).astype(np.int8))},
+            r"^w: levels of dtype int8, but a fl",
+        ),
+        ({"w": replace(leaf, dtype=np.dtype(np.int8))}, r"^w: dtype of dtype int8, but a floating one is wanted"),
+        ({"w": replace(leaf, scale_group=3)}, r"^w: a scale_group of 3 without scales; 0 is wanted"),
+        ({"w": replace(leaf, granularity=InputGroups(10**30))}, r"^w: levels has shape|^w: a group of 1000"),
     ):
         with pytest.raises(ValueError, match=message):
             nuqjax.save(tmp_path / "a", tree)

@@ -208,6 +208,8 @@ A, B = ("leaves", 0), ("leaves", 1)
         (set_at(*A, "output_axes", [-1]), "leaf 'a': output_axes"),
         (set_at(*A, "granularity", "row"), "leaf 'a': unknown granularity row"),
         (set_at(*A, "granularity", {"channels": 0}), "leaf 'a': unknown granularity"),
+        (set_at(*A, "granularity", {"channels": 10**40}), "leaf 'a': unknown granularity"),
+        (set_at(*A, "scale_group", 10**40), "leaf 'a': scale_group=1000"),
         (set_at(*A, "granularity", "tensor"), r"leaf 'a': levels of shape \[3, 8\], but the layout needs \[1, 8\]"),
         (set_at(*A, "scale_group", 0), "leaf 'a': scale_group=0 with scales"),
         (set_at(*A, "fixed_point", {"word": 4, "frac": 0, "signed": True}), "leaf 'a': levels of dtype float32, but"),
