@@ -94,6 +94,16 @@ def test_what_is_written_others_read(format, tmp_path):
     same(nuqjax.open_checkpoint(path).read()["model"], NESTED["model"])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_compressed_as_its_tree_is(format, tmp_path):
+    path = written(tmp_path, format)
+    options = {"method": "normal", "bits": 2, "rules": [nuqjax.Rule("weight|embed", skip=False, axis=0)]}
+    nuqjax.compress_checkpoint(path, tmp_path / "out", **options)
+    wanted = nuqjax.compress(nuqjax.open_checkpoint(path).read(), **options)
+    same(nuqjax.load(tmp_path / "out", numpy=True), wanted)
+    same(nuqjax.open_checkpoint(tmp_path / "out").read(), nuqjax.decompress(wanted))
+
+
 def test_shards_with_an_index(tmp_path):
     nuqjax.write_checkpoint(
         tmp_path / "m.safetensors", nuqjax.open_checkpoint(written(tmp_path, "npz")), "safetensors", max_shard_size=50
