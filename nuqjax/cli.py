@@ -292,6 +292,11 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
             report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f": {target}.partial has what is done; --resume goes on from there") from interrupt
+        except OSError as error:
+            if error.filename is not None or not os.path.exists(f"{target}.partial"):
+                raise
+            what = f"{error.strerror}; {target}.partial has what is done; --resume goes on from there"
+            raise OSError(f"{target}: {what}") from error
     if not quiet:
         print(report)
 

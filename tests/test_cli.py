@@ -241,7 +241,8 @@ def test_no_room_on_the_disk(folder, capsys):
     process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = process.communicate()
     assert (process.returncode, out) == (1, "")
-    assert err == "nuqjax: error: File too large\n"
+    kept = "out.safetensors.partial has what is done; --resume goes on from there"
+    assert err == f"nuqjax: error: out.safetensors: File too large; {kept}\n"
     assert (folder / "out.safetensors").read_bytes() == before
 
 
