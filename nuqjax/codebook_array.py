@@ -211,9 +211,8 @@ def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
     row = rows_.row_of(outputs[:, None], inputs[None, :], count, leaf.granularity)
     values = _decoding_levels(leaf)[row, indices]
     if leaf.scale is not None:
-        values = values * leaf.scale[outputs[:, None], inputs[None, :] // min(leaf.scale_group, max(count, 1))].astype(
-            values.dtype
-        )
+        group = inputs[None, :] // min(leaf.scale_group, max(count, 1))
+        values = values * leaf.scale[outputs[:, None], group].astype(values.dtype)
     return rows_.from_channels(values.astype(leaf.dtype), taken, leaf.axes)
 
 
