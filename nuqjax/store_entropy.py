@@ -49,8 +49,10 @@ def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.nd
     (212, 588)
     """
     library = _library()
+    if packed.size == 0:
+        return None
     rows = packed.reshape(-1, packed.shape[-1])
-    if count == 0 or rows.size == 0 or _padding(rows, bits, count):
+    if _padding(rows, bits, count):
         return None
     counts = np.zeros(1 << bits, np.int64)
     for row, column in _stretches(rows.shape[0], count, bits):
@@ -80,6 +82,8 @@ def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count:
       ValueError: the stream cannot stand for so many indices, or ends elsewhere than they do.
     """
     size = rows * packing.packed_size(count, bits)
+    if size == 0:
+        raise ValueError("a stream of no indices")
     if size > _EXPANSION * stream.nbytes + _FREE:
         raise ValueError(f"a stream of {stream.nbytes} bytes that would expand to {size}, more than {_EXPANSION}-fold")
     if weights.shape != (1 << bits,) or not weights.any():

@@ -128,7 +128,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(tree=TREES, coding=st.booleans(), limit=st.none() | st.integers(1, 500))
 def test_every_bit_comes_back(tmp_path_factory, tree, coding, limit):
     path = tmp_path_factory.mktemp("store") / "tree.safetensors"
@@ -506,6 +506,13 @@ def test_a_stream_stands_for_its_indices(bits, channels, count, share, seed, str
         store_entropy._STRETCH = before
     if coded is not None:
         np.testing.assert_array_equal(store_entropy.decode(*coded, bits, channels, count), packed)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 8), (8, 0), (3, 0, 8)])
+def test_what_has_no_indices_is_not_coded(shape, tmp_path):
+    tree = nuqjax.compress({"w": jnp.zeros(shape)}, rules=[Rule("w", skip=False)], method="normal")
+    nuqjax.save(tmp_path / "a", tree, entropy_coding=True)
+    same(tree, nuqjax.load(tmp_path / "a"))
 
 
 def test_padding_that_is_not_zero_is_kept(tmp_path):

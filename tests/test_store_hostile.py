@@ -291,6 +291,13 @@ def test_a_stream_that_claims_to_be_more_than_it_can(files):
     refused(put_together(header, layout, body), "leaf 'w', coded: a stream of [0-9]+ bytes that would expand to 68719")
 
 
+@pytest.mark.parametrize("shape", [[0, 20], [60, 0], [0, 0]])
+def test_a_stream_of_nothing(files, shape):
+    header, layout, body = taken_apart(files["coded"])
+    layout["leaves"][0]["shape"] = shape
+    refused(put_together(header, layout, body), "leaf 'w', coded: a stream of no indices")
+
+
 def test_a_stream_that_ends_elsewhere(files):
     header, layout, body = taken_apart(files["coded"])
     layout["leaves"][0]["shape"] = [50, 20]
