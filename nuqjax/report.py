@@ -97,7 +97,8 @@ def sqnr_db(signal: float, noise: float) -> float:
     """
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ def report_to_json(report: Report) -> list[dict[str, Any]]:
 
 
 _HINTS: dict[str, Any] = get_type_hints(LeafReport)
+_MOST = 2**63
 
 
 def report_from_json(value: Any, where: str) -> Report:
@@ -43,21 +44,26 @@ def report_from_json(value: Any, where: str) -> Report:
             raise ValueError(f"{where}: leaf {number} of the report does not have the fields of one")
         made = {}
         for name, item in given.items():
-            hint = _HINTS[name]
-            if name == "shape":
-                good = isinstance(item, list) and all(type(n) is int for n in item)
-                item = tuple(item) if good else item
-            elif hint == float | None:
-                if isinstance(item, str) and item in ("inf", "-inf", "nan"):
-                    item = float(item)
-                good = item is None or (isinstance(item, int | float) and not isinstance(item, bool))
-            else:
-                good = isinstance(item, hint) and not isinstance(item, bool)
+            good, made[name] = _field(name, item)
             if not good:
                 raise ValueError(f"{where}: leaf {number} of the report: {name} is {str(item)[:80]!r}")
-            made[name] = item
         leaves.append(LeafReport(**made))
     return Report(tuple(leaves))
+
+
+def _field(name: str, item: Any) -> tuple[bool, Any]:
+    """Whether this can be a field's value, and the value."""
+    if name == "shape":
+        good = isinstance(item, list) and all(type(n) is int and 0 <= n < _MOST for n in item)
+        return good, tuple(item) if good else item
+    if _HINTS[name] == float | None:
+        if isinstance(item, str) and item in ("inf", "-inf", "nan"):
+            item = float(item)
+        good = item is None or type(item) is float or (type(item) is int and abs(item) < _MOST)
+        return good and (item is None or name == "certificate" or not item < 0), item
+    if isinstance(item, int):  # sizes and counts; a bool is none
+        return type(item) is int and 0 <= item < _MOST and isinstance(item, _HINTS[name]), item
+    return isinstance(item, _HINTS[name]), item
 
 
 def with_coded_sizes(report: Report, sizes: Mapping[str, int]) -> Report:

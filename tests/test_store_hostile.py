@@ -242,6 +242,8 @@ def test_a_layout_that_lies(files, change, message):
         (set_at("report", 1, "bits", "four"), "leaf 1 of the report: bits is 'four'"),
         (set_at("report", 1, "shape", [1.5]), "leaf 1 of the report: shape is"),
         (set_at("report", 1, "noise", True), "leaf 1 of the report: noise is 'True'"),
+        (set_at("report", 1, "noise", -1.0), "leaf 1 of the report: noise is '-1.0'"),
+        (set_at("report", 1, "nbytes_after", 10**400), "leaf 1 of the report: nbytes_after is '1000"),
         (set_at("report", 1, "weights", None), "leaf 1 of the report: weights is 'None'"),
     ],
 )
