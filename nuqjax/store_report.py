@@ -57,10 +57,10 @@ def _field(name: str, item: Any) -> tuple[bool, Any]:
         good = isinstance(item, list) and all(type(n) is int and 0 <= n < _MOST for n in item)
         return good, tuple(item) if good else item
     if _HINTS[name] == float | None:
-        if isinstance(item, str) and item in ("inf", "-inf", "nan"):
-            item = float(item)
-        good = item is None or type(item) is float or (type(item) is int and abs(item) < _MOST)
-        return good and (item is None or name == "certificate" or not item < 0), item
+        number = float(item) if isinstance(item, str) and item in ("inf", "-inf", "nan") else item
+        if type(number) is float or (type(number) is int and abs(number) < _MOST):
+            return name == "certificate" or not number < 0, number
+        return number is None, number
     if isinstance(item, int):  # sizes and counts; a bool is none
         return type(item) is int and 0 <= item < _MOST and isinstance(item, _HINTS[name]), item
     return isinstance(item, _HINTS[name]), item
