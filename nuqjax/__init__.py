@@ -3,8 +3,10 @@
 from nuqjax.apply import apply
 from nuqjax.assign import Fit, assign
 from nuqjax.calibrate import calibrate
+from nuqjax.checkpoint import open_checkpoint, write_checkpoint
 from nuqjax.codebook_array import CodebookArray
 from nuqjax.compress import codebooks, compress, decompress, with_codebooks
+from nuqjax.convert import compress_checkpoint
 from nuqjax.emulate import Trace, emulate
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.fisher import fisher
@@ -16,6 +18,7 @@ from nuqjax.report import Report, report
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.rules import Rule
 from nuqjax.shardings import shardings
+from nuqjax.store import inspect, load, save
 
 __version__ = "0.1.0"
 
@@ -38,13 +41,19 @@ __all__ = [
     "calibrate",
     "codebooks",
     "compress",
+    "compress_checkpoint",
     "decompress",
     "emulate",
     "fisher",
     "fit",
     "fold_batch_norm",
+    "inspect",
+    "load",
+    "open_checkpoint",
     "plan",
     "report",
+    "save",
     "shardings",
     "with_codebooks",
+    "write_checkpoint",
 ]

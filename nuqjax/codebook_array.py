@@ -211,7 +211,8 @@ def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
     row = rows_.row_of(outputs[:, None], inputs[None, :], count, leaf.granularity)
     values = _decoding_levels(leaf)[row, indices]
     if leaf.scale is not None:
-        values = values * leaf.scale[outputs[:, None], inputs[None, :] // leaf.scale_group].astype(values.dtype)
+        group = inputs[None, :] // min(leaf.scale_group, max(count, 1))
+        values = values * leaf.scale[outputs[:, None], group].astype(values.dtype)
     return rows_.from_channels(values.astype(leaf.dtype), taken, leaf.axes)
 
 
@@ -263,7 +264,7 @@ def _decode_slice(leaf: CodebookArray) -> jax.Array:
     values = jnp.take_along_axis(_decoding_levels(leaf), rows, axis=-1, mode="promise_in_bounds")
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        factors = jnp.repeat(leaf.scale, leaf.scale_group, axis=-1)[:, :inputs]
+        factors = jnp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
         values = values * factors.astype(values.dtype)
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
 
@@ -280,6 +281,18 @@ def check(leaf: CodebookArray, path: str = "leaf") -> None:
 
     Not done on construction, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
     """
+    check_structure(leaf, path)
+    if leaf.scale is not None and not np.isfinite(np.asarray(leaf.scale)).all():
+        raise ValueError(f"{path}: a scale is not finite")
+    levels = np.asarray(leaf.levels).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"{path}: a level is not finite")
+    if (np.diff(levels, axis=-1) < 0).any():
+        raise ValueError(f"{path}: the levels of a codebook do not ascend")
+
+
+def check_structure(leaf: CodebookArray, path: str = "leaf") -> None:
+    """`check` without what trained levels may break: that levels and scales are finite, and that levels ascend."""
     if leaf.bits not in range(1, 9):
         raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
     try:
@@ -296,17 +309,13 @@ def check(leaf: CodebookArray, path: str = "leaf") -> None:
         if leaf.scale_group < 1:
             raise ValueError(f"{path}: a scale_group of {leaf.scale_group}, but with scales it is 1 or more")
         _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, -(-inputs // leaf.scale_group)))
-        if not np.isfinite(np.asarray(leaf.scale)).all():
-            raise ValueError(f"{path}: a scale is not finite")
-    levels, fixed = np.asarray(leaf.levels).astype(np.float64), leaf.codebook_format
-    if not np.isfinite(levels).all():
-        raise ValueError(f"{path}: a level is not finite")
+    fixed = leaf.codebook_format
     if fixed and leaf.levels.dtype != fixed.storage_dtype:
         raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {fixed} stores {fixed.storage_dtype}")
-    if fixed and ((levels < fixed.least) | (levels > fixed.largest)).any():
-        raise ValueError(f"{path}: a level is outside the range of {fixed}")
-    if (np.diff(levels, axis=-1) < 0).any():
-        raise ValueError(f"{path}: the levels of a codebook do not ascend")
+    if fixed:
+        levels = np.asarray(leaf.levels).astype(np.int64)
+        if ((levels < fixed.least) | (levels > fixed.largest)).any():
+            raise ValueError(f"{path}: a level is outside the range of {fixed}")
 
 
 def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype=None) -> None:

@@ -100,7 +100,7 @@ def compress(
     results, fits = [], {}
     for leaf, plan in _with_progress(list(zip(leaves, plans, strict=True)), progress):
         if plan.reason is None:
-            leaf, certificate = _compress_leaf(leaf, importances.get(plan.path), plan)
+            leaf, certificate = compress_leaf(leaf, importances.get(plan.path), plan)
             fits[plan.path] = (plan.options.method, certificate)
         results.append(leaf)
     cparams = structure.unflatten(results)
@@ -180,7 +180,7 @@ class _Rows(NamedTuple):
     factors: Any  # [S, O, G] scales, or None
 
 
-def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
+def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
     """The leaf, and its certificate."""
     options = plan.options
     if 0 in plan.shape:

@@ -48,6 +48,8 @@ class LeafReport:
       largest_error: max |x − decoded x|.
       certificate: the relative amount by which the squared error of the fit may exceed the optimum, as proven:
         (sse − lower_bound) / sse; None where nothing was proven.
+      nbytes_packed: bytes of memory of the packed indices.
+      nbytes_coded: bytes of the entropy-coded indices in a file, their model counted; None where none was asked.
     """
 
     path: str
@@ -69,6 +71,8 @@ class LeafReport:
     noise: float | None = None
     largest_error: float | None = None
     certificate: float | None = None
+    nbytes_packed: int | None = None
+    nbytes_coded: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,7 +97,8 @@ def sqnr_db(signal: float, noise: float) -> float:
     """
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,16 @@ class Report:
         Keys: `weights`, `compressed_weights`, `nbytes_before`, `nbytes_after`, `ratio` (before / after),
         `bits_per_weight` (all leaves), `compressed_bits_per_weight` (compressed leaves), `payload_bits` and `entropy`
         (mean bits an index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
-        `certificate` (the worst leaf's; None unless every compressed leaf has one).
+        `certificate` (the worst leaf's; None unless every compressed leaf has one), `nbytes_packed` of the indices in
+        memory and `nbytes_coded` in a file (leaves that coding makes no smaller as they are packed; None where no leaf
+        is coded).
         """
         compressed = self.compressed
         before, after = sum(x.nbytes_before for x in self.leaves), sum(x.nbytes_after for x in self.leaves)
         weights, count = sum(x.weights for x in self.leaves), sum(x.weights for x in compressed)
         proven = [x.certificate for x in compressed if x.certificate is not None]
+        packed = sum(x.nbytes_packed or 0 for x in compressed)
+        coded = sum((x.nbytes_packed or 0) if x.nbytes_coded is None else x.nbytes_coded for x in compressed)
         return {
             "weights": weights,
             "compressed_weights": count,
@@ -140,10 +149,12 @@ class Report:
             "payload_bits": sum(x.payload_bits or 0 for x in compressed),
             "entropy": sum((x.entropy or 0.0) * x.weights for x in compressed) / count if count else None,
             "sqnr_db": sqnr_db(sum(x.signal or 0.0 for x in compressed), sum(x.noise or 0.0 for x in compressed))
-            if compressed
+            if compressed and all(x.noise is not None for x in compressed)
             else None,
-            "largest_error": max((x.largest_error or 0.0 for x in compressed), default=None),
+            "largest_error": max((x.largest_error for x in compressed if x.largest_error is not None), default=None),
             "certificate": max(proven) if compressed and len(proven) == len(compressed) else None,
+            "nbytes_packed": packed,
+            "nbytes_coded": coded if any(x.nbytes_coded is not None for x in compressed) else None,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,15 +169,18 @@ class Report:
 
     def __str__(self) -> str:
         table = Table(title="compressed leaves")
-        for name in ("leaf", "shape", "method", "bits", "granularity", "levels used", "bits/weight", "entropy",
-                     "SQNR dB", "largest error", "certificate", "bytes"):  # fmt: skip
+        coded = any(x.nbytes_coded is not None for x in self.compressed)
+        names = ["leaf", "shape", "method", "bits", "granularity", "levels used", "bits/weight", "entropy", "SQNR dB",
+                 "largest error", "certificate", "bytes", *(["packed", "coded"] if coded else [])]  # fmt: skip
+        for name in names:
             table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
         for x in self.compressed:
+            sizes = (x.nbytes_after, x.nbytes_packed, x.nbytes_coded) if coded else (x.nbytes_after,)
             table.add_row(
                 x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
-                f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", f"{x.entropy:.2f}",
-                f"{x.sqnr_db:.2f}", f"{x.largest_error:.2g}",
-                "" if x.certificate is None else f"{x.certificate:.1e}", f"{x.nbytes_after:,}",
+                f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", _shown(x.entropy, ".2f"),
+                _shown(x.sqnr_db, ".2f"), _shown(x.largest_error, ".2g"), _shown(x.certificate, ".1e"),
+                *(_shown(size, ",") for size in sizes),
             )  # fmt: skip
         parts = [render(table)] if self.compressed else []
         if self.dense:
@@ -183,7 +197,13 @@ class Report:
         )
         if t["sqnr_db"] is not None:
             line += f"; SQNR {t['sqnr_db']:.2f} dB"
+        if t["nbytes_coded"] is not None:
+            line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
         return "\n".join([*parts, line])
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def render(table: Table) -> str:
@@ -229,11 +249,17 @@ def build_report(
     leaves = []
     for (path, dense), (_, leaf) in zip(before, after, strict=True):
         name = path_name(path)
-        if is_codebook_array(leaf) and not is_codebook_array(dense):
-            leaves.append(_report_leaf(name, dense, leaf, *fits.get(name, (None, None))))
-        else:
-            leaves.append(_report_dense(name, leaf, reasons.get(name)))
+        leaves.append(report_leaf(name, dense, leaf, reasons.get(name), *fits.get(name, (None, None))))
     return Report(tuple(leaves))
+
+
+def report_leaf(
+    path: str, dense: Any, leaf: Any, reason: str | None, method: str | None = None, certificate: float | None = None
+) -> LeafReport:
+    """One leaf of a report: `leaf` beside the `dense` one that it came from, or why it stayed dense."""
+    if is_codebook_array(leaf) and not is_codebook_array(dense):
+        return _report_compressed(path, dense, leaf, method, certificate)
+    return _report_dense(path, leaf, reason)
 
 
 def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
@@ -248,7 +274,7 @@ def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
     )
 
 
-def _report_leaf(
+def _report_compressed(
     path: str, dense: Any, leaf: CodebookArray, method: str | None, certificate: float | None
 ) -> LeafReport:
     if tuple(dense.shape) != leaf.shape:
@@ -268,6 +294,7 @@ def _report_leaf(
         levels_available=math.prod(leaf.levels.shape),
         payload_bits=leaf.payload_bits,
         certificate=certificate,
+        nbytes_packed=int(leaf.packed.nbytes),
         **compared._asdict(),
     )
 

@@ -297,3 +297,14 @@ class TestCheck:
             check(replace(fixed, levels=fixed.levels.astype(jnp.float32)), "w")
         with pytest.raises(ValueError, match=r"w: a level is outside the range of QFormat"):
             check(replace(fixed, levels=fixed.levels.at[0, -1].set(100)), "w")
+
+
+def test_a_scale_for_more_values_than_a_channel_has_costs_nothing():
+    """A group of 2^40 values is all of a channel."""
+    params = {"w": jnp.arange(96.0).reshape(12, 8)}
+    one = nuqjax.compress(params, method="normal", scale=InputGroups(12), min_size=0)["w"]
+    other = replace(one, scale_group=2**40)
+    np.testing.assert_array_equal(decode(one), decode(other))
+    index = jnp.array([3, 1])
+    for axis in (0, 1):
+        np.testing.assert_array_equal(decode_take(one, index, axis), decode_take(other, index, axis))

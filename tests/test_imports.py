@@ -42,11 +42,32 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "calibrate": ({"emulate", *LEAF}, ARRAYS),
     "fold": ({"emulate", "interpret", "rules", *LEAF}, ARRAYS),
     "shardings": (LEAF, ARRAYS),
+    # `store` stands for store.py and its parts store_*.py.
+    "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
+    "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "orbax"}),
+    "convert": ({"rules", "plan", "compress", "report", "store", "checkpoint"}, ARRAYS),
     "fisher": (set(), ARRAYS),
     "__init__": (
-        {"rules", "assign", "fit", "plan", "compress", "apply", "report", "shardings", "fisher", *EMULATION, *LEAF},
+        {
+            "rules",
+            "assign",
+            "fit",
+            "plan",
+            "compress",
+            "apply",
+            "report",
+            "shardings",
+            "fisher",
+            "store",
+            "checkpoint",
+            "convert",
+            *EMULATION,
+            *LEAF,
+        },
         set(),
     ),
+    "cli": ({"plot"}, {*ARRAYS, "rich", "shtab"}),  # public names, and pictures
+    "__main__": ({"cli"}, set()),
 }
 
 
@@ -127,7 +148,18 @@ def test_every_public_name_is_documented(name):
 
 
 def test_importing_nuqjax_needs_the_core_dependencies_only():
-    optional = {"flax", "optax", "matplotlib", "equinox", "sklearn", "PIL", "tensorflow_datasets"}
+    optional = {
+        "flax",
+        "optax",
+        "matplotlib",
+        "equinox",
+        "sklearn",
+        "PIL",
+        "tensorflow_datasets",
+        "constriction",
+        "orbax",
+        "shtab",
+    }
     script = f"import sys, nuqjax; print(*({optional!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []

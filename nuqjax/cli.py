@@ -1,0 +1,448 @@
+"""The command line: what the public functions do, with files.
+
+Exit status: 0 done; 1 refused or failed, with one line that says why; 2 the command was not understood; 130
+interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+import nuqjax
+
+_GROUPS = {"channels": nuqjax.ChannelGroups, "inputs": nuqjax.InputGroups}
+_COMPRESS = """\
+examples:
+  nuqjax compress weights.safetensors small.safetensors --bits 4 --granularity channel
+  nuqjax compress pytorch.safetensors small.safetensors --output-axis 0 --rule 'embed|norm:skip=true'
+  nuqjax compress checkpoint/ small.safetensors --rule 'kernel$:bits=8,method=enq' --entropy-coding --resume
+
+The output axis is never guessed: -1 (the default) is that of Flax kernels; PyTorch's [out, in] and OIHW need 0.
+Options of a rule: bits, method, granularity, output_axis, scale, codebook_format, keep_zero, min_size, skip,
+stack_axes.
+"""
+
+
+def granularity(text: str) -> Any:
+    """`tensor`, `channel`, `channels/N` or `inputs/N`.
+
+    >>> granularity("channels/8")
+    ChannelGroups(size=8)
+    """
+    if text in ("tensor", "channel"):
+        return text
+    kind, _, size = text.partition("/")
+    if kind not in _GROUPS or not size.isdigit() or int(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, but tensor, channel, channels/N or inputs/N is wanted")
+    return _GROUPS[kind](int(size))
+
+
+def scale(text: str) -> Any:
+    """`none`, `channel` or `inputs/N`."""
+    if text == "none":
+        return None
+    if text != "channel" and not text.startswith("inputs/"):
+        raise argparse.ArgumentTypeError(f"{text!r}, but none, channel or inputs/N is wanted")
+    return granularity(text)
+
+
+def codebook_format(text: str) -> Any:
+    """A floating dtype's name; `fixed/WORD` or `fixed/WORD/FRAC` for fixed-point words; `none` for the leaf's dtype.
+
+    >>> codebook_format("fixed/8/6")
+    QFormat(word=8, frac=6, signed=True)
+    """
+    if text == "none":
+        return None
+    kind, *numbers = text.split("/")
+    try:
+        if kind == "fixed" and len(numbers) in (1, 2):
+            word, *frac = map(int, numbers)
+            return nuqjax.QFormat(word, frac[0]) if frac else nuqjax.AutoQFormat(word)
+        if not numbers and jnp.issubdtype(jnp.dtype(kind), jnp.floating):
+            return jnp.dtype(kind)
+    except (ValueError, TypeError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}, but a floating dtype, fixed/WORD, fixed/WORD/FRAC or none is wanted")
+
+
+def axes(text: str) -> Any:
+    """An axis, or several with commas.
+
+    >>> axes("-2,-1")
+    (-2, -1)
+    """
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, but a whole number is wanted, or several with commas") from error
+    return found[0] if len(found) == 1 else found
+
+
+def truth(text: str) -> bool:
+    """`true` or `false`."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}, but true or false is wanted")
+    return text.lower() == "true"
+
+
+_RULE_OPTIONS: dict[str, tuple[str, Any]] = {
+    "bits": ("bits", int), "method": ("method", str), "granularity": ("granularity", granularity),
+    "output_axis": ("axis", axes), "scale": ("scale", scale), "codebook_format": ("codebook_format", codebook_format),
+    "keep_zero": ("keep_zero", truth), "min_size": ("min_size", int), "skip": ("skip", truth),
+    "stack_axes": ("stack_axes", int),
+}  # fmt: skip
+
+
+def rule(text: str) -> nuqjax.Rule:
+    """`PATTERN:option=value,…`; the pattern may hold colons itself.
+
+    >>> rule("(?:conv|dense)/kernel:bits=8,granularity=channels/4")
+    Rule('(?:conv|dense)/kernel', bits=8, granularity=ChannelGroups(size=4))
+    """
+    pattern, colon, assignments = text.rpartition(":")
+    options: dict[str, Any] = {}
+    # An axis may be a list with commas: what has no "=" belongs to the option before.
+    for part in re.split(r",(?=[a-z_]+=)", assignments) if colon else [text]:
+        name, equals, value = part.partition("=")
+        if not colon or not equals or name not in _RULE_OPTIONS:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: {part!r}, but PATTERN:option=value,… is wanted; options: {', '.join(_RULE_OPTIONS)}"
+            )
+        key, read = _RULE_OPTIONS[name]
+        try:
+            options[key] = read(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {name}={value!r}: {error}") from error
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {name}: {error}") from error
+    try:
+        return nuqjax.Rule(pattern, **options)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    top = argparse.ArgumentParser(
+        prog="nuqjax", description="Codebook quantization of checkpoints: small codebooks and bit-packed indices."
+    )
+    top.add_argument("--version", action="version", version=f"nuqjax {nuqjax.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, what: str, **more: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", **more)
+
+    formats = ["safetensors", "npz", "msgpack", "orbax"]
+    add = command(
+        "compress", "compress a checkpoint, tensor by tensor", epilog=_COMPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).add_argument  # fmt: skip
+    add("source", metavar="IN", help="safetensors (or its .index.json), npz, Flax msgpack, or an orbax directory")
+    add("target", metavar="OUT", help="the safetensors file to write")
+    add("--bits", type=int, default=4, choices=range(1, 9), metavar="1…8", help="index width (default: 4)")
+    add("--method", default="knq", help="knq, enq, uniform, uniform_pow2, dfp, normal, quantile, pow2 (default: knq)")
+    add("--granularity", type=granularity, default="tensor", help="tensor, channel, channels/N, inputs/N")
+    add("--output-axis", type=axes, default=-1, metavar="AXIS", help="output axis or axes of a tensor (default: -1)")
+    add("--scale", type=scale, help="none, channel or inputs/N: values are divided by a common scale first")
+    add("--codebook-format", type=codebook_format, metavar="FORMAT", help="a floating dtype, or fixed/WORD[/FRAC]")
+    add("--keep-zero", action="store_true", help="one level is exactly 0")
+    add("--tolerance", type=float, help="prove fits to within this share of the least squared error")
+    add("--min-size", type=int, default=256, metavar="N", help="tensors with fewer values stay dense (default: 256)")
+    add("--rule", type=rule, action="append", default=[], dest="rules", metavar="PATTERN:OPTION=VALUE,…",
+        help="options for tensors whose path matches; may be given several times, the first match wins")  # fmt: skip
+    add("--entropy-coding", action="store_true", help="entropy-code the indices (needs the entropy extra)")
+    add("--max-shard-size", metavar="SIZE", help="part the file beyond this size, such as 5GB")
+    add("--format", choices=formats, help="of IN, where it is not seen by itself")
+    add("--separator", help='what parts a tensor\'s name into keys (default: "/" where names have it, else ".")')
+    add("--resume", action="store_true", help="go on where an interrupted run ended")
+    add("--quiet", action="store_true", help="no progress and no report")
+
+    add = command("decompress", "write a compressed file as a dense checkpoint").add_argument
+    add("source", metavar="IN", help="a compressed file")
+    add("target", metavar="OUT", help="what to write: .safetensors, .npz, .msgpack; another name is an orbax directory")
+    add("--format", choices=formats, help="of OUT, where its name does not say it")
+    add("--separator", default=".", help='what joins keys to a tensor\'s name (default: ".")')
+    add("--max-shard-size", metavar="SIZE", help="part a safetensors file beyond this size, such as 5GB")
+
+    add = command("inspect", "show what a compressed file holds").add_argument
+    add("file", metavar="FILE")
+    add("--json", action="store_true", help="as JSON")
+
+    add = command("plot", "draw a report and the levels of every tensor (needs the plot extra)").add_argument
+    add("file", metavar="FILE")
+    add("folder", metavar="DIR", help="the folder for the pictures; it is made")
+    add("--source", metavar="IN", help="the dense checkpoint, whose weights are then drawn, not the decoded ones")
+    add("--leaves", metavar="PATTERN", default="", help="only tensors whose path matches")
+
+    add = command("compare", "compare two checkpoints, compressed or not, tensor by tensor").add_argument
+    add("first", metavar="A", help="the reference")
+    add("second", metavar="B")
+    add("--json", action="store_true", help="as JSON")
+    add("--separator", help="what parts a tensor's name into keys")
+
+    command("demo", "compress a small made-up network, and say what happens")
+    add = command(
+        "completion", "print a script that completes this command in a shell (needs the cli extra)"
+    ).add_argument
+    add("shell", choices=["bash", "zsh", "tcsh"])
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    args = vars(parser().parse_args(argv))
+    command = _COMMANDS[args.pop("command")]
+    try:
+        with _stoppable():
+            command(**args)
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        print(f"nuqjax: interrupted{interrupt}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # somebody piped it into `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        print(f"nuqjax: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, and neither is lost.
+
+    Python drops an exception that a signal raises while it runs a callback of the garbage collector, and JAX has one:
+    then the signal comes again, a moment later.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone is given signals
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            hook(dropped)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if hasattr(signal, "setitimer") else [])]
+    before, hook = {number: signal.signal(number, stop) for number in numbers}, sys.unraisablehook
+    if hasattr(signal, "setitimer"):  # not on Windows
+        sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options: Any) -> None:
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+        TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=quiet,
+    )  # fmt: skip
+    checkpoint = nuqjax.open_checkpoint(source, options["format"], options["separator"])
+    total = sum(leaf.nbytes for leaf in checkpoint.leaves)
+    with bar:
+        task = bar.add_task("compress", total=total)
+        done = 0
+
+        def progress(plan: Any, nbytes: int) -> None:
+            nonlocal done
+            done += 1
+            text = f"{done}/{len(checkpoint.leaves)} {plan.path[-40:]}"
+            bar.update(task, advance=nbytes, description=text)
+
+        try:
+            report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f": {target}.partial has what is done; --resume goes on from there") from interrupt
+        except OSError as error:
+            if error.filename is not None or not os.path.exists(f"{target}.partial"):
+                raise
+            what = f"{error.strerror}; {target}.partial has what is done; --resume goes on from there"
+            raise OSError(f"{target}: {what}") from error
+    if not quiet:
+        print(report)
+
+
+def _decompress(source: str, target: str, format: str | None, separator: str, max_shard_size: str | None) -> None:
+    suffixes = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "msgpack"}
+    format = format or suffixes.get(os.path.splitext(target)[1], "orbax")
+    checkpoint = nuqjax.open_checkpoint(source)
+    if checkpoint.format != "nuqjax":
+        raise ValueError(f"{source}: not a compressed file")
+    nuqjax.write_checkpoint(target, checkpoint, format, separator=separator, max_shard_size=max_shard_size)
+
+
+def _inspect(file: str, json: bool) -> None:
+    report = nuqjax.inspect(file)
+    if json:
+        print(_json(report.to_dict()))
+    else:
+        print(report)
+
+
+def _json(value: Any) -> str:
+    """JSON without NaN and infinity, which are null in it."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: plain(x) for key, x in item.items()}
+        if isinstance(item, list | tuple):
+            return [plain(x) for x in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=1, allow_nan=False)
+
+
+def _plot(file: str, folder: str, source: str | None, leaves: str) -> None:
+    try:
+        from nuqjax.plot import plot_levels
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'nuqjax[plot]'") from error
+    report = nuqjax.inspect(file)
+    dense = {leaf.path: leaf for leaf in nuqjax.open_checkpoint(source or file).leaves}
+    wanted = [leaf.path for leaf in report.compressed if re.search(leaves, leaf.path)]
+    missing = [path for path in wanted if path not in dense]
+    if missing:
+        raise ValueError(f"{source}: no tensor {missing[0]!r}, which {file} has")
+    os.makedirs(folder, exist_ok=True)
+    report.plot().savefig(os.path.join(folder, "report.png"))
+    for path in wanted:
+        tree = nuqjax.load(file, leaves=lambda name, path=path: name == path, numpy=True)
+        leaf = next(iter(_leaves(tree)))
+        weights = np.asarray(dense[path].read())
+        if weights.size:
+            figure = plot_levels(weights, leaf, title=f"{path}: {leaf.bits} bits, {leaf.granularity}")
+            figure.savefig(os.path.join(folder, f"levels-{re.sub(r'[^A-Za-z0-9_.-]+', '-', path)}.png"))
+    print(f"{1 + len(wanted)} pictures in {folder}")
+
+
+def _leaves(tree: Any) -> list[nuqjax.CodebookArray]:
+    import jax
+
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nuqjax.CodebookArray))
+
+
+def _compare(first: str, second: str, json: bool, separator: str | None) -> None:
+    a, b = (nuqjax.open_checkpoint(path, separator=separator) for path in (first, second))
+    others = {leaf.path: leaf for leaf in b.leaves}
+    unmatched = sorted({leaf.path for leaf in a.leaves} ^ set(others))
+    if unmatched:
+        raise ValueError(f"{unmatched[0]!r} is in only one of {first} and {second}")
+    rows, signal_sum, noise_sum = [], 0.0, 0.0
+    for leaf in a.leaves:
+        other = others[leaf.path]
+        if leaf.shape != other.shape:
+            raise ValueError(f"{leaf.path}: shape {leaf.shape} in {first}, but {other.shape} in {second}")
+        if leaf.shape is None:
+            rows.append({"path": leaf.path, "equal": bool(leaf.read() == other.read())})
+            continue
+        signal_, noise, largest, equal = _difference(leaf.read(), other.read())
+        signal_sum, noise_sum = signal_sum + signal_, noise_sum + noise
+        rows.append(
+            {"path": leaf.path, "shape": list(leaf.shape), "dtypes": [str(leaf.dtype), str(other.dtype)],
+             "sqnr_db": _sqnr(signal_, noise), "largest_error": largest, "equal": equal}
+        )  # fmt: skip
+    total = _sqnr(signal_sum, noise_sum)
+    if json:
+        print(_json({"leaves": rows, "total": {"sqnr_db": total, "equal": all(row["equal"] for row in rows)}}))
+        return
+    table = Table("tensor", "shape", title=f"{first} and {second}")
+    for name in ("SQNR dB", "largest error"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        same = "equal" if row["equal"] else f"{row['sqnr_db']:.2f}" if "sqnr_db" in row else "differs"
+        shape = "×".join(map(str, row.get("shape", [])))
+        table.add_row(row["path"], shape, same, "" if row["equal"] else f"{row.get('largest_error', 0):.3g}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(f"SQNR of all {total:.2f} dB" if noise_sum else "no value differs")
+
+
+def _difference(first: Any, second: Any) -> tuple[float, float, float, bool]:
+    """Σ x², Σ (x − y)², max |x − y| in float64, a million values at a time; and whether all are equal."""
+    x, y = np.asarray(first).reshape(-1), np.asarray(second).reshape(-1)
+    signal_ = noise = largest = 0.0
+    for start in range(0, x.size, 1 << 20):
+        one, two = (v[start : start + (1 << 20)] for v in (x, y))
+        one, two = (v.astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (one, two))
+        error = np.abs(one - two)
+        signal_ += float(np.vdot(np.abs(one), np.abs(one)))
+        noise += float(np.vdot(error, error))
+        largest = max(largest, float(error.max(initial=0)))
+    return signal_, noise, largest, noise == 0
+
+
+def _sqnr(signal_: float, noise: float) -> float:
+    return math.inf if noise == 0 else 10 * math.log10(signal_ / noise) if signal_ > 0 else -math.inf
+
+
+def _demo() -> None:
+    rng = np.random.default_rng(0)
+    params = {
+        "conv": {"kernel": rng.laplace(0, 0.05, (3, 3, 32, 64)).astype(np.float32), "bias": np.zeros(64, np.float32)},
+        "dense": {"kernel": rng.normal(0, 0.03, (576, 128)).astype(np.float32), "bias": np.zeros(128, np.float32)},
+    }
+    print("A made-up network of two layers, compressed to 4 bits a weight and codebooks per output channel:\n")
+    cparams, report = nuqjax.compress(params, bits=4, granularity="channel", scale=None, return_report=True)
+    print(report)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "demo.safetensors")
+        nuqjax.save(path, cparams, report=report)
+        same = nuqjax.load(path)
+        print(f"\nSaved, loaded again: {os.path.getsize(path):,} bytes on disk, header and report counted.")
+    x = jnp.asarray(rng.normal(size=(8, 576)), jnp.float32)
+    exact = x @ params["dense"]["kernel"]
+    small = nuqjax.apply(lambda p, x: x @ p["dense"]["kernel"])(same, x)
+    error = float(jnp.linalg.norm(small - exact) / jnp.linalg.norm(exact))
+    print(f"The dense layer on what was loaded, decoding inside XLA: {100 * error:.1f} % off the exact output.")
+
+
+def _completion(shell: str) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ImportError("shell completion needs shtab: pip install 'nuqjax[cli]'") from error
+    print(shtab.complete(parser(), shell))
+
+
+_COMMANDS = {
+    "compress": _compress, "decompress": _decompress, "inspect": _inspect, "plot": _plot, "compare": _compare,
+    "demo": _demo, "completion": _completion,
+}  # fmt: skip

@@ -1,0 +1,383 @@
+"""Compressed trees in files: safetensors, with the tree's structure and each leaf's layout as JSON in the metadata.
+
+`docs/format.md` describes the format so that a few lines of NumPy read it. No pickle, no code: a file from a stranger
+is data, checked before it is used.
+"""
+
+import difflib
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+
+from nuqjax.codebook_array import is_codebook_array
+from nuqjax.report import Report
+from nuqjax.rules import path_name
+from nuqjax.shardings import shardings
+from nuqjax.store_file import Bundle, Stored, from_array, open_bundle, parse_json, to_json, write
+from nuqjax.store_layout import Entry, checksum, describe
+from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
+from nuqjax.store_tree import Structure, tree_to_nodes
+
+VERSION = 1
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def save(
+    path: str | os.PathLike[str],
+    cparams: Any,
+    *,
+    report: Report | None = None,
+    entropy_coding: bool = False,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Saves a tree, compressed or not, every bit as it is.
+
+    The file is written under another name beside the old one, brought to disk, and renamed: an interrupted save leaves
+    what was there whole. Arrays keep their dtypes, Python's numbers and strings their types. A leaf that no file holds
+    (a function) is named in it, and `load(…, like=…)` takes it from its template.
+
+    Args:
+      path: the file to write, `….safetensors` by custom; what is there is replaced.
+      cparams: any pytree whose dicts have keys that are strings, integers or tuples of these.
+      report: the `Report` of the tree, kept beside it.
+      entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
+        unaffected: they are packed again when the file is loaded.
+      max_shard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
+        files with an index, `PATH.index.json`, as on the Hugging Face Hub.
+
+    Raises:
+      ValueError: a leaf or a key is of a type or dtype that the format does not hold, a leaf's arrays do not fit its
+        layout, or the report is of another tree.
+      OSError: the file cannot be written.
+      ImportError: entropy coding without `constriction`.
+
+    >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
+    >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(pathlib.Path(folder) / "model.safetensors", cparams)
+    ...     same = load(pathlib.Path(folder) / "model.safetensors")
+    >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
+    (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
+    """
+    limit = shard_size(max_shard_size)
+    nodes, leaves = tree_to_nodes(cparams)
+    layout = Layout(nodes)
+    tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
+    text = layout.text(report)
+    write(path, tensors, *metadata(text), limit)
+
+
+class Layout:
+    """The JSON of a file, leaf by leaf: what `save` writes at once and a streaming conversion bit by bit."""
+
+    def __init__(self, nodes: list[Any]):
+        """The layout of a tree of these nodes, without leaves as yet."""
+        self._nodes, self.entries = nodes, []
+        self._names = {"__metadata__"}
+        self.coded: dict[str, int] = {}
+
+    def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
+        """The next leaf's tensors, to be written; the layout names them."""
+        entry, parts = describe(path, leaf, entropy_coding)
+        stored = []
+        if parts:
+            references = {}
+            for role, part in parts.items():
+                tensor = from_array(self._name(path, None if role == "data" else role), part.code, part.array)
+                references[role] = {
+                    "name": tensor.name,
+                    "dtype": part.dtype,
+                    "shape": list(part.shape),
+                    "crc32": checksum(tensor.chunks()),
+                }
+                stored.append(tensor)
+            entry["tensors"] = references
+        if "coded" in parts:
+            self.coded[path] = parts["coded"].array.nbytes + parts["weights"].array.nbytes
+        self.entries.append(entry)
+        return stored
+
+    def take_over(self, entry: dict[str, Any], coded: int | None) -> None:
+        """The next leaf, as an earlier layout described it."""
+        self._names |= {reference["name"] for reference in entry.get("tensors", {}).values()}
+        if coded is not None:
+            self.coded[entry["path"]] = coded
+        self.entries.append(entry)
+
+    def _name(self, path: str, role: str | None) -> str:
+        """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
+        name = ".".join(filter(None, [path or "leaf", role]))
+        while name in self._names:  # {"a": compressed, "a.packed": dense}, {"a/b": …, "a": {"b": …}}
+            name += "~"
+        self._names.add(name)
+        return name
+
+    def text(self, report: Report | None) -> str:
+        """The JSON."""
+        if report is not None:
+            paths = [entry["path"] for entry in self.entries]
+            if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
+                raise ValueError("save: the report is not that of this tree: its leaves have other paths")
+            report = with_coded_sizes(report, self.coded)
+        kept = None if report is None else report_to_json(report)
+        return to_json({"version": VERSION, "tree": self._nodes, "leaves": self.entries, "report": kept})
+
+
+def metadata(text: str) -> tuple[dict[str, str], str]:
+    """The metadata that holds a layout, and the tag that tells these contents from others."""
+    tag = f"{zlib.crc32(text.encode()):08x}"
+    return {"nuqjax": text, "nuqjax.crc32": tag}, tag
+
+
+def shard_size(given: int | str | None) -> int | None:
+    """The bytes that `max_shard_size` says.
+
+    Raises:
+      ValueError: it says none.
+    """
+    if given is None:
+        return None
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", given.strip()) if isinstance(given, str) else None
+    if match and match[2].upper() in _UNITS:
+        given = int(match[1]) * _UNITS[match[2].upper()]
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f'max_shard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
+    return given
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: Any = None,
+    leaves: str | Callable[[str], bool] | None = None,
+    sharding: Any = None,
+    numpy: bool = False,
+    verify: bool = True,
+) -> Any:
+    """Loads what `save` saved.
+
+    Dicts, lists, tuples and None come back as they were. Any other node (a Flax `FrozenDict` or NNX state, a named
+    tuple, an equinox module) needs its class, which no file holds: `like` gives it, and without it the node comes back
+    as a dict of its children by name.
+
+    The file is mapped, and of its tensors only those are read that are asked for.
+
+    Args:
+      path: the file, or the name that shards were saved under, or their index.
+      like: a tree of the wanted structure, of arrays, `jax.ShapeDtypeStruct` or compressed leaves, or its `PyTreeDef`;
+        a leaf that the file could not hold is taken from it. Shapes and dtypes are compared.
+      leaves: which leaves to load: a regular expression that is searched for in their paths, or a function of the path;
+        the others come back as None.
+      sharding: where arrays are placed: a `jax.sharding.Sharding` for all, or a tree of `NamedSharding` as the dense
+        parameters have them, by path (see `nuqjax.shardings`). Each device is given only its part.
+      numpy: NumPy arrays instead, read-only views of the mapped file wherever they can be.
+      verify: compare the checksums of what is loaded, for which every byte of it is read.
+
+    Returns:
+      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them.
+
+    Raises:
+      ValueError: the file is damaged, is not one of `save`, or of a newer version; the tree is unlike `like`; no leaf
+        matches. The message names the entry.
+      OSError: there is no such file.
+      ImportError: the file is entropy-coded and `constriction` is not installed.
+    """
+    return from_bundle(open_bundle(path), like=like, leaves=leaves, sharding=sharding, numpy=numpy, verify=verify)
+
+
+def from_bundle(
+    bundle: Bundle,
+    *,
+    like: Any = None,
+    leaves: str | Callable[[str], bool] | None = None,
+    sharding: Any = None,
+    numpy: bool = False,
+    verify: bool = True,
+) -> Any:
+    """`load`, of files that are open."""
+    structure, entries, _ = read_layout(bundle, verify)
+    wanted = _wanted(leaves, structure.paths, bundle.name)
+    template, treedef = _template(like, entries, bundle.name)
+    if sharding is not None and numpy:
+        raise ValueError("load: numpy=True has no sharding")
+    places = _places(sharding, [e for e, w in zip(entries, wanted, strict=True) if w and e.tensors])
+    found = []
+    for number, (entry, is_wanted) in enumerate(zip(entries, wanted, strict=True)):
+        if not is_wanted:
+            found.append(None)
+        elif entry.kind == "absent":
+            if treedef is None:
+                raise ValueError(f"{entry.where} was of type {entry.is_absent()}, which no file holds: like=… gives it")
+            found.append(template[number])
+        else:
+            leaf = entry.read(verify)
+            found.append(leaf if numpy else _placed(leaf, places.get(entry.path)))
+    try:
+        return structure.build(found) if treedef is None else treedef.unflatten(found)
+    except ValueError as error:
+        raise ValueError(f"{bundle.name}: {error}") from error
+
+
+def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], Any]:
+    """The structure and the leaves' entries in a file's metadata, checked against its tensors, and the report's JSON.
+
+    Raises:
+      ValueError: what is wrong, and with which entry.
+    """
+    name = bundle.name
+    text = bundle.metadata.get("nuqjax")
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: the metadata has no 'nuqjax': this is no file that nuqjax.save wrote")
+    if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
+        raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
+    layout = parse_json(text, f"{name}: the layout")
+    if not isinstance(layout, dict) or type(layout.get("version")) is not int:
+        raise ValueError(f"{name}: the layout has no version")
+    if layout["version"] != VERSION:
+        raise ValueError(
+            f"{name}: version {layout['version']} of the format, but this nuqjax reads version {VERSION}"
+            + ("; a newer nuqjax reads it" if layout["version"] > VERSION else "")
+        )
+    if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
+        raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
+    try:
+        structure = Structure(layout["tree"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if len(structure.paths) != len(layout["leaves"]):
+        raise ValueError(f"{name}: {len(layout['leaves'])} leaves, but the tree has {len(structure.paths)}")
+    entries = [Entry(e, path, bundle) for path, e in zip(structure.paths, layout["leaves"], strict=True)]
+    names = [reference["name"] for entry in entries for reference in entry.tensors.values()]
+    if len(set(names)) < len(names) or len(names) < len(bundle.files):
+        unnamed = sorted(set(bundle.files) - set(names)) or sorted(n for n in set(names) if names.count(n) > 1)
+        raise ValueError(f"{name}: the tensor {unnamed[0][:200]!r} is not named by just one leaf")
+    return structure, entries, layout["report"]
+
+
+def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], name: str) -> list[bool]:
+    if leaves is None:
+        return [True] * len(paths)
+    if isinstance(leaves, str):
+        try:
+            pattern = re.compile(leaves)
+        except re.error as error:
+            raise ValueError(f"load: leaves={leaves!r} is no regular expression: {error}") from error
+        wanted = [pattern.search(path) is not None for path in paths]
+    else:
+        wanted = [bool(leaves(path)) for path in paths]
+    if not any(wanted):
+        near = difflib.get_close_matches(str(leaves), paths, n=3, cutoff=0.4) or list(paths[:3])
+        shown = f"leaves={leaves!r} matches" if isinstance(leaves, str) else "the function leaves=… picks"
+        raise ValueError(
+            f"{name}: {shown} none of the {len(paths)} leaves; the nearest paths are {', '.join(map(repr, near))}"
+        )
+    return wanted
+
+
+def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any], Any]:
+    """The leaves and the structure of a template, compared with the file's."""
+    if like is None:
+        return [], None
+    if isinstance(like, jax.tree_util.PyTreeDef):
+        like = like.unflatten(range(like.num_leaves))
+    flat, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_codebook_array)
+    given, saved = [path_name(path) for path, _ in flat], [entry.path for entry in entries]
+    if given != saved:
+        for what, here, there in (("has no", saved, given), ("has a", given, saved)):
+            wrong = [path for path in here if path not in there]
+            if wrong:
+                raise ValueError(
+                    f"{name}: like {what} leaf {wrong[0]!r}, {'unlike' if here is given else 'as has'} the file"
+                )
+        raise ValueError(f"{name}: like has the file's leaves in another order")
+    for entry, (_, leaf) in zip(entries, flat, strict=True):
+        saved_as = entry.shape_and_dtype()
+        if saved_as is not None and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            wanted = tuple(leaf.shape), np.dtype(leaf.dtype).name
+            if wanted != saved_as:
+                raise ValueError(
+                    f"{entry.where}: {saved_as[1]}{list(saved_as[0])}, but like has {wanted[1]}{list(wanted[0])}"
+                )
+    return [leaf for _, leaf in flat], treedef
+
+
+def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
+    """The sharding of each leaf that has arrays."""
+    if sharding is None:
+        return {}
+    if isinstance(sharding, Sharding):
+        return dict.fromkeys((entry.path for entry in entries), sharding)
+    flat, _ = jax.tree_util.tree_flatten_with_path(sharding)
+    given = {path_name(path): place for path, place in flat}
+    for entry in entries:
+        if entry.path not in given:
+            raise ValueError(f"{entry.where}: sharding has none for it")
+    return given
+
+
+def _placed(leaf: Any, place: Sharding | None) -> Any:
+    """The leaf with JAX arrays of its own, placed."""
+    if is_codebook_array(leaf):
+        if place is None:
+            return jax.tree.map(lambda array: _on_devices(array, None), leaf)
+        if not isinstance(place, NamedSharding):
+            return jax.tree.map(lambda array: _on_devices(array, place), leaf)
+        placed = shardings(leaf, place)
+        levels, packed = _on_devices(leaf.levels, placed.levels), _on_devices(leaf.packed, placed.packed)
+        scale = None if leaf.scale is None else _on_devices(leaf.scale, placed.scale)
+        return replace(leaf, levels=levels, packed=packed, scale=scale)
+    if isinstance(leaf, np.ndarray):
+        return _on_devices(leaf, place)
+    return leaf if place is None or not isinstance(leaf, jax.Array) else jax.device_put(leaf, place)
+
+
+def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
+    """The array as JAX's, or as NumPy's where JAX would round it. What is mapped is copied: the file may change."""
+    try:
+        kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    except TypeError:
+        kept = False
+    if not kept:
+        return np.array(array)
+    if place is None:
+        return jnp.asarray(np.array(array))
+    return jax.make_array_from_callback(array.shape, place, lambda index: np.array(array[index]))
+
+
+def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
+    """The report of a saved tree: the one stored with it, or what the file alone tells of every leaf.
+
+    Without a stored report, errors and methods are not known; sizes, levels and entropies are.
+
+    Args:
+      path: as in `load`.
+      verify: compare checksums.
+
+    Raises:
+      ValueError: the file is damaged or not one of `save`.
+      OSError: there is no such file.
+
+    >>> import jax.numpy as jnp, nuqjax, tempfile, os
+    >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(os.path.join(folder, "model.safetensors"), cparams)
+    ...     inspect(os.path.join(folder, "model.safetensors")).total["nbytes_after"]
+    2112
+    """
+    return inspect_bundle(open_bundle(path), verify)
+
+
+def inspect_bundle(bundle: Bundle, verify: bool) -> Report:
+    """`inspect`, of files that are open."""
+    _, entries, report = read_layout(bundle, verify)
+    if report is not None:
+        return report_from_json(report, bundle.name)
+    return Report(tuple(report_entry(entry, verify) for entry in entries))

@@ -1,0 +1,255 @@
+"""The command line: what it does, what it says, and how it ends."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import nuqjax
+from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, cli
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A checkpoint, in the folder where the commands run."""
+    rng = np.random.default_rng(0)
+    tensors = {"conv.weight": rng.normal(size=(32, 8, 3, 3)).astype("f4"), "conv.bias": np.zeros(32, "f4")}
+    safetensors.numpy.save_file(tensors | {"head.weight": rng.normal(size=(24, 40)).astype("f2")}, tmp_path / "in.st")
+    (tmp_path / "in.st").rename(tmp_path / "in.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command, capsys):
+    """Status, output and errors of a command, run in this process."""
+    try:
+        status = cli.main(shlex.split(command))
+    except SystemExit as end:  # argparse
+        status = end.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+COMPRESS = "compress in.safetensors out.safetensors --bits 3 --method normal --output-axis 0"
+
+
+def test_compress_does_what_the_function_does(folder, capsys):
+    status, out, err = run(
+        COMPRESS + " --granularity channel --rule 'head:bits=8,granularity=channels/4,codebook_format=fixed/8'", capsys
+    )
+    assert status == 0, err
+    assert "conv/weight" in out
+    assert "3/3 head/weight" in err  # the progress bar
+    params = nuqjax.open_checkpoint("in.safetensors").read()
+    rules = [nuqjax.Rule("head", bits=8, granularity=ChannelGroups(4), codebook_format=AutoQFormat(8))]
+    wanted = nuqjax.compress(params, bits=3, method="normal", axis=0, granularity="channel", rules=rules)
+    for x, y in zip(jax.tree.leaves(nuqjax.load("out.safetensors")), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    assert sorted(os.listdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def test_there_and_back(folder, capsys):
+    assert run(COMPRESS + " --quiet --entropy-coding --max-shard-size 1KB", capsys) == (0, "", "")
+    assert os.path.exists("out.safetensors.index.json")
+    dense = nuqjax.decompress(nuqjax.load("out.safetensors"))
+    for target in ("back.safetensors", "back.npz", "back.msgpack", "back"):
+        assert run(f"decompress out.safetensors {target}", capsys) == (0, "", "")
+        found = nuqjax.open_checkpoint(target).read()
+        assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, found, dense))
+        status, out, _ = run(f"compare out.safetensors {target}", capsys)
+        assert status == 0
+        assert out.endswith("no value differs\n")
+
+
+def test_inspect_and_compare(folder, capsys):
+    run(COMPRESS + " --quiet", capsys)
+    status, out, _ = run("inspect out.safetensors", capsys)
+    assert (status, out.rstrip("\n")) == (0, str(nuqjax.inspect("out.safetensors")))
+    status, out, _ = run("inspect out.safetensors --json", capsys)
+    assert json.loads(out)["total"]["nbytes_after"] == nuqjax.inspect("out.safetensors").total["nbytes_after"]
+    status, out, _ = run("compare in.safetensors out.safetensors --json", capsys)
+    found = {leaf["path"]: leaf for leaf in json.loads(out)["leaves"]}
+    for leaf in nuqjax.inspect("out.safetensors").compressed:
+        assert found[leaf.path]["sqnr_db"] == pytest.approx(leaf.sqnr_db, rel=1e-9)
+        assert found[leaf.path]["largest_error"] == pytest.approx(leaf.largest_error, rel=1e-9)
+    assert found["conv/bias"] | {"equal": True, "sqnr_db": None} == found["conv/bias"]
+    status, out, _ = run("compare in.safetensors out.safetensors", capsys)
+    assert "SQNR of all" in out
+
+
+def test_plot(folder, capsys):
+    run(COMPRESS + " --quiet", capsys)
+    status, out, _ = run("plot out.safetensors pictures --source in.safetensors", capsys)
+    assert (status, out) == (0, "3 pictures in pictures\n")
+    names = ["levels-conv-weight.png", "levels-head-weight.png", "report.png"]
+    assert sorted(os.listdir("pictures")) == names
+    assert all((folder / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_demo(folder, capsys):
+    status, out, _ = run("demo", capsys)
+    assert status == 0
+    assert "bytes on disk" in out
+    assert os.listdir() == ["in.safetensors"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(folder, capsys, shell):
+    status, out, _ = run(f"completion {shell}", capsys)
+    assert status == 0
+    for word in ("compress", "decompress", "inspect", "entropy-coding"):
+        assert word in out
+
+
+@pytest.mark.parametrize("command", ["", "compress", "decompress", "inspect", "plot", "compare", "demo", "completion"])
+def test_help(folder, capsys, command):
+    status, out, err = run(f"{command} --help", capsys)
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: nuqjax")
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("compress nothing.safetensors out", "nothing.safetensors: No such file or directory"),
+        ("compress . out", ".: a directory that is no orbax checkpoint"),
+        ("compress in.safetensors .", "is a directory; a file is wanted"),
+        ("compress in.safetensors no/out", "no/out.partial: No such file or directory"),
+        ("compress in.safetensors /dev/null/out", "/dev/null/out.partial: Not a directory"),
+        ("compress in.safetensors out --method kmeans", "unknown method 'kmeans'; known: knq, enq"),
+        ("compress in.safetensors out --rule 'w8:bits=8'", "rule 'w8' matches none of the 3 leaves; the nearest"),
+        ("compress in.safetensors out --output-axis 4", "conv/weight (shape (32, 8, 3, 3)): output axis 4"),
+        ("compress in.safetensors out --max-shard-size big", "max_shard_size='big', but a number of bytes"),
+        ("compress in.safetensors out --format npz", "not a zip file"),
+        ("decompress in.safetensors out", "in.safetensors: not a compressed file"),
+        ("inspect in.safetensors", "this is no file that nuqjax.save wrote"),
+        ("inspect nothing", "nothing: No such file or directory"),
+        ("plot in.safetensors pictures", "this is no file that nuqjax.save wrote"),
+        ("compare in.safetensors nothing", "nothing: No such file or directory"),
+        ("compare in.safetensors other.safetensors", "'conv/bias' is in only one of"),
+    ],
+)
+def test_one_line_says_what_is_wrong(folder, capsys, command, message):
+    safetensors.numpy.save_file({"x": np.ones(1)}, "other.safetensors")
+    before = sorted(os.listdir())
+    status, out, err = run(command, capsys)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("nuqjax: error: ")
+    assert message in err
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("squash a b", "invalid choice: 'squash'"),
+        ("compress in.safetensors", "the following arguments are required: OUT"),
+        ("compress a b --bits 9", "argument --bits: invalid choice: 9"),
+        ("compress a b --granularity row", "'row', but tensor, channel, channels/N or inputs/N is wanted"),
+        ("compress a b --granularity channels/0", "'channels/0', but tensor"),
+        ("compress a b --scale tensor", "'tensor', but none, channel or inputs/N is wanted"),
+        ("compress a b --codebook-format int8", "'int8', but a floating dtype, fixed/WORD"),
+        ("compress a b --codebook-format fixed/99", "'fixed/99', but a floating dtype"),
+        ("compress a b --output-axis last", "'last', but a whole number is wanted"),
+        ("compress a b --rule kernel", "'kernel', but PATTERN:option=value,… is wanted; options: bits, method"),
+        ("compress a b --rule 'kernel:bits=many'", "bits='many'"),
+        ("compress a b --rule 'kernel:width=8'", "'width=8', but PATTERN:option=value"),
+        ("compress a b --rule '(:bits=8'", "not a regular expression"),
+        ("completion fish", "invalid choice: 'fish'"),
+    ],
+)
+def test_what_is_not_understood(folder, capsys, command, message):
+    status, out, err = run(command, capsys)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_words_of_the_command_line():
+    assert cli.granularity("inputs/64") == InputGroups(64)
+    assert cli.scale("inputs/8") == InputGroups(8)
+    assert cli.scale("none") is cli.codebook_format("none") is None
+    assert cli.codebook_format("fixed/6") == AutoQFormat(6)
+    assert cli.codebook_format("fixed/6/-2") == QFormat(6, -2)
+    assert cli.codebook_format("bfloat16") == jnp.bfloat16
+    assert cli.rule("a:output_axis=-2,-1,skip=false,keep_zero=true,stack_axes=1") == nuqjax.Rule(
+        "a", axis=(-2, -1), skip=False, keep_zero=True, stack_axes=1
+    )
+
+
+# As a process
+
+
+def start(*words, **more):
+    command = [sys.executable, "-m", "nuqjax", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed(folder, capsys, ending):
+    rng = np.random.default_rng(0)
+    shapes = [(40 + 8 * i, 64) for i in range(20)]  # each shape compiles anew, so there is time
+    tensors = {f"w{i:02}": rng.normal(size=shape).astype("f4") for i, shape in enumerate(shapes)}
+    safetensors.numpy.save_file(tensors, "many.safetensors")
+    words = ["compress", "many.safetensors", "out.safetensors", "--method", "normal", "--quiet"]
+    process = start(*words)
+    journal = folder / "out.safetensors.partial" / "journal"
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(ending)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert err == "nuqjax: interrupted: out.safetensors.partial has what is done; --resume goes on from there\n"
+    assert not os.path.exists("out.safetensors")
+    assert run(shlex.join([*words, "--resume"]), capsys) == (0, "", "")
+    resumed = (folder / "out.safetensors").read_bytes()
+    assert run(shlex.join(words), capsys) == (0, "", "")
+    assert (folder / "out.safetensors").read_bytes() == resumed
+
+
+def test_a_signal_that_python_drops_comes_again(folder, capsys, monkeypatch):
+    class Collected:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.001)  # the handler runs here, where its exception is dropped
+
+    def command():
+        held = Collected()
+        del held
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setitem(cli._COMMANDS, "demo", command)
+    assert run("demo", capsys) == (130, "", "nuqjax: interrupted\n")
+
+
+def test_no_room_on_the_disk(folder, capsys):
+    """A limit on the size of files stands for it."""
+    run(COMPRESS + " --quiet", capsys)
+    before = (folder / "out.safetensors").read_bytes()
+    command = f"ulimit -f 2; exec {sys.executable} -m nuqjax {COMPRESS} --quiet"
+    process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (1, "")
+    kept = "out.safetensors.partial has what is done; --resume goes on from there"
+    assert err == f"nuqjax: error: out.safetensors: File too large; {kept}\n"
+    assert (folder / "out.safetensors").read_bytes() == before
+
+
+def test_a_reader_that_goes_away(folder, capsys):
+    run(COMPRESS + " --quiet", capsys)
+    process = start("inspect", "out.safetensors", "--json")
+    process.stdout.close()
+    process.wait()
+    assert process.stderr.read() == ""
+    process.stderr.close()
