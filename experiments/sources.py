@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -144,8 +145,9 @@ def _zip(place: str, network: Network, data: Path | None) -> Source:
 def _tfds(place: str, network: Network, data: Path | None) -> Source:
     import tensorflow_datasets as tfds  # without TensorFlow; only this kind of source needs it
 
-    folder, _, split = place.rpartition(":")
-    if not Path(folder, "dataset_info.json").is_file():
+    parts = re.fullmatch(r"(.*?):(\w[^/]*)", place)  # a split may have a colon of its own: test[100:200]
+    folder, split = parts.groups() if parts else (place, "")
+    if not split or not Path(folder, "dataset_info.json").is_file():
         raise FileNotFoundError(f"tfds:{place}: no dataset_info.json in {folder!r}; wanted is tfds:FOLDER:SPLIT")
     builder = tfds.builder_from_directory(folder)
     records: Any = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})

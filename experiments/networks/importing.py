@@ -24,7 +24,9 @@ _TORCHVISION_FEATURES = {
     "vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
 }
 _TORCHVISION_CLASSIFIER = {"alexnet": (1, 4, 6), "vgg16": (0, 3, 6)}
-_KERAS_VGG16 = tuple(f"block{block}_conv{i + 1}" for block, depth in enumerate((2, 2, 3, 3, 3), 1) for i in range(depth))
+_KERAS_VGG16 = tuple(
+    f"block{block}_conv{i + 1}" for block, depth in enumerate((2, 2, 3, 3, 3), 1) for i in range(depth)
+)
 _KERAS_DENSE = ("fc1", "fc2", "predictions")
 
 
