@@ -147,7 +147,7 @@ def name_of(cell: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-_COLUMNS = (
+_COLUMNS: tuple[str, ...] = (
     "method", "bits", "granularity", "codebook_format", "word", "stored_bytes", "bytes", "bits_per_weight", "sqnr_db",
     "top1", "top1_low", "top1_high", "top5", "loss", "loss_low", "loss_high", "agreement", "agreement_low",
     "agreement_high", "kl", "output_sqnr_db",

@@ -21,7 +21,7 @@ from experiments import paper_answers
 from experiments.paper_theory import reference_db
 from experiments.results import read
 
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     "knq": {"color": "#0072B2", "marker": "o"},
     "enq": {"color": "#D55E00", "marker": "s"},
     "uniform": {"color": "#009E73", "marker": "^"},
@@ -35,7 +35,6 @@ TITLES = {
     "uniform_pow2": "uniform, power-of-two step",
     "dfp": "dynamic fixed point",
 }
-_LAYER_BITS = 4
 _DPI = 160
 
 
@@ -74,7 +73,11 @@ def save(figure: Figure, path: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
-    """Accuracy (of features: agreement with float) against memory: every cell a point, each method's best a line."""
+    """Accuracy (of features: agreement with float) against memory: every cell a point, each method's best a line.
+
+    Bars are the 95 % intervals of the difference from the float network, which is measured on the same images; the grey
+    band is the interval of the float network's own accuracy.
+    """
     by = "top1" if results["float"]["top1"] is not None else "agreement"
     cells = [cell for cell in results["cells"] if cell["cell"]["word"] is None]
     figure = Figure(figsize=(7, 4.6), layout="constrained")
@@ -90,14 +93,11 @@ def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
                 best = cell[by]
                 frontier.append(cell)
         axes.plot(*_points(mine, size, by), style["marker"], color=style["color"], markersize=4, alpha=0.35)
-        axes.plot(
-            *_points(frontier, size, by),
-            **style,
-            markersize=5,
-            linewidth=1.5,
-            drawstyle="steps-post",
-            label=TITLES[method],
-        )
+        x, y = _points(frontier, size, by)
+        axes.plot(x, y, **style, markersize=5, linewidth=1.5, drawstyle="steps-post", label=TITLES[method])
+        if by == "top1":  # of the difference from the float network, on the same images
+            ends = np.array([[top - loss for loss in cell["loss_interval"][::-1]] for cell in frontier]).T
+            axes.errorbar(x, y, np.abs(ends - y), fmt="none", ecolor=style["color"], elinewidth=1, alpha=0.6)
     axes.axhline(top, color="black", linestyle="--", linewidth=1, label="float32")
     if by == "top1":
         axes.axhspan(*results["float"]["top1_interval"], color="0.93", zorder=0)
@@ -173,28 +173,35 @@ def _short(cell: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def layers(results: dict[str, Any], bits: int = _LAYER_BITS) -> Figure:
-    """SQNR of every layer with one codebook of `bits` bits, in the tree's order."""
+def layers(results: dict[str, Any], bits: int | None = None) -> Figure:
+    """SQNR of every layer with one codebook each, by path.
+
+    Args:
+      results: what `experiments.paper.run` gives.
+      bits: of an index; None takes 4, or the fewest, of those that most methods were measured at.
+    """
+    if bits is None:
+        found = {width: [_plain_cell(results, method, width) is not None for method in STYLES] for width in range(1, 9)}
+        bits = max(found, key=lambda width: (sum(found[width]), width == 4, -width))
+    cells = {method: cell for method in STYLES if (cell := _plain_cell(results, method, bits)) is not None}
+    # A layer that a method keeps without loss has no finite ratio, and no point.
+    paths = sorted({path for cell in cells.values() for path in cell["layers"]}, key=_natural)
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
-    paths: list[str] = []
-    for method, style in STYLES.items():
-        cell = _plain_cell(results, method, bits)
-        if cell is None:
-            continue
-        paths = sorted(cell["layers"], key=_natural)
-        axes.plot([cell["layers"][path] for path in paths], **style, markersize=4, linewidth=1, label=TITLES[method])
+    for method, cell in cells.items():
+        values = [cell["layers"].get(path, np.nan) for path in paths]
+        axes.plot(values, **STYLES[method], markersize=4, linewidth=1, label=TITLES[method])
     axes.set_title(f"{results['title']}: each layer with one codebook of {bits} bits")
     axes.set_ylabel("SQNR of the weights (dB)")
     if len(paths) <= 20:
-        axes.set_xticks(
-            range(len(paths)), [path.removesuffix("/kernel") for path in paths], rotation=60, ha="right", fontsize=7
-        )
+        names = [path.removesuffix("/kernel") for path in paths]
+        axes.set_xticks(range(len(paths)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     else:
-        axes.set_xlabel("layer")
+        axes.set_xlabel(f"the {len(paths)} layers that are compressed, by path")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    if cells:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     return figure
 
 

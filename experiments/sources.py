@@ -13,6 +13,7 @@ Files are decoded batch by batch, ahead of their use and in several processes, a
 
 import dataclasses
 import gzip
+import importlib
 import itertools
 import json
 import math
@@ -143,7 +144,8 @@ def _zip(place: str, network: Network, data: Path | None) -> Source:
 
 
 def _tfds(place: str, network: Network, data: Path | None) -> Source:
-    import tensorflow_datasets as tfds  # without TensorFlow; only this kind of source needs it
+    # Without TensorFlow; only this kind of source needs it.
+    tfds: Any = importlib.import_module("tensorflow_datasets")
 
     parts = re.fullmatch(r"(.*?):(\w[^/]*)", place)  # a split may have a colon of its own: test[100:200]
     folder, split = parts.groups() if parts else (place, "")

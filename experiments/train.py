@@ -77,7 +77,7 @@ def train(
 def save(variables: Any, path: Path) -> None:
     """Writes `Layer/parameter` arrays as `.npz`, as `experiments.networks.importing` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = traverse_util.flatten_dict(variables["params"], sep="/")
+    arrays: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
     np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})
 
 

@@ -7,7 +7,7 @@ code; needs torch); `.h5` (needs h5py). Whose layout a file has is told by the n
 """
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: torch is needed to read it (pip install torch)") from error
-    state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = _needed("torch", path).load(path, map_location="cpu", weights_only=True)
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path}: h5py is needed to read it (pip install h5py)") from error
+    h5py = _needed("h5py", path)
     arrays: dict[str, np.ndarray] = {}
 
     def keep(name: str, item: Any) -> None:
@@ -73,6 +66,14 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
     with h5py.File(path) as file:
         file.visititems(keep)
     return arrays
+
+
+def _needed(package: str, path: Path) -> Any:
+    """A package that only this kind of file needs."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path}: {package} is needed to read it (pip install {package})") from error
 
 
 def load_file(network: Network, path: Path) -> tuple[Network, Variables]:

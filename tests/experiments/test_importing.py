@@ -1,6 +1,7 @@
 """Published weights, in every file they come in, give the logits that their own framework gives."""
 
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +104,9 @@ def own_forward(arrays, name, images):
         number, (_, _, stride, padding) = next(numbers)
         dimensions = ("NCHW", "OIHW", "NCHW")
         kernel = arrays[f"features.{number}.weight"]
-        x = lax.conv_general_dilated(x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=dimensions)
+        x = lax.conv_general_dilated(
+            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=dimensions
+        )
         x = jax.nn.relu(x + arrays[f"features.{number}.bias"][:, None, None])
     x = x.reshape(len(x), -1)
     for place, number in enumerate(CLASSIFIER[name]):
@@ -219,7 +222,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
         load_file(SMALL["alexnet"], tmp_path / "missing.safetensors")
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
     for name in ("resnet20", "alexnet", "vgg16"):
-        with pytest.raises(ValueError, match="arrays do not fit|holds neither"):
+        with pytest.raises(ValueError, match=r"arrays do not fit|holds neither"):
             load_file(networks.get(name), tmp_path / "other.safetensors")
 
 
@@ -229,6 +232,14 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"unknown kind of file: the known are \.npz, \.safetensors"):
         read_arrays(tmp_path / "weights.bin")
+
+
+@pytest.mark.parametrize(("package", "name"), [("torch", "weights.pth"), ("h5py", "weights.h5")])
+def test_a_package_that_is_not_installed_is_asked_for(package, name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{package} is needed to read it \(pip install {package}\)"):
+        read_arrays(tmp_path / name)
 
 
 def test_hidden_sizes_are_the_published_ones_by_default():

@@ -58,7 +58,8 @@ def test_the_smallest_cell_within_each_budget():
         (a.method, a.budget): None if a.cell is None else a.cell["stored_bytes"] for a in found if a.criterion == "top1"
     }
     assert sizes == {
-        ("knq", 0.0): 300, ("dfp", 0.0): 800, ("knq", 0.5): 200, ("dfp", 0.5): 400, ("knq", 1.0): 200, ("dfp", 1.0): 250,
+        ("knq", 0.0): 300, ("knq", 0.5): 200, ("knq", 1.0): 200,
+        ("dfp", 0.0): 800, ("dfp", 0.5): 400, ("dfp", 1.0): 250,
     }  # fmt: skip
     assert find(found, "knq", "top1", 0.5).ratios == {"dfp": 0.5}
     assert find(found, "dfp", "top1", 0.5).ratios == {}  # it is the only baseline

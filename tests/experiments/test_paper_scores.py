@@ -18,7 +18,9 @@ def test_packed_bools_come_back(bools):
 
 
 def test_outcomes_of_two_images_by_hand():
-    reference = np.log(np.array([[0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125], [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125]]))
+    reference = np.log(
+        np.array([[0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125], [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.03125]])
+    )
     outputs = reference[:, [1, 0, 2, 3, 4, 5]] + np.array([[3.0], [0.0]])  # a constant does not change probabilities
     found = outcomes(outputs, reference, np.array([1, 5]))
     assert found.top1 is not None
@@ -37,7 +39,7 @@ def test_outcomes_of_two_images_by_hand():
 
 def test_sqnr_is_the_ratio_of_powers():
     reference = np.array([[3.0, 4.0]])
-    assert outcomes(reference + [[0.0, 0.5]], reference, None).sqnr_db == pytest.approx(20.0)
+    assert outcomes(reference + np.array([[0.0, 0.5]]), reference, None).sqnr_db == pytest.approx(20.0)
 
 
 def test_features_agree_where_the_nearest_other_image_is_the_same():

@@ -1,5 +1,6 @@
 """The table of what quantizers can reach, integrated anew."""
 
+import itertools
 import math
 
 import numpy as np
@@ -29,10 +30,10 @@ def grid_error(density, bits, step):
     edges = [-40.0, *((levels[1:] + levels[:-1]) / 2), 40.0]
     edges = sorted({*edges, 0.0})  # the Laplacian has a corner at zero
     total = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         level = levels[np.abs(levels - (low + high) / 2).argmin()] if high - low < 30 else levels[0 if low < 0 else -1]
         splits = np.linspace(low, high, 40 if high - low > 10 else 2)
-        for a, b in zip(splits[:-1], splits[1:], strict=True):
+        for a, b in itertools.pairwise(splits):
             total += integrate.fixed_quad(
                 lambda x, level=level: np.array([DENSITIES[density](v) * (v - level) ** 2 for v in x]), a, b, n=12
             )[0]
@@ -60,7 +61,7 @@ def test_the_kinds_are_ordered_and_gain_six_decibels_a_bit_at_most(density):
 
 @both
 def test_the_table_tends_to_panter_and_dite_s_formula(density):
-    """At many levels, the least error is (∫ f^⅓)³ / (12 K²): √3π/2 / K² for the Gaussian, 9/2 / K² for the Laplacian."""
+    """At many levels K, the least error is (∫ f^⅓)³ / 12 K²: here √3π / 2 K² and 9 / 2 K²."""
     factor = {"gauss": math.sqrt(3) * math.pi / 2, "laplace": 4.5}[density]
     errors = [10 ** (-reference_db(density, "lloyd_max")[bits] / 10) * 4**bits / factor for bits in (4, 6, 8)]
     assert errors[0] < errors[1] < errors[2] < 1  # from below
