@@ -8,7 +8,7 @@ names is kept after every cell, and the same command goes on where it stopped. E
 
 Codebooks (`knq`, `enq`) take their levels as float32 or as fixed-point words whose fraction bits fit each layer. The
 fixed-point baselines have no codebook: `uniform_pow2` and `dfp` are words of as many bits as the index, `uniform` has a
-float step; their words are their own, so `--codebook-word` does not multiply them.
+float step; their words are their own, so `--codebook-word` does not multiply them. They may be longer than 8 bits.
 
 A compressed network runs as its decoded weights (`nuqjax.decompress`) in one compiled float program, so no cell
 compiles anew; `nuqjax.apply` on the packed tree computes the same from the same weights. Activation words (`--word`)
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import nuqjax
-from experiments import images, networks, paper_answers, paper_plots, sources
+from experiments import images, networks, paper_answers, paper_plots, sources, wide_words
 from experiments.accuracy import describe, sizes
 from experiments.networks import Network, Variables
 from experiments.networks.importing import load_file
@@ -47,6 +47,7 @@ FIXED_POINT = ("uniform", "uniform_pow2", "dfp")
 METHODS = (*CODEBOOKS, *FIXED_POINT)
 _STEP_BYTES = {"uniform": 4, "uniform_pow2": 1, "dfp": 1}  # a float32, or an exponent
 _INSIST = (("kernel", "skip=false"),)
+_MOST_BITS = 8  # of an index; words of fixed point may be longer (`experiments.wide_words`)
 
 
 class Cell(NamedTuple):
@@ -80,7 +81,7 @@ def grid(
 
     Args:
       methods: some of `METHODS`.
-      bits: index widths.
+      bits: index widths, 1 to 8; of fixed-point methods, words of 2 to 16.
       codebook_words: `"float"` or a number of bits. A word shorter than the index cannot tell its levels apart, so
         those cells are left out; fixed-point methods take part once, with their own words.
       granularities: as in `experiments.settings`.
@@ -91,6 +92,10 @@ def grid(
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ValueError(f"unknown method {unknown[0]!r}: the known are {', '.join(METHODS)}")
+    for method, width in itertools.product(methods, bits):
+        most = wide_words.MOST_BITS if method in FIXED_POINT else _MOST_BITS
+        if not 1 <= width <= most:
+            raise ValueError(f"{method} of {width} bits, but 1 to {most} are wanted")
     cells = []
     for granularity, method, width, word in itertools.product(granularities, methods, bits, words):
         if method in FIXED_POINT:
@@ -235,18 +240,17 @@ def run(
         start = time.perf_counter()
         bars.reset(image_bar, description=f"compress {cell}")
         tree = params if cell.word is None or folded is None else folded[1]["params"]
-        cparams = nuqjax.compress(tree, **cell.setting.options())
-        leaves = nuqjax.report(tree, cparams).to_dict()["leaves"]
+        compressed = _compress(cell.setting, tree)
         if cell.word is None or folded is None:
-            found = outputs(program, variables | {"params": _decompress(cparams)}, str(cell))
+            found = outputs(program, variables | {"params": compressed.decoded()}, str(cell))
         else:
             assert calibration is not None
-            found = outputs(*_emulated(folded, cparams, cell, calibration), str(cell))
+            found = outputs(*_emulated(folded, compressed.params, cell, calibration), str(cell))
+        leaves = compressed.leaves
         results["cells"].append(
             {
                 "cell": cell.to_dict(),
-                **sizes(tree, cparams),
-                "stored_bytes": stored_bytes(cell.setting, leaves),
+                **compressed.sizes,
                 "layers": {
                     leaf["path"]: round(leaf["sqnr_db"], 3)
                     for leaf in leaves
@@ -260,7 +264,28 @@ def run(
     return results
 
 
+class _Compressed(NamedTuple):
+    """A tree as one setting leaves it: compressed, or of long words, which stay dense."""
+
+    params: Any
+    leaves: list[dict[str, Any]]
+    sizes: dict[str, Any]
+
+    def decoded(self) -> Any:
+        return _decompress(self.params)
+
+
 _decompress = jax.jit(nuqjax.decompress)
+
+
+def _compress(setting: Setting, tree: Any) -> _Compressed:
+    if setting.bits > _MOST_BITS:
+        params, leaves = wide_words.quantize(tree, setting.method, setting.bits, setting.granularity)
+        stored = stored_bytes(setting, leaves)
+        return _Compressed(params, leaves, {**wide_words.sizes(leaves, stored), "stored_bytes": stored})
+    cparams = nuqjax.compress(tree, **setting.options())
+    leaves = nuqjax.report(tree, cparams).to_dict()["leaves"]
+    return _Compressed(cparams, leaves, {**sizes(tree, cparams), "stored_bytes": stored_bytes(setting, leaves)})
 
 
 def _check_same(known: dict[str, Any] | None, results: dict[str, Any]) -> None:

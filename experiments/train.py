@@ -77,8 +77,9 @@ def train(
 def save(variables: Any, path: Path) -> None:
     """Writes `Layer/parameter` arrays as `.npz`, as `experiments.networks.importing` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = traverse_util.flatten_dict(variables["params"], sep="/")
-    np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in flat.items()}
+    np.savez(path, **arrays)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -177,10 +177,20 @@ def test_three_devices_see_the_images_that_one_sees(folder, tmp_path):
         assert (one["right"], one["agrees"]) == (three["right"], three["agrees"])
 
 
+def test_long_words_are_stored_as_long_as_they_are(folder, tmp_path):
+    options = ["--method", "uniform,dfp", "--bits", "8,12", "--images", "10"]
+    cells = {(c["cell"]["method"], c["cell"]["bits"]): c for c in run(folder, tmp_path / "r.json", *options)["cells"]}
+    assert cells["dfp", 12]["stored_bytes"] == sum(SIZES.values()) * 12 // 8 + 4 + DENSE
+    for method in ("uniform", "dfp"):
+        assert cells[method, 12]["sqnr_db"] > cells[method, 8]["sqnr_db"] + 20
+        assert cells[method, 12]["kl"] < cells[method, 8]["kl"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--bits", "nine"], "nine"),
+        (["--bits", "9"], "knq of 9 bits, but 1 to 8 are wanted"),
         (["--method", "kmeans"], "unknown method 'kmeans'"),
         (["--codebook-word", "half"], "unknown codebook word 'half'"),
         (["--granularity", "layer"], "unknown granularity 'layer'"),
