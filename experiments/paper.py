@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 import nuqjax
 from experiments import images, networks, paper_answers, paper_plots, sources, wide_words
@@ -41,6 +41,7 @@ from experiments.paper_scores import outcomes, summary
 from experiments.results import circumstances, read, write
 from experiments.settings import Setting, listed
 from experiments.sources import Source
+from experiments.terminal import progress_bars
 
 CODEBOOKS = ("knq", "enq")
 FIXED_POINT = ("uniform", "uniform_pow2", "dfp")
@@ -391,8 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.json is not None:
                 write(args.json, {"commands": commands, **results})
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with progress_bars() as progress:
             results = run(
                 network,
                 variables,

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special, stats
 
+from experiments.accuracy import output_sqnr_db
+
 CONFIDENCE = 0.95
 
 
@@ -45,11 +47,8 @@ def outcomes(outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray | No
     Raises:
       ValueError: an output is NaN or infinite.
     """
-    if not np.isfinite(outputs).all():
-        raise ValueError(f"{np.count_nonzero(~np.isfinite(outputs))} of {outputs.size} outputs are not finite")
+    sqnr = output_sqnr_db(outputs, reference)
     outputs, reference = outputs.astype(np.float64), reference.astype(np.float64)
-    noise = np.sum((outputs - reference) ** 2)
-    sqnr = 10 * math.log10(np.sum(reference**2) / noise) if noise else None
     if labels is None:
         return Outcomes(None, None, nearest(outputs) == nearest(reference), None, sqnr)
     ranked = np.argsort(-outputs, axis=1, kind="stable")[:, :5]

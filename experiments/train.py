@@ -18,11 +18,11 @@ import numpy as np
 import optax
 from flax import traverse_util
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments import networks, sources
 from experiments.images import LabelledImages
 from experiments.networks import Network
+from experiments.terminal import progress_bars
 
 
 def train(
@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     assert isinstance(shown, LabelledImages)
     assert isinstance(held_out, LabelledImages)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bars() as progress:
         bar = progress.add_task("training", total=args.epochs)
         variables = train(
             network,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import nuqjax
@@ -85,7 +86,7 @@ def round_rows(rows: np.ndarray, method: str, bits: int) -> np.ndarray:
       rows: `[R, N]` float32.
       method, bits: as in `quantize`.
     """
-    levels = np.asarray(nuqjax.fit(rows, 256, "dfp").levels, np.float64)
+    levels = np.asarray(nuqjax.fit(jnp.asarray(rows), 256, "dfp").levels, np.float64)
     holding = (levels[:, -1:] - levels[:, -2:-1]) * 2.0 ** (8 - bits)  # [R, 1], the steps of `dfp`
     values = rows.astype(np.float64)
     if method == "dfp":
