@@ -104,7 +104,7 @@ def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
     axes.axhline(top, color="black", linestyle="--", linewidth=1, label="float32")
     if by == "top1":
         axes.axhspan(*results["float"]["top1_interval"], color="0.93", zorder=0)
-    low = min(max(0.0, top - 0.15), min((cell[by] for cell in cells if cell[by] > top - 0.1), default=0))
+    low = max(0.0, top - 0.15)
     axes.set_ylim(low - 0.005, top + 0.02)
     shown = [cell[size] / 1e6 for cell in cells if cell[by] >= low]
     if shown:
