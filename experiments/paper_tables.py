@@ -141,7 +141,8 @@ def _network(results: dict[str, Any]) -> list[str]:
         parts.append(_features(results))
     for criterion in paper_answers.criteria(results):
         parts.append(_answers(found, criterion))
-    if words := [cell for cell in results["cells"] if cell["cell"]["word"] is not None]:
+    words = [cell for cell in results["cells"] if cell["cell"]["word"] is not None]
+    if words and of_float["top1"] is not None:
         parts.append(_words(results, words))
     parts.append(commands([results]))
     return parts
