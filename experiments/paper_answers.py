@@ -18,7 +18,7 @@ from experiments.paper_scores import CONFIDENCE, unpack
 
 BUDGETS = {  # points: percent of the images; few cells choose as the float network does on all but one in a hundred
     "top1": (0.0, 0.5, 1.0),
-    "agreement": (0.0, 0.5, 1.0, 2.0, 5.0),
+    "agreement": (0.0, 0.5, 1.0, 2.0, 5.0, 10.0),
 }
 SIZES = ("stored_bytes", "bytes")
 BASELINES = ("uniform", "uniform_pow2", "dfp")

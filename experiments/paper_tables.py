@@ -149,7 +149,7 @@ def _network(results: dict[str, Any]) -> list[str]:
 
 
 def _answers(found: Sequence[Answer], criterion: str) -> str:
-    """A row for each method, a column for each budget that any method meets: bytes, cell, points lost."""
+    """A row for each method, a column for each budget that any method meets: bytes, cell, ratios."""
     mine = [answer for answer in found if answer.criterion == criterion]
     budgets = [b for b in paper_answers.BUDGETS[criterion] if any(a.cell for a in mine if a.budget == b)]
     methods = list(dict.fromkeys(answer.method for answer in mine))
@@ -167,8 +167,8 @@ def _answers(found: Sequence[Answer], criterion: str) -> str:
             text = f"{answer.cell[_SIZE]:,}: {name_of(answer.cell['cell'])}"
             row.append(text + (f"; {', '.join(ratios)}" if codebook else ""))
         rows.append(row)
-    what = "points of top-1" if criterion == "top1" else "points of agreement"
-    return markdown(["least bytes within", *(f"{budget:g} {what}" for budget in budgets)], rows, left=1)
+    what = "points of top-1" if criterion == "top1" else "points of agreement with float"
+    return markdown([f"least bytes within {what}", *(f"{budget:g}" for budget in budgets)], rows, left=1)
 
 
 def _words(results: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:

@@ -263,10 +263,10 @@ def test_the_studys_tables_hold_every_answer(other_results, capsys):
     for line in (
         "100 images, float32 8,000 bytes, top-1 80.0 % (95 %: 70.0 to 90.0), top-5 100.0 %; 8 cells, jax 1.0 on 2 "
         "cores (x).",
-        "| least bytes within | 1 points of top-1 |",
+        "| least bytes within points of top-1 | 1 |",
         "| knq | 1,100: 4 bits, tensor; 0.50 of uniform |",
         "| dfp | none |",
-        "| least bytes within | 1 points of agreement | 2 points of agreement | 5 points of agreement |",
+        "| least bytes within points of agreement with float | 1 | 2 | 5 | 10 |",
         "| knq | 4 bits, tensor | 8 bits | 79.0 % | 78.0 % | 2.00 [0.00, 2.00] | 98.0 % |",
         "| knq | 20.0 / 20.0 dB, 96.0 % | 20.0 / 20.0 dB, 99.0 % |  | 20.0 / 20.0 dB, 100.0 % |",
         "| knq | 4 | 4 | 20.0 | 22.0 | 24.0 | 20.2 | 18.1 |",
