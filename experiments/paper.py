@@ -77,6 +77,7 @@ def grid(
     codebook_words: Sequence[str] = ("float",),
     granularities: Sequence[str] = ("tensor",),
     words: Sequence[int | None] = (None,),
+    scales: Sequence[str] = ("none",),
 ) -> list[Cell]:
     """Every cell that means something.
 
@@ -87,6 +88,8 @@ def grid(
         those cells are left out; fixed-point methods take part once, with their own words.
       granularities: as in `experiments.settings`.
       words: bits of the activations; None for float32.
+      scales: of codebooks: `"none"`, or `"channel"`: each output channel over its largest magnitude. (A fixed-point
+        step a channel is the granularity `"channel"`.)
 
     >>> [str(cell) for cell in grid(["knq", "dfp"], [6], ["float", "8", "4"])]
     ['knq 6 bits tensor', 'knq 6 bits tensor fixed:8', 'dfp 6 bits tensor']
@@ -104,13 +107,16 @@ def grid(
             rules = _INSIST if granularity != "tensor" else ()
             cells.append(Cell(Setting(method, width, granularity, rules=rules), word))
             continue
-        for codebook_word in codebook_words:
+        for scale, codebook_word in itertools.product(scales, codebook_words):
+            if scale not in ("none", "channel"):
+                raise ValueError(f"unknown scale {scale!r}: wanted is none or channel")
+            setting = Setting(method, width, granularity, scale)
             if codebook_word == "float":
-                cells.append(Cell(Setting(method, width, granularity), word))
+                cells.append(Cell(setting, word))
             elif not codebook_word.isdigit():
                 raise ValueError(f"unknown codebook word {codebook_word!r}: wanted is float or a number of bits")
             elif int(codebook_word) >= width:
-                cells.append(Cell(Setting(method, width, granularity, codebook_format=f"fixed:{codebook_word}"), word))
+                cells.append(Cell(dataclasses.replace(setting, codebook_format=f"fixed:{codebook_word}"), word))
     return list(dict.fromkeys(cells))
 
 
@@ -118,7 +124,8 @@ def stored_bytes(setting: Setting, leaves: Sequence[dict[str, Any]]) -> int:
     """Bytes that hardware would store: indices at their bits, levels at their words' bits, no padding but to a byte.
 
     A fixed-point grid needs no table, only its step: 4 bytes for a float, 1 for an exponent, as many as there would be
-    codebooks. Fixed-point levels need a byte a layer for their fraction bits. What stays dense counts as it is.
+    codebooks. Fixed-point levels need a byte a layer for their fraction bits, scales 4 bytes a channel. What stays
+    dense counts as it is.
 
     Args:
       setting: how the leaves were compressed.
@@ -132,6 +139,8 @@ def stored_bytes(setting: Setting, leaves: Sequence[dict[str, Any]]) -> int:
             total += leaf["nbytes_after"]
             continue
         total += -(-leaf["weights"] * leaf["bits"] // 8)
+        if setting.scale == "channel":
+            total += 4 * leaf["shape"][-1]
         if setting.method in _STEP_BYTES:
             total += (leaf["levels_available"] >> leaf["bits"]) * _STEP_BYTES[setting.method]
         else:
@@ -337,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
         "--codebook-word", type=listed, default=["float"], help="float or bits of a level, e.g. float,16,12,8,6"
     )
     parser.add_argument("--granularity", type=listed, default=["tensor"], help="tensor, channel, channel_groups:N, …")
+    parser.add_argument("--scale", type=listed, default=["none"], help="none, channel: of the codebooks' weights")
     parser.add_argument("--word", type=listed, default=["float"], help="float or bits of the activations (emulated)")
     parser.add_argument("--calibration-source", help="images for the activations' formats (default: the evaluated)")
     parser.add_argument("--calibration", type=int, default=50, help="how many of them (default: 50)")
@@ -356,7 +366,7 @@ def _command(args: argparse.Namespace) -> str:
     for name, value in vars(args).items():
         if name in ("network", "weights", "source") or name.startswith("calibration"):
             kept = value.name if isinstance(value, Path) else value
-        elif name in ("method", "bits", "codebook_word", "granularity", "word", "images", "batch"):
+        elif name in ("method", "bits", "codebook_word", "granularity", "scale", "word", "images", "batch"):
             kept = ",".join(value) if isinstance(value, list) else value
         else:
             continue
@@ -371,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         words = [None if word == "float" else int(word) for word in args.word]
-        cells = grid(args.method, [int(b) for b in args.bits], args.codebook_word, args.granularity, words)
+        cells = grid(args.method, [int(b) for b in args.bits], args.codebook_word, args.granularity, words, args.scale)
         for cell in cells:
             cell.setting.options()
         network = networks.get(args.network)

@@ -139,6 +139,8 @@ def name_of(cell: dict[str, Any]) -> str:
     '5 bits, channel, 8-bit levels'
     """
     words = [f"{cell['bits']} bits", cell["granularity"]]
+    if cell.get("scale", "none") != "none":
+        words.append(f"scale per {cell['scale']}")
     kind, _, word = cell["codebook_format"].partition(":")
     if kind == "fixed":
         words.append(f"{word}-bit levels")
@@ -148,8 +150,8 @@ def name_of(cell: dict[str, Any]) -> str:
 
 
 _COLUMNS: tuple[str, ...] = (
-    "method", "bits", "granularity", "codebook_format", "word", "stored_bytes", "bytes", "bits_per_weight", "sqnr_db",
-    "top1", "top1_low", "top1_high", "top5", "loss", "loss_low", "loss_high", "agreement", "agreement_low",
+    "method", "bits", "granularity", "scale", "codebook_format", "word", "stored_bytes", "bytes", "bits_per_weight",
+    "sqnr_db", "top1", "top1_low", "top1_high", "top5", "loss", "loss_low", "loss_high", "agreement", "agreement_low",
     "agreement_high", "kl", "output_sqnr_db",
 )  # fmt: skip
 

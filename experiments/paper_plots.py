@@ -36,6 +36,8 @@ TITLES = {
     "dfp": "dynamic fixed point",
 }
 _DPI = 160
+# What the cells of one codebook a layer have, with float levels and activations.
+PLAIN = {"granularity": "tensor", "scale": "none", "codebook_format": "float32", "word": None}
 
 
 def draw(
@@ -162,6 +164,8 @@ def _short(cell: dict[str, Any]) -> str:
     words = [f"{cell['bits']} b"]
     if cell["granularity"] != "tensor":
         words.append(cell["granularity"])
+    if cell["scale"] != "none":
+        words.append("scaled")
     kind, _, word = cell["codebook_format"].partition(":")
     if kind == "fixed":
         words.append(f"w{word}")
@@ -202,7 +206,7 @@ def layers(results: dict[str, Any], bits: int | None = None) -> Figure:
 
 def _plain_cell(results: dict[str, Any], method: str, bits: int) -> dict[str, Any] | None:
     """The cell of a method with float levels, one codebook a layer and float activations."""
-    wanted = {"method": method, "bits": bits, "granularity": "tensor", "codebook_format": "float32", "word": None}
+    wanted = PLAIN | {"method": method, "bits": bits}
     found = [cell for cell in results["cells"] if wanted.items() <= cell["cell"].items()]
     return found[0] if found else None
 

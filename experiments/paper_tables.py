@@ -8,6 +8,7 @@ from typing import Any
 from experiments import paper_answers
 from experiments.markdown import commands, markdown, percent
 from experiments.paper_answers import Answer, answers, name_of
+from experiments.paper_plots import PLAIN
 from experiments.paper_theory import reference_db
 
 _SIZE = "stored_bytes"
@@ -100,7 +101,9 @@ def _least(answer: Answer | None) -> str:
     cell = answer.cell["cell"]
     words = [str(cell["bits"])]
     if cell["granularity"] != "tensor":
-        words.append(cell["granularity"])
+        words.append(f"per {cell['granularity']}")
+    if cell["scale"] != "none":
+        words.append(f"scale per {cell['scale']}")
     kind, _, word = cell["codebook_format"].partition(":")
     if kind == "fixed":
         words.append(f"{word}-bit levels")
@@ -199,13 +202,12 @@ def _key(cell: dict[str, Any]) -> str:
 
 def _features(results: dict[str, Any]) -> str:
     """Of a network without a top-1: SQNR of the weights and of the features, and the agreement."""
-    plain = [cell for cell in results["cells"] if cell["cell"]["codebook_format"] == "float32"]
+    plain = [cell for cell in results["cells"] if _plain(cell)]
     widths = sorted({cell["cell"]["bits"] for cell in plain})
     rows: dict[str, dict[int, str]] = {}
     for cell in plain:
-        if cell["cell"]["granularity"] == "tensor" and cell["cell"]["word"] is None:
-            values = f"{cell['sqnr_db']:.1f} / {cell['output_sqnr_db']:.1f} dB, {percent(cell['agreement'])}"
-            rows.setdefault(cell["cell"]["method"], {})[cell["cell"]["bits"]] = values
+        values = f"{cell['sqnr_db']:.1f} / {cell['output_sqnr_db']:.1f} dB, {percent(cell['agreement'])}"
+        rows.setdefault(cell["cell"]["method"], {})[cell["cell"]["bits"]] = values
     return markdown(
         ["SQNR of weights / features, agreement", *(f"{width} bits" for width in widths)],
         [[method, *(row.get(width, "") for width in widths)] for method, row in rows.items()],
@@ -241,5 +243,5 @@ def _theory(all_results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _plain(cell: dict[str, Any]) -> bool:
-    fields = cell["cell"]
-    return (fields["granularity"], fields["codebook_format"], fields["word"]) == ("tensor", "float32", None)
+    """Whether a cell has one codebook a layer, with float levels, and float activations."""
+    return PLAIN.items() <= cell["cell"].items()

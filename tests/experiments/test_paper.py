@@ -77,6 +77,7 @@ DENSE = 4 * (150 + 6 + 16 + 120 + 84 + 10)  # bytes of the first kernel and the 
     [
         (["--method", "knq"], 4 * 8 * 4),  # 8 levels of float32 a layer
         (["--method", "knq", "--codebook-word", "6"], 4 * (8 * 6 // 8 + 1)),  # 6-bit words, and their fraction bits
+        (["--method", "knq", "--scale", "channel"], 4 * 8 * 4 + 4 * 230),  # and a float a channel
         (["--method", "uniform"], 4 * 4),  # a float step
         (["--method", "dfp"], 4),  # an exponent
     ],
@@ -193,6 +194,7 @@ def test_long_words_are_stored_as_long_as_they_are(folder, tmp_path):
         (["--bits", "9"], "knq of 9 bits, but 1 to 8 are wanted"),
         (["--method", "kmeans"], "unknown method 'kmeans'"),
         (["--codebook-word", "half"], "unknown codebook word 'half'"),
+        (["--scale", "tensor"], "unknown scale 'tensor': wanted is none or channel"),
         (["--granularity", "layer"], "unknown granularity 'layer'"),
         (["--images", "61"], "61 images wanted, but there are 60"),
         (["--weights", "nowhere.npz"], "the weights file nowhere.npz is missing"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import paper, tables
+from experiments.paper_plots import PLAIN
 from experiments.paper_scores import paired_interval, share_interval, unpack
 from experiments.results import read
 
@@ -40,7 +41,9 @@ def test_no_cell_is_measured_twice_and_each_is_of_the_grid(path: Path):
     for cell in cells:
         kind, _, word = cell["codebook_format"].partition(":")
         options = [cell["method"]], [cell["bits"]], [word if kind == "fixed" else "float"]
-        assert cell in [one.to_dict() for one in paper.grid(*options, [cell["granularity"]], [cell["word"]])]
+        assert cell in [
+            one.to_dict() for one in paper.grid(*options, [cell["granularity"]], [cell["word"]], [cell["scale"]])
+        ]
 
 
 @every_file
@@ -49,8 +52,7 @@ def test_no_levels_are_better_than_those_of_knq(path: Path):
     plain = {
         (cell["cell"]["method"], cell["cell"]["bits"]): cell["layers"]
         for cell in read(path)["cells"]
-        if (cell["cell"]["granularity"], cell["cell"]["codebook_format"], cell["cell"]["word"])
-        == ("tensor", "float32", None)
+        if PLAIN.items() <= cell["cell"].items()
     }
     compared = 0
     for (method, bits), layers in plain.items():
@@ -67,7 +69,7 @@ def test_memory_grows_with_the_bits(path: Path):
     sizes: dict[tuple, list[tuple[int, int]]] = {}
     for entry in read(path)["cells"]:
         cell = entry["cell"]
-        key = cell["method"], cell["granularity"], cell["codebook_format"], cell["word"]
+        key = cell["method"], cell["granularity"], cell["scale"], cell["codebook_format"], cell["word"]
         sizes.setdefault(key, []).append((cell["bits"], entry["stored_bytes"]))
     for pairs in sizes.values():
         assert np.all(np.diff([size for _, size in sorted(pairs)]) > 0)
