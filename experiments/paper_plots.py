@@ -106,19 +106,23 @@ def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
     axes.axhline(top, color="black", linestyle="--", linewidth=1, label="float32")
     if by == "top1":
         axes.axhspan(*results["float"]["top1_interval"], color="0.93", zorder=0)
-    low = max(0.0, top - 0.15)
-    axes.set_ylim(low - 0.005, top + 0.02)
+    low = max(0.0, top - (0.15 if by == "top1" else 0.4))
+    axes.set_ylim(low - 0.005, min(top + 0.02, 1.01))
     shown = [cell[size] / 1e6 for cell in cells if cell[by] >= low]
     if shown:
         axes.set_xlim(min(shown) / 1.05, max(shown) * 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylabel("top-1 accuracy" if by == "top1" else "same nearest neighbour as float32")
     axes.set_xlabel("memory of the parameters (MB)")
-    axes.set_title(f"{results['title']}, {results['images']:,} images: lines join each method's best")
+    axes.set_title(f"{_title(results)}, {results['images']:,} images: lines join each method's best")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
+
+
+def _title(results: dict[str, Any]) -> str:
+    return results["title"] + ("" if results["float"]["top1"] is not None else ", convolutions alone")
 
 
 def _points(cells: Sequence[dict[str, Any]], size: str, by: str) -> tuple[list[float], list[float]]:
@@ -153,7 +157,7 @@ def memory(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("memory of the parameters (MB)")
     panels[0].margins(y=0.25)
-    figure.suptitle(f"{results['title']}: least memory at equal accuracy ({results['images']:,} images)", fontsize=11)
+    figure.suptitle(f"{_title(results)}: least memory at equal accuracy ({results['images']:,} images)", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 3), frameon=False, fontsize=8)
     return figure
