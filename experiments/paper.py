@@ -103,9 +103,12 @@ def grid(
     cells = []
     for granularity, method, width, word in itertools.product(granularities, methods, bits, words):
         if method in FIXED_POINT:
-            # One step a channel is cheaper than a codebook, so a layer that is too narrow for codebooks is not for it.
-            rules = _INSIST if granularity != "tensor" else ()
-            cells.append(Cell(Setting(method, width, granularity, rules=rules), word))
+            # A step a channel is cheap where a codebook a channel is not. So kernels that are too narrow for codebooks,
+            # which stay dense by default, are compressed in a cell of their own; which pays more is measured.
+            choices = [(), _INSIST] if granularity != "tensor" else [()]
+            if width > _MOST_BITS:
+                choices = choices[-1:]
+            cells += [Cell(Setting(method, width, granularity, rules=rules), word) for rules in choices]
             continue
         for scale, codebook_word in itertools.product(scales, codebook_words):
             if scale not in ("none", "channel"):

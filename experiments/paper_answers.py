@@ -144,6 +144,8 @@ def name_of(cell: dict[str, Any]) -> str:
     kind, _, word = cell["codebook_format"].partition(":")
     if kind == "fixed":
         words.append(f"{word}-bit levels")
+    if cell.get("rules"):
+        words.append("every kernel")
     if cell["word"]:
         words.append(f"{cell['word']}-bit activations")
     return ", ".join(words)

@@ -90,10 +90,15 @@ def test_stored_bytes_are_indices_tables_and_what_stays_dense(options, tables, f
 
 def test_a_grid_a_channel_is_a_step_a_channel_for_every_kernel(folder, tmp_path):
     options = ["--method", "uniform_pow2", "--bits", "3", "--granularity", "channel", "--images", "10"]
-    [cell] = run(folder, tmp_path / "r.json", *options)["cells"]
+    default, every = run(folder, tmp_path / "r.json", *options)["cells"]
     sizes, channels = SIZES | {"Conv_0": 150}, CHANNELS | {"Conv_0": 6}
     dense = DENSE - 4 * 150
-    assert cell["stored_bytes"] == sum(-(-count * 3 // 8) for count in sizes.values()) + sum(channels.values()) + dense
+    assert every["stored_bytes"] == sum(-(-count * 3 // 8) for count in sizes.values()) + sum(channels.values()) + dense
+    # By default the first kernel stays dense, and so would any that a codebook a channel made larger.
+    assert (
+        default["stored_bytes"] == sum(-(-count * 3 // 8) for count in SIZES.values()) + sum(CHANNELS.values()) + DENSE
+    )
+    assert (default["cell"]["rules"], every["cell"]["rules"]) == ([], [["kernel", "skip=false"]])
 
 
 def test_a_rerun_measures_what_is_missing_and_only_that(folder, tmp_path):
@@ -136,7 +141,7 @@ def test_activation_words_run_on_integers(folder, tmp_path):
 
 def test_the_grid_leaves_out_what_means_nothing():
     cells = paper.grid(["enq", "uniform"], [4, 8], ["float", "8", "6"], ["tensor", "channel"])
-    assert len(cells) == len(set(cells)) == 14
+    assert len(cells) == len(set(cells)) == 16
     words = {(c.setting.bits, c.setting.codebook_format) for c in cells if c.setting.method == "enq"}
     assert words == {(4, "float32"), (4, "fixed:8"), (4, "fixed:6"), (8, "float32"), (8, "fixed:8")}
     assert {c.setting.codebook_format for c in cells if c.setting.method == "uniform"} == {"float32"}
