@@ -140,7 +140,8 @@ def memory(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
     width = 0.84 / len(methods)
     for panel, criterion in zip(panels, criteria, strict=True):
         budgets = paper_answers.BUDGETS[criterion]
-        for answer in (answer for answer in found if answer.criterion == criterion):
+        mine = sorted((a for a in found if a.criterion == criterion), key=lambda a: methods.index(a.method))
+        for answer in mine:
             number, place = methods.index(answer.method), budgets.index(answer.budget)
             x = place + (number - (len(methods) - 1) / 2) * width
             height = 0 if answer.cell is None else answer.cell[size] / 1e6
