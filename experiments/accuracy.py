@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import nuqjax
@@ -31,6 +31,7 @@ from experiments import images, networks
 from experiments.networks import Network
 from experiments.results import circumstances, write
 from experiments.settings import Setting, listed, product
+from experiments.terminal import progress_bars
 
 
 def run(
@@ -124,10 +125,7 @@ def scores(outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray | None
     Raises:
       ValueError: an output is NaN or infinite.
     """
-    if not np.isfinite(outputs).all():
-        raise ValueError(f"{np.count_nonzero(~np.isfinite(outputs))} of {outputs.size} outputs are not finite")
-    noise = np.sum(np.square(outputs - reference, dtype=np.float64))
-    sqnr = 10 * math.log10(np.sum(np.square(reference, dtype=np.float64)) / noise) if noise else None
+    sqnr = output_sqnr_db(outputs, reference)
     if labels is None:
         return {"top1": None, "top5": None, "agreement": None, "output_sqnr_db": sqnr}
     ranked = np.argsort(-outputs, axis=1, kind="stable")[:, :5]
@@ -138,6 +136,21 @@ def scores(outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray | None
         "agreement": float((ranked[:, 0] == reference.argmax(axis=1)).mean()),
         "output_sqnr_db": sqnr,
     }
+
+
+def output_sqnr_db(outputs: np.ndarray, reference: np.ndarray) -> float | None:
+    """Power of `reference` over that of the difference, in dB; None where they are equal.
+
+    Raises:
+      ValueError: an output is NaN or infinite.
+
+    >>> round(output_sqnr_db(np.array([1.0, 0.9]), np.array([1.0, 1.0])), 6)
+    23.0103
+    """
+    if not np.isfinite(outputs).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(outputs))} of {outputs.size} outputs are not finite")
+    noise = np.sum(np.square(outputs - reference, dtype=np.float64))
+    return 10 * math.log10(np.sum(np.square(reference, dtype=np.float64)) / noise) if noise else None
 
 
 def sizes(params: Any, cparams: Any) -> dict[str, Any]:
@@ -305,9 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.json is not None:
                 write(args.json, {"commands": commands, **results})
 
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
+        with progress_bars() as progress:
             results = run(
                 network,
                 data,

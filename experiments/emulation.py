@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import nuqjax
@@ -32,6 +32,7 @@ from experiments.accuracy import scores
 from experiments.networks import Network
 from experiments.results import circumstances, write
 from experiments.settings import listed
+from experiments.terminal import progress_bars
 
 _WIDE = 16  # bits of words that cost no accuracy
 
@@ -331,8 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sites = per_layer(network, data, cells[0], min(args.images or args.batch, args.batch), args.calibration)
             console.print(_layers(sites, f"{network.title}: {_describe(cells[0])}"))
             return 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with progress_bars() as progress:
             results = run(
                 network,
                 data,

@@ -72,7 +72,7 @@ def _imagenet(network: Network, data: Path, count: int | None) -> LabelledImages
     pixels, labels = [], []
     with zipfile.ZipFile(_existing(data / "images" / _IMAGENET)) as archive:
         names = sorted(archive.namelist())
-        for i in _spread(len(names), count):
+        for i in spread(len(names), count):
             with Image.open(io.BytesIO(archive.read(names[i]))) as image:
                 pixels.append(np.asarray(image.convert("RGB").crop(box)))
             labels.append(label_of[Path(names[i]).stem])
@@ -84,7 +84,7 @@ def _cifar10(network: Network, data: Path, count: int | None) -> LabelledImages:
     del network  # every CIFAR-10 network takes 32×32 pixels and the classes in their own order
     with np.load(_existing(data / "images" / _CIFAR10)) as file:
         pixels, labels = file["x"], file["y"]
-    chosen = _spread(len(labels), count)
+    chosen = spread(len(labels), count)
     return LabelledImages(pixels[chosen], labels[chosen])
 
 
@@ -97,10 +97,10 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _spread(total: int, count: int | None) -> np.ndarray:
+def spread(total: int, count: int | None) -> np.ndarray:
     """Positions of `count` of `total` items at equal distances.
 
-    >>> _spread(10, 3).tolist()
+    >>> spread(10, 3).tolist()
     [0, 3, 6]
     """
     count = total if count is None else count

@@ -36,3 +36,15 @@ def write(path: Path, results: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(part, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results in a file.
+
+    Raises:
+      ValueError: it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds no results: {error}") from error

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import nuqjax
@@ -38,6 +38,7 @@ from experiments.images import LabelledImages
 from experiments.networks import Network, Variables
 from experiments.results import circumstances, write
 from experiments.settings import listed, parse_granularity
+from experiments.terminal import progress_bars
 
 WEIGHTINGS = ("none", "fisher", "damped:1", "power:0.5")
 
@@ -316,9 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json is not None:
             write(args.json, {"commands": [_command(args)], **results})
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with progress_bars() as progress:
             results = run(
                 networks.get(args.network),
                 images.data_folder(args.data),

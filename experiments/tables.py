@@ -3,11 +3,13 @@
     python -m experiments.tables                    # prints them
     python -m experiments.tables --check README.md  # fails if the README's differ
     python -m experiments.tables --write README.md  # puts them into the README
+    python -m experiments.tables --check experiments/README.md  # and so for the study's own document
 
 There are blocks of tables: `accuracy` against size (`experiments.accuracy`), what Fisher weights bring (`sensitivity`:
 `experiments.sensitivity`), networks on raw integers (`emulation`: `experiments.emulation` and
-`experiments.benchmark_emulation`) and the speed of the fit (`benchmark`: `experiments.benchmark_fit`). In the README a
-block stands between a line `<!-- NAME tables: begin -->` and a line `<!-- NAME tables: end -->`.
+`experiments.benchmark_emulation`), the speed of the fit (`benchmark`: `experiments.benchmark_fit`) and what came out of
+the paper's study (`paper`: `experiments.paper`; all of it in `experiments/README.md`: `study`). In its document a block
+stands between a line `<!-- NAME tables: begin -->` and a line `<!-- NAME tables: end -->`.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import benchmark_tables
+from experiments import benchmark_tables, paper_tables
 from experiments.markdown import commands, markdown, percent
 
 RESULTS = Path(__file__).parent / "results"
@@ -186,11 +188,13 @@ class Block(NamedTuple):
       files: pattern of the names of the results.
       make: results, by file name, to Markdown.
       command: what writes such files.
+      document: the folder of the README that holds the block, from the repository's root.
     """
 
     files: str
     make: Callable[[list[dict[str, Any]]], str]
     command: str
+    document: str = ""
 
 
 BLOCKS = {
@@ -198,7 +202,15 @@ BLOCKS = {
     "sensitivity": Block("sensitivity_*.json", sensitivity, "python -m experiments.sensitivity --json"),
     "emulation": Block("*emulation*.json", emulation, "python -m experiments.emulation --json"),
     "benchmark": Block("benchmark_fit*.json", benchmark_tables.tables, "python -m experiments.benchmark_fit --json"),
+    "paper": Block("paper/*.json", paper_tables.summary, "python -m experiments.paper --json"),
+    "study": Block("paper/*.json", paper_tables.study, "python -m experiments.paper --json", "experiments"),
 }
+
+
+def blocks_of(document: Path | None) -> list[str]:
+    """The blocks that a document holds; of no document, all."""
+    folder = "" if document is None or document.resolve().parent.name != "experiments" else "experiments"
+    return [name for name, block in BLOCKS.items() if document is None or block.document == folder]
 
 
 def make(name: str, folder: Path) -> str:
@@ -232,17 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="The README's tables.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the results")
-    parser.add_argument(
-        "--blocks", default=",".join(BLOCKS), help=f"which tables, with commas (default: {','.join(BLOCKS)})"
-    )
+    parser.add_argument("--blocks", help=f"some of {','.join(BLOCKS)}, with commas (default: all that the file holds)")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", type=Path, metavar="README", help="exit with 1 if the tables in this file differ")
     action.add_argument("--write", type=Path, metavar="README", help="put the tables into this file")
     args = parser.parse_args(argv)
-    names = args.blocks.split(",")
+    readme, differing = args.check or args.write, []
+    names = args.blocks.split(",") if args.blocks else blocks_of(readme)
     if unknown := sorted(set(names) - set(BLOCKS)):
         parser.error(f"unknown tables {', '.join(unknown)}: the known are {', '.join(BLOCKS)}")
-    readme, differing = args.check or args.write, []
     try:
         text = "" if readme is None else readme.read_text(encoding="utf-8")
         for name in names:

@@ -6,12 +6,16 @@ from flax import linen as nn
 
 from experiments.networks.alexnet import ALEXNET, AlexNet, AlexNetFeatures
 from experiments.networks.efficientnet_lite0 import EFFICIENTNET_LITE0, EfficientNetLite0
+from experiments.networks.fashion_mnist import LENET5, MLP, MLP_1024, LeNet5
 from experiments.networks.network import Network, Variables, load_complete, load_features
 from experiments.networks.resnet20 import RESNET20, ResNet20
 from experiments.networks.tiny_darknet import TINY_DARKNET, TinyDarknet
 from experiments.networks.vgg16 import VGG16, VGG16_NETWORK, VGG16Features
 
 NETWORKS = {network.name: network for network in (EFFICIENTNET_LITE0, TINY_DARKNET, RESNET20, ALEXNET, VGG16_NETWORK)}
+
+# Networks whose weights `experiments.train` makes; the data folder holds none.
+TRAINED_IN_PLACE = {network.name: network for network in (LENET5, MLP_1024)}
 
 
 def get(name: str) -> Network:
@@ -23,9 +27,10 @@ def get(name: str) -> Network:
     >>> get("resnet20").size
     32
     """
-    if name not in NETWORKS:
-        raise ValueError(f"unknown network {name!r}: the known are {', '.join(NETWORKS)}")
-    return NETWORKS[name]
+    known = NETWORKS | TRAINED_IN_PLACE
+    if name not in known:
+        raise ValueError(f"unknown network {name!r}: the known are {', '.join(known)}")
+    return known[name]
 
 
 def load(name: str, data: Path | str, seed: int = 0) -> tuple[nn.Module, Variables]:
@@ -39,11 +44,14 @@ def load(name: str, data: Path | str, seed: int = 0) -> tuple[nn.Module, Variabl
 
 
 __all__ = [
+    "MLP",
     "NETWORKS",
+    "TRAINED_IN_PLACE",
     "VGG16",
     "AlexNet",
     "AlexNetFeatures",
     "EfficientNetLite0",
+    "LeNet5",
     "Network",
     "ResNet20",
     "TinyDarknet",

@@ -156,6 +156,7 @@ EFFICIENTNET_LITE0 = Network(
     convert=convert,
     images="imagenet",
     size=224,
+    resize=256,
     preprocess=lambda pixels: (pixels.astype(np.float32) - 127) / 128,
     classes="wnids_sorted",
     cpu_module=EfficientNetLite0(depthwise_conv=depthwise_as_sum),

@@ -22,15 +22,17 @@ class Network:
     Attributes:
       name: the name on the command line.
       title: the name in tables.
-      module: the complete linen module: `[B, size, size, 3]` float32 to `[B, num_classes]` logits.
+      module: the complete linen module: `[B, size, size, channels]` float32 to `[B, num_classes]` logits.
       weights: name of the weights file.
       convert: arrays of the weights file to linen variables, of the trained parts alone.
-      images: name of the data set, `"imagenet"` or `"cifar10"`.
+      images: name of the data set: `"imagenet"`, `"cifar10"`, or one that the data folder does not hold.
       size: height and width of the input in pixels.
-      preprocess: uint8 RGB `[B, size, size, 3]` to the network's float32 input.
+      preprocess: uint8 `[B, size, size, channels]` to the network's float32 input.
       classes: the key in `imagenet_classes.json` of the order of the logits; None where labels are class numbers.
       features: the convolutional part alone, where only that is trained; None for a complete network.
       cpu_module: `module` computed in a way that is faster on CPUs, of the same variables; None if it is so already.
+      channels: 3 for RGB, 1 for grey.
+      resize: length of an image's shorter side, in pixels, before its centre is cut out; None takes it as it is.
     """
 
     name: str
@@ -44,6 +46,13 @@ class Network:
     classes: str | None = None
     features: nn.Module | None = None
     cpu_module: nn.Module | None = None
+    channels: int = 3
+    resize: int | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.size, self.size, self.channels
 
     @property
     def complete(self) -> bool:
@@ -93,13 +102,13 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def check_variables(module: nn.Module, size: int, variables: Variables) -> None:
+def check_variables(module: nn.Module, size: int, variables: Variables, channels: int = 3) -> None:
     """Checks converted variables against what `module` would create.
 
     Raises:
       ValueError: a parameter is missing, unknown to the module, or has another shape; each is listed by path.
     """
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, channels)))
     expected = {path: leaf.shape for path, leaf in _flatten(shapes)}
     given = {path: np.shape(leaf) for path, leaf in _flatten(variables)}
     if expected != given:
@@ -118,7 +127,7 @@ def _flatten(variables: Variables) -> Iterator[tuple[str, Any]]:
 def load_features(network: Network, data: Path | str) -> Variables:
     """Variables of `network.trained`: every one of them read from the weights file in `data`."""
     variables = network.convert(read_weights(Path(data) / "weights" / network.weights))
-    check_variables(network.trained, network.size, variables)
+    check_variables(network.trained, network.size, variables, network.channels)
     return jax.tree.map(jnp.asarray, variables)
 
 
@@ -131,6 +140,6 @@ def load_complete(network: Network, data: Path | str, seed: int = 0) -> Variable
     variables = load_features(network, data)
     if network.complete:
         return variables
-    inputs = jnp.zeros((1, network.size, network.size, 3))
+    inputs = jnp.zeros((1, *network.input_shape))
     params = jax.jit(network.module.init)(jax.random.key(seed), inputs)["params"]
     return {"params": params | {"features": variables["params"]}}

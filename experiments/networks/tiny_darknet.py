@@ -52,6 +52,7 @@ TINY_DARKNET = Network(
     convert=convert,
     images="imagenet",
     size=224,
+    resize=256,
     preprocess=lambda pixels: pixels.astype(np.float32) / 255,
     classes="tiny_darknet_class_order",
 )

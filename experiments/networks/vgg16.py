@@ -23,12 +23,13 @@ class VGG16(nn.Module):
     """The features and three dense layers: `[B, 224, 224, 3]` to `[B, num_classes]` logits."""
 
     num_classes: int = 1000
+    hidden: int = 4096
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = VGG16Features(name="features")(x)
         x = x.reshape(x.shape[0], -1)
-        for units in (4096, 4096):
+        for units in (self.hidden, self.hidden):
             x = nn.relu(nn.Dense(units)(x))
             x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.Dense(self.num_classes)(x)
@@ -42,6 +43,7 @@ VGG16_NETWORK = Network(
     convert=convert_conv_stack,
     images="imagenet",
     size=224,
+    resize=256,
     preprocess=imagenet_normalise,
     classes="wnids_sorted",
     features=VGG16Features(),
