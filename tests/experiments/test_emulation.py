@@ -1,8 +1,10 @@
 """Trained networks on raw integers: every word of every site against NumPy's int64, layer by layer.
 
-`pytest tests/experiments/test_emulation.py --oracle-images 20` compares more images, and whole ones.
+`pytest tests/experiments/test_emulation.py --oracle-images 20` compares more images, whole ones, and all networks at 4-
+and 8-bit indices with 8- and 16-bit words.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -134,10 +136,13 @@ def unpacked(cparams: Any) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], di
     return kernels, vectors
 
 
-@pytest.mark.parametrize(
-    ("name", "bits", "word"),
-    [("resnet20", 4, 8), ("resnet20", 8, 16), ("tiny_darknet", 4, 8), ("efficientnet_lite0", 8, 16)],
-)
+def pytest_generate_tests(metafunc):
+    cases = [("resnet20", 4, 8), ("tiny_darknet", 4, 8), ("efficientnet_lite0", 8, 16)]
+    if metafunc.config.getoption("oracle_images") > 1:
+        cases = list(itertools.product(MODELS, (4, 8), (8, 16)))
+    metafunc.parametrize(("name", "bits", "word"), cases)
+
+
 def test_every_word_of_a_trained_network(data, request, name, bits, word):
     count = request.config.getoption("oracle_images")
     network = networks.get(name)
