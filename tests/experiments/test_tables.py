@@ -240,8 +240,8 @@ def test_the_tables_of_integers_hold_every_cell(other_results, capsys):
 
 SUMMARY = """
 Within 1 point of top-1, `knq` takes 0.50 to 0.50 times (median 0.50) what `uniform` takes; half the memory holds \
-on 1 of 1 networks against `uniform`. It needs less memory than `enq` on Network. Neither saves anything over the best \
-fixed point on none of the networks.
+on 1 of 1 networks against `uniform`. It needs less memory than `enq` on Network. Neither saves as much as 2 % of the \
+best fixed point on none of the networks.
 
 Least kilobytes of parameters, tables included, within 1 point of the float network's top-1 (index bits), and their \
 ratio with its 95 % interval over the images drawn again.
