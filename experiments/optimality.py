@@ -28,12 +28,12 @@ FAMILIES = {
 _LENGTHS = {300: 200, 1000: 100, 4608: 50, 20_000: 20, 100_000: 4}  # and how many rows of each
 
 
-def survey(levels: list[int], seed: int) -> list[dict]:
+def survey(levels: list[int], lengths: dict[int, int], seed: int) -> list[dict]:
     """One entry for each family, length and number of levels."""
-    cells = [(f, n, k) for f in FAMILIES for n in _LENGTHS for k in levels]
+    cells = [(f, n, k) for f in FAMILIES for n in lengths for k in levels]
     found = []
     for family, length, num_levels in track(cells, "fitting"):
-        size = _LENGTHS[length], length
+        size = lengths[length], length
         rows = FAMILIES[family](np.random.default_rng([seed, length]), size).astype(np.float32)
         free = np.asarray(nuqjax.fit(rows, num_levels, tolerance=None).sse, np.float64)
         proven = nuqjax.fit(rows, num_levels, tolerance=1e-6)
@@ -50,14 +50,21 @@ def survey(levels: list[int], seed: int) -> list[dict]:
     return found
 
 
+def _lengths(text: str) -> dict[int, int]:
+    return {int(length): int(rows) for length, rows in (part.split(":") for part in text.split(","))}
+
+
 def main() -> None:
     """Prints the survey, and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levels", default="4,8,16,64,256", help="numbers of levels, by commas")
+    parser.add_argument(
+        "--lengths", type=_lengths, default=_LENGTHS, help="lengths and rows of each, as 1000:50,4608:20"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
-    found = survey([int(k) for k in options.levels.split(",")], options.seed)
+    found = survey([int(k) for k in options.levels.split(",")], options.lengths, options.seed)
     table = Table("family", "length", "levels", "rows", "missed", "worst excess", "gap above 1.2e-6")
     for cell in found:
         if cell["missed"] or cell["unproven"]:
@@ -69,7 +76,11 @@ def main() -> None:
     total, missed = (sum(cell[name] for cell in found) for name in ("rows", "missed"))
     console.print(f"{missed} of {total} rows were missed, by at most {max(cell['worst'] for cell in found):.1e}")
     if options.json:
-        options.json.write_text(json.dumps({"levels": options.levels, "seed": options.seed, "cells": found}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {"levels": options.levels, "lengths": options.lengths, "seed": options.seed, "cells": found}, indent=1
+            )
+        )
 
 
 if __name__ == "__main__":
