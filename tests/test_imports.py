@@ -47,6 +47,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "orbax"}),
     "convert": ({"rules", "plan", "compress", "report", "store", "checkpoint"}, ARRAYS),
     "fisher": (set(), ARRAYS),
+    "export": ({"rules", "apply", "store", *LEAF}, {*ARRAYS, "flatbuffers"}),
     "__init__": (
         {
             "rules",
@@ -58,6 +59,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "report",
             "shardings",
             "fisher",
+            "export",
             "store",
             "checkpoint",
             "convert",
