@@ -32,7 +32,7 @@ class Exported:
 
     Attributes:
       program: takes `(weights, *inputs)`, weights being a dict of arrays by their names in the file: what
-        `safetensors.flax.load_file` returns. `program.call` runs it, `program.platforms` are those it runs on.
+        `safetensors.numpy.load_file` returns. `program.call` runs it, `program.platforms` are those it runs on.
       serialized: the program as bytes, for `jax.export.deserialize`.
       cparams: the weights, as they were given.
     """

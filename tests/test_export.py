@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors import safe_open
-from safetensors.flax import load_file
+from safetensors.numpy import load_file
 
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, Rule
@@ -33,7 +33,7 @@ class Network(nn.Module):
         x = nn.relu(nn.Conv(12, (3, 3))(images))
         x = nn.BatchNorm(use_running_average=not train)(x)
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        return nn.Dense(10)(nn.relu(nn.Dense(40)(x.reshape(len(x), -1))))
+        return nn.Dense(10)(nn.relu(nn.Dense(40)(x.reshape(x.shape[0], -1))))
 
 
 class NNXNetwork(nnx.Module):
@@ -98,7 +98,7 @@ CASES = {
 }
 ELSEWHERE = """
 import sys
-sys.modules["nuqjax"] = None  # importing it is an error
+sys.modules |= {"nuqjax": None, "flax": None}  # importing them is an error
 loader, float8_loader, *folders = sys.argv[1:]
 for folder in folders:
     sys.argv = ["", folder, f"{folder}/inputs.npy", f"{folder}/outputs.npy"]
@@ -107,7 +107,6 @@ for folder in folders:
         exec("\\n".join([*begin, float8_loader, run]))
     else:
         exec(loader)
-assert not any(name.startswith(("nuqjax.", "flax")) for name in sys.modules)
 """
 
 
@@ -149,7 +148,7 @@ def test_the_program_takes_the_tensors_of_the_file(elsewhere, case, tmp_path):
     assert (tmp_path / "new" / "folder" / "program.jax_export").read_bytes() == exported.serialized
     again = nuqjax.load(tmp_path / "new" / "folder" / "weights.safetensors", like=exported.cparams)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(exported.cparams), strict=True):
-        assert a is b or (a == b).all()
+        assert a is b or np.all(a == b)
 
 
 def test_one_program_for_any_batch(tmp_path):
