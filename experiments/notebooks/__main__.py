@@ -1,7 +1,7 @@
 """Runs the notebooks of this folder and keeps their outputs in them: `python -m experiments.notebooks [NAME …]`.
 
-Needs `nbclient` and `ipykernel` (`pip install --group notebooks`). What differs between two runs of the same code, times
-of execution and folders of this machine, is not kept.
+Needs `nbclient` and `ipykernel` (`pip install --group notebooks`). Times of execution and folders of this machine are
+not kept.
 """
 
 import argparse
