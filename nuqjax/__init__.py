@@ -10,6 +10,7 @@ from nuqjax.convert import compress_checkpoint
 from nuqjax.emulate import Trace, emulate
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.export import Exported, export
+from nuqjax.export_onnx import export_onnx
 from nuqjax.fisher import fisher
 from nuqjax.fit import fit
 from nuqjax.fixed_point import AutoQFormat, QFormat
@@ -47,6 +48,7 @@ __all__ = [
     "decompress",
     "emulate",
     "export",
+    "export_onnx",
     "fisher",
     "fit",
     "fold_batch_norm",
