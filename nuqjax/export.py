@@ -69,10 +69,10 @@ def export(
 ) -> Exported:
     """Exports `apply(fn)(cparams, *inputs)` as a program that runs without nuqjax and without the model's code.
 
-    The program is StableHLO in JAX's own container, for one device of any of the platforms; JAX runs it for some
-    months' worth of later versions. It holds how the weights are decoded, not the weights: those are its first
-    argument, packed as they are. Leaves that are Python's numbers are constants of it, and so is whatever `fn` closes
-    over. `docs/export.md` has the few lines that load and run it.
+    The program is StableHLO in JAX's own container, for one device of any of the platforms, under the promises of
+    compatibility of `jax.export`. It holds how the weights are decoded, not the weights: those are its first argument,
+    packed as they are. Leaves that are Python's numbers are constants of it, and so is whatever `fn` closes over.
+    `docs/export.md` has the few lines that load and run it.
 
     Args:
       fn: a function of the parameters and of arrays. Options are bound before: `functools.partial(model.apply,

@@ -84,15 +84,13 @@ def nested_dicts(**options):
 
 
 CASES = {
-    "linen": functools.partial(linen, bits=4),
     "linen, a codebook per channel": functools.partial(linen, bits=2, granularity="channel", min_size=1),
     "linen, fixed point": functools.partial(linen, bits=3, codebook_format=AutoQFormat(8)),
     "linen, channel groups, scales": functools.partial(
         linen, bits=5, granularity=ChannelGroups(4), scale=InputGroups(9)
     ),
-    "nnx": functools.partial(nnx_state, bits=3, granularity=InputGroups(8)),
+    "nnx": functools.partial(nnx_state, bits=1, granularity=InputGroups(8)),
     "nnx, a codebook format": functools.partial(nnx_state, bits=8, codebook_format=jnp.bfloat16, scale="channel"),
-    "dicts": functools.partial(nested_dicts, bits=1),
     "dicts, bfloat16": functools.partial(nested_dicts, bits=7, dtype=jnp.bfloat16),
     "dicts, float8": functools.partial(nested_dicts, bits=6, codebook_format=jnp.float8_e4m3fn),
 }
