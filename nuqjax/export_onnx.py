@@ -9,7 +9,7 @@ import jax.core
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
-from nuqjax.codebook_array import decode, is_codebook_array
+from nuqjax.codebook_array import decode, is_codebook_array, level_values, with_levels
 from nuqjax.export import by_name, checked_inputs
 from nuqjax.interpret import Interpreter, Site, bind
 from nuqjax.store import Layout
@@ -22,8 +22,8 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
     """Exports `fn(decompress(cparams), *inputs)` as an ONNX file with packed weights, by the `jax2onnx` converter.
 
     The packed indices and codebooks are the file's initializers, under their names in `nuqjax.save`, and the graph
-    decodes them by shifts, masks and `Gather`: the file is as small as the compressed tree. A runtime that folds
-    constants, as ONNX Runtime does, decodes them once when it loads the file, and holds dense weights from then on.
+    decodes them by shifts, masks and `Gather`; levels that are fixed-point words are written as floats. A runtime that
+    folds constants, as ONNX Runtime does, decodes once when it loads the file, and holds dense weights from then on.
 
     What runs is what the converter has and the runtime has kernels for: feed-forward networks in float32 of
     convolutions, dense layers, rectifiers, pools and element-wise operations are tested. Results are those of
@@ -50,6 +50,7 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
     inputs = checked_inputs(example_inputs)
     if not all(isinstance(x, jax.ShapeDtypeStruct) for x in inputs):
         raise ValueError("export_onnx: inputs are arrays, one or a tuple of them, not trees")
+    cparams = jax.tree.map(_with_float_levels, cparams, is_leaf=is_codebook_array)
     tensors, rebuild = by_name(cparams)
     count = len(inputs)
 
@@ -77,6 +78,12 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
     onnx.checker.check_model(model)
     with replacing(os.fspath(path)) as file:
         file.write(model.SerializeToString())
+
+
+def _with_float_levels(leaf: Any) -> Any:
+    """The leaf with floats for fixed-point words: of the decoding of words, the converter makes float64."""
+    fixed = is_codebook_array(leaf) and leaf.codebook_format
+    return with_levels(leaf, level_values(leaf)) if fixed else leaf
 
 
 def _stored(cparams: Any) -> dict[str, np.ndarray]:
