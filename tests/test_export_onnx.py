@@ -56,7 +56,8 @@ def assert_same_up_to_order(found, expected, layers, terms):
         dict(bits=1),
         dict(bits=3, granularity="channel", scale="channel", min_size=1),
         dict(bits=5, granularity=ChannelGroups(5), codebook_format=AutoQFormat(8)),
-        dict(bits=8, granularity=InputGroups(9), scale=InputGroups(7)),
+        dict(bits=2, granularity=InputGroups(24), scale=InputGroups(7)),
+        dict(bits=8),
     ],
     ids=str,
 )
