@@ -9,6 +9,8 @@ from nuqjax.compress import codebooks, compress, decompress, with_codebooks
 from nuqjax.convert import compress_checkpoint
 from nuqjax.emulate import Trace, emulate
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
+from nuqjax.export import Exported, export
+from nuqjax.export_onnx import export_onnx
 from nuqjax.fisher import fisher
 from nuqjax.fit import fit
 from nuqjax.fixed_point import AutoQFormat, QFormat
@@ -27,6 +29,7 @@ __all__ = [
     "AutoQFormat",
     "ChannelGroups",
     "CodebookArray",
+    "Exported",
     "Fit",
     "Formats",
     "InputGroups",
@@ -44,6 +47,8 @@ __all__ = [
     "compress_checkpoint",
     "decompress",
     "emulate",
+    "export",
+    "export_onnx",
     "fisher",
     "fit",
     "fold_batch_norm",

@@ -208,7 +208,7 @@ def _shown(value: float | None, form: str) -> str:
 
 def render(table: Table) -> str:
     """A rich table as text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=200, color_system=None)
+    console = Console(file=io.StringIO(), width=200, color_system=None, force_jupyter=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

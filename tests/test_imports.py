@@ -47,6 +47,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "orbax"}),
     "convert": ({"rules", "plan", "compress", "report", "store", "checkpoint"}, ARRAYS),
     "fisher": (set(), ARRAYS),
+    # `export` stands for export.py and export_onnx.py.
+    "export": ({"rules", "interpret", "apply", "store", *LEAF}, {*ARRAYS, "flatbuffers", "jax2onnx", "onnx"}),
     "__init__": (
         {
             "rules",
@@ -58,6 +60,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "report",
             "shardings",
             "fisher",
+            "export",
             "store",
             "checkpoint",
             "convert",
@@ -159,6 +162,9 @@ def test_importing_nuqjax_needs_the_core_dependencies_only():
         "constriction",
         "orbax",
         "shtab",
+        "flatbuffers",
+        "jax2onnx",
+        "onnx",
     }
     script = f"import sys, nuqjax; print(*({optional!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""Lessons with pictures, as notebooks with their outputs; `python -m experiments.notebooks` makes the outputs anew."""
