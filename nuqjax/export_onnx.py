@@ -109,7 +109,7 @@ def _pool(interpreter: Interpreter, site: Site, eqn: Any, operand: Any, *rest: A
     order = [*others, *pooled]
     moved = operand.transpose(order)
     flat = moved.reshape(-1, *moved.shape[len(others) :])
-    params = {name: (1, *(value[a] for a in pooled)) for name, value in eqn.params.items()}
+    params: dict[str, Any] = {name: (1, *(value[a] for a in pooled)) for name, value in eqn.params.items()}
     params["padding"] = ((0, 0), *params["padding"][1:])
     made = eqn.primitive.bind(flat, **params)
     return [made.reshape(*moved.shape[: len(others)], *made.shape[1:]).transpose(np.argsort(order))]

@@ -162,7 +162,6 @@ def test_importing_nuqjax_needs_the_core_dependencies_only():
         "constriction",
         "orbax",
         "shtab",
-        "flatbuffers",
         "jax2onnx",
         "onnx",
     }
