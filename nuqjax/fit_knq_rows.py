@@ -17,6 +17,7 @@ from jax import lax
 
 from nuqjax.rows import namespace
 
+_STRETCH = 2**20  # 16-bit values counted at once: NumPy makes them 64 bits wide
 _BY_ROW = 1024  # longer rows on the host are sorted one after the other
 LONG = 2**16  # from here on rows are kept as `fit_knq_long.LongRows`
 
@@ -245,12 +246,11 @@ def _pattern_counts(rows, mask):
     """`[R, 2¹⁶]` how many values have each bit pattern, those of −0 counted with 0."""
     if isinstance(rows, np.ndarray):
         patterns = rows.view(np.uint16)
-        counts = np.stack(
-            [
-                np.bincount(row if counted is None else row[counted], minlength=2**16)
-                for row, counted in zip(patterns, [None] * len(rows) if mask is None else mask, strict=True)
-            ]
-        )
+        counts = np.zeros((len(rows), 2**16), np.int64)
+        for start in range(0, rows.shape[1], _STRETCH):
+            here = slice(start, start + _STRETCH)
+            for r, row in enumerate(patterns[:, here]):
+                counts[r] += np.bincount(row if mask is None else row[mask[r, here]], minlength=2**16)
         counts[:, 0] += counts[:, 2**15]
         return counts
     patterns = lax.bitcast_convert_type(rows, jnp.uint16).astype(jnp.int32)
