@@ -17,6 +17,7 @@ from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.extend import core
 
 import nuqjax
 from nuqjax import Accumulator, CodebookArray, Formats, QFormat, SiteFormat, calibrate, emulate, packing
@@ -1104,3 +1105,45 @@ def test_words_between_32_and_62_bits():
     assert sums.max() > 2**32
     np.testing.assert_array_equal(trace.words["kernel"][:, 0], sums // 16)
     np.testing.assert_array_equal(out[:, 0], sums[::-1] // 16)
+
+
+def floats_made_of_words(fn, *args):
+    """The primitives in a function's program that make floats of words: of what began as a float made an integer."""
+    found: list[str] = []
+
+    def walk(jaxpr, tainted):
+        known = dict(zip(jaxpr.invars, tainted, strict=True))
+        of = lambda x: not isinstance(x, core.Literal) and known.get(x, False)  # noqa: E731
+        for eqn in jaxpr.eqns:
+            taints = [of(x) for x in eqn.invars]
+            inner = [
+                x for value in eqn.params.values() for x in (value if isinstance(value, tuple | list) else [value])
+            ]
+            inner = [getattr(x, "jaxpr", x) for x in inner if hasattr(getattr(x, "jaxpr", x), "eqns")]
+            made = any(taints)
+            for body in inner:
+                given = taints[len(taints) - len(body.invars) :]  # a branch's index comes first
+                made = any(walk(body, given)) or made
+            for var in eqn.outvars:
+                was_float = any(jnp.issubdtype(x.aval.dtype, jnp.floating) for x in eqn.invars)
+                is_float = jnp.issubdtype(var.aval.dtype, jnp.floating)
+                becomes = eqn.primitive.name == "convert_element_type" and was_float and not is_float
+                known[var] = made or becomes
+                if made and is_float and not inner:
+                    found.append(eqn.primitive.name)
+        return [of(x) for x in jaxpr.outvars]
+
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    walk(jaxpr, [False] * len(jaxpr.invars))
+    return found
+
+
+@pytest.mark.parametrize("word", [8, 16])
+def test_floats_are_made_of_words_only_in_the_sums_that_the_formats_prove(word):
+    cparams = small_network()
+    formats = calibrate(Linen().apply, cparams, IMAGES, word=word)
+    found = floats_made_of_words(emulate(Linen().apply, formats, output="raw"), cparams, IMAGES)
+    sums = sum({"float32": 1, "float64": 1, "limbs": 2}.get(row.route or "", 0) for row in formats)
+    assert sums
+    assert found.count("dot_general") + found.count("conv_general_dilated") == sums
+    assert set(found) == {"convert_element_type", "dot_general", "conv_general_dilated"}
