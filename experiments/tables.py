@@ -154,14 +154,15 @@ def emulation(results: Iterable[dict[str, Any]]) -> str:
 
 
 def _on_integers(result: dict[str, Any], cell: dict[str, Any]) -> list[str]:
-    decoded, emulated = cell["decoded"], cell["emulated"]
+    decoded, emulated, setting = cell["decoded"], cell["emulated"], cell["setting"]
+    words = f"{setting['weight_word']} × {setting['word']} bits"
+    words += ", some 16" * ("wide" in setting) + ", least error" * (setting.get("choose") == "error")
     return [
         result["title"],
         f"{result['images']:,}",
         percent(result["float"]["top1"]),
-        str(cell["setting"]["bits"]),
-        f"{cell['setting']['weight_word']} × {cell['setting']['word']} bits"
-        + (", some 16" * ("wide" in cell["setting"])),
+        str(setting["bits"]),
+        words,
         percent(decoded["top1"]),
         percent(emulated["top1"]),
         f"{emulated['output_sqnr_db']:.1f} dB",
