@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+_ROOT = Path(__file__).parents[1]  # for `experiments`
+
 _PROGRAM = '''
-import resource, sys
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 import nuqjax
+from experiments.fresh_process import peak_bytes
 from nuqjax import packing, rows
 
 kind, shape = sys.argv[1], tuple(map(int, sys.argv[2].split(",")))
@@ -32,9 +36,6 @@ def model(params, x):
             x = jnp.tanh(lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
     return x
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 def run(shape, layers):
     params = [layer(shape) for _ in range(layers)]
     x = jnp.ones((16, shape[0]) if kind == "dense" else (1, 8, 8, shape[2]))
@@ -42,9 +43,9 @@ def run(shape, layers):
     return sum(leaf.nbytes for leaf in params)
 
 run(tuple(min(n, 8) for n in shape), 24)  # what importing, compiling and starting the threads takes
-before = peak()
+before = peak_bytes()
 packed = run(shape, 24)
-print(peak() - before, packed, int(np.prod(shape)) * 4)
+print(peak_bytes() - before, packed, int(np.prod(shape)) * 4)
 '''
 
 
@@ -55,7 +56,7 @@ def test_a_deep_network_holds_about_two_dense_layers(kind, shape):
     A convolution on a CPU rearranges its kernel, so it holds one copy more while it runs.
     """
     command = [sys.executable, "-c", _PROGRAM, kind, shape]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=_ROOT)
     peak, packed, dense = map(int, finished.stdout.split())
     layers = 2 if kind == "dense" else 3
     slack = 32 * 2**20  # activations, the allocator's granularity

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +162,9 @@ def test_long_leaves_are_compared_in_blocks(tree, monkeypatch):
 
 
 MEMORY_SCRIPT = """
-import resource, sys
+import sys
 import numpy as np, jax.numpy as jnp, nuqjax
+from experiments.fresh_process import peak_bytes
 from nuqjax import CodebookArray
 
 def leaf(inputs):
@@ -170,16 +172,13 @@ def leaf(inputs):
     levels = jnp.linspace(-1, 1, 16)[None]
     return CodebookArray(levels, packed, None, (inputs, 2048), np.dtype("float32"), 4, "tensor", (1,))
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
 def measure(inputs):
     dense = np.broadcast_to(np.float32(0.5), (inputs, 2048))
     compressed = leaf(inputs)
-    before = peak()
+    before = peak_bytes()
     report = nuqjax.report({"w": dense}, {"w": compressed})
     assert report.leaves[0].weights == inputs * 2048
-    return peak() - before
+    return peak_bytes() - before
 
 measure(512)
 print(measure(int(sys.argv[1])))
@@ -189,7 +188,7 @@ print(measure(int(sys.argv[1])))
 def test_the_report_of_a_large_leaf_takes_little_memory():
     """33.5 M weights, of which the dense array alone would take 128 MiB: compared within 64 MiB."""
     command = [sys.executable, "-c", MEMORY_SCRIPT, str(16 * 1024)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert int(run.stdout) < 64 * 2**20
 
 
