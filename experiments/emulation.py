@@ -191,7 +191,7 @@ def alone(network: Network, data: Path, cell: dict[str, Any], count: int, calibr
     """By site: how far the outputs are from those of 16-bit words throughout when this site alone has `word` bits.
 
     `sqnr_db` is the power of the outputs over that of their change, `agreement` the share of images with the same first
-    choice. Such changes nearly add up, so the sites of the lowest SQNR are what makes the narrow words lose accuracy.
+    choice. The sites of the lowest SQNR hurt most.
     """
     fn, variables = folded(network, data)
     cparams = compressed(variables, cell["bits"], cell["weight_word"], cell["granularity"])

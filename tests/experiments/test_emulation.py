@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import nuqjax
 from experiments import emulation, images, networks
@@ -136,13 +137,15 @@ def unpacked(cparams: Any) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], di
 
 
 def pytest_generate_tests(metafunc):
+    if "oracle" not in metafunc.function.__name__:
+        return
     cases = [("resnet20", 4, 8), ("tiny_darknet", 4, 8), ("efficientnet_lite0", 8, 16)]
     if metafunc.config.getoption("oracle_images") > 1:
         cases = list(itertools.product(MODELS, (4, 8), (8, 16)))
     metafunc.parametrize(("name", "bits", "word"), cases)
 
 
-def test_every_word_of_a_trained_network(data, request, name, bits, word):
+def test_every_word_of_a_trained_network_is_the_oracles(data, request, name, bits, word):
     count = request.config.getoption("oracle_images")
     network = networks.get(name)
     fn, variables = emulation.folded(network, data)
@@ -165,3 +168,23 @@ def test_every_word_of_a_trained_network(data, request, name, bits, word):
         np.testing.assert_array_equal(words, oracle.words[site], err_msg=site)
     for site, peak in oracle.accumulator_peaks.items():
         assert peak <= (formats[site].bound or 0)
+
+
+def test_words_are_wide_at_the_sites_that_are_named():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["first"]) @ params["last"]
+
+    random = np.random.default_rng(0)
+    params = {"first": random.normal(size=(12, 20)), "last": random.normal(size=(20, 3))}
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
+    x = jnp.asarray(random.normal(size=(8, 12)), jnp.float32)
+    cell = {"weight_word": 8, "word": 8, "choose": "range"}
+    formats = emulation.formats_of(fn, params, x, cell | {"wide": "^first"})
+    everywhere = emulation.formats_of(fn, params, x, cell | {"word": 16})
+    assert {row.site: row.output.word for row in formats if row.output} == {"input": 8, "first": 16, "last": 8}
+    assert formats["first"].output == everywhere["first"].output
+    assert formats["last"].bound is not None  # proven anew
+    words = jax.jit(nuqjax.emulate(fn, formats, output="raw"))(params, x)
+    assert int(jnp.abs(words).max()) < 2**7
+    with pytest.raises(ValueError, match="'nowhere' is in no site's name; the sites are input, first, last"):
+        emulation.formats_of(fn, params, x, cell | {"wide": "nowhere"})
