@@ -1,4 +1,9 @@
-"""What every test shares: hypothesis profiles."""
+"""What the tests share: hypothesis profiles, options, and programs whose memory is measured."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -23,3 +28,22 @@ def pytest_addoption(parser):
 def fuzz(request):
     """How many damaged and forged files are loaded."""
     return request.config.getoption("--fuzz")
+
+
+@pytest.fixture(scope="session")
+def numbers_printed():
+    """`numbers_printed(program, *arguments)`: the integers that a program prints, in a new process, about its memory.
+
+    What it frees goes back to the system at once. glibc by itself keeps larger and larger blocks, and the peak then
+    depends on which thread freed what first.
+    """
+
+    def run(program: str, *arguments: object) -> list[int]:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        root = Path(__file__).parents[1]  # for `experiments`
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+        assert done.returncode == 0, done.stderr
+        return [int(word) for word in done.stdout.split()]
+
+    return run
