@@ -1,4 +1,4 @@
-"""How often `fit` without a proof (`tolerance=None`, the default of `compress`) is not the optimum.
+"""How often `fit` without a proof (`tolerance=None`) is not the optimum.
 
     python -m experiments.optimality --json FILE
 

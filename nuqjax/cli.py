@@ -89,6 +89,14 @@ def codebook_format(text: str) -> Any:
     raise argparse.ArgumentTypeError(f"{text!r}, but a floating dtype, fixed/WORD, fixed/WORD/FRAC or none is wanted")
 
 
+def tolerance(text: str) -> float | None:
+    """A number, or `none`."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, but a number or none is wanted") from error
+
+
 def axes(text: str) -> Any:
     """An axis, or several with commas.
 
@@ -112,8 +120,8 @@ def truth(text: str) -> bool:
 _RULE_OPTIONS: dict[str, tuple[str, Any]] = {
     "bits": ("bits", int), "method": ("method", str), "granularity": ("granularity", granularity),
     "output_axis": ("axis", axes), "scale": ("scale", scale), "codebook_format": ("codebook_format", codebook_format),
-    "keep_zero": ("keep_zero", truth), "min_size": ("min_size", int), "skip": ("skip", truth),
-    "stack_axes": ("stack_axes", int),
+    "keep_zero": ("keep_zero", truth), "tolerance": ("tolerance", tolerance), "min_size": ("min_size", int),
+    "skip": ("skip", truth), "stack_axes": ("stack_axes", int),
 }  # fmt: skip
 
 
@@ -170,7 +178,8 @@ def parser() -> argparse.ArgumentParser:
     add("--scale", type=scale, help="none, channel or inputs/N: values are divided by a common scale first")
     add("--codebook-format", type=codebook_format, metavar="FORMAT", help="a floating dtype, or fixed/WORD[/FRAC]")
     add("--keep-zero", action="store_true", help="one level is exactly 0")
-    add("--tolerance", type=float, help="prove fits to within this share of the least squared error")
+    add("--tolerance", type=tolerance, default=1e-6,
+        help="prove fits to within this share of the least squared error; none for no proof (default: 1e-6)")  # fmt: skip
     add("--min-size", type=int, default=256, metavar="N", help="tensors with fewer values stay dense (default: 256)")
     add("--rule", type=rule, action="append", default=[], dest="rules", metavar="PATTERN:OPTION=VALUE,…",
         help="options for tensors whose path matches; may be given several times, the first match wins")  # fmt: skip

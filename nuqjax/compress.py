@@ -39,7 +39,7 @@ def compress(
     keep_zero: bool = False,
     rules: Sequence[Rule] = (),
     sensitivity: Any = None,
-    tolerance: float | None = None,
+    tolerance: float | None = 1e-6,
     min_size: int = 256,
     return_report: bool = False,
     progress: bool = False,
@@ -70,10 +70,11 @@ def compress(
       rules: `Rule`s; the first that matches a leaf's path sets its options.
       sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
         squared error of each value is weighted by its own.
-      tolerance: a number has each `"knq"` fit proven to within that share of the least squared error, and the relative
-        gap that is left reported as `certificate`. The default, None, leaves the proof out: on one long row it costs
-        little, on many rows of some thousand values three times the fit (`python -m experiments.benchmark_fit rows
-        channels`); `nuqjax.fit` says what levels are then worth.
+      tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
+        relative gap that is left is reported as `certificate`. None leaves the proof out, and what it costs: on one
+        long row up to half the fit's time for 16 levels, on many rows of some thousand values two to three times it
+        (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` says what levels are then worth. Under
+        `jit` nothing is proven.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
       progress: show a progress bar.
@@ -369,11 +370,12 @@ def _fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array
 
 def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[jax.Array, float | None]:
     """The levels `[S·R, K]`, and the leaf's certificate if one is asked for."""
-    given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": options.tolerance}
     traced = isinstance(view.values, jax.core.Tracer)
+    tolerance = None if traced else options.tolerance  # a certificate is a number
+    given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": tolerance}
     if options.method == "knq" or traced:
         fitted = fit(view.values, num_levels, weights=view.weights, mask=view.mask, **given)
-        proven = options.method == "knq" and options.tolerance is not None and not traced
+        proven = options.method == "knq" and tolerance is not None
         return fitted.levels, _certificate(fitted) if proven else None
     values, weights, mask = _padded_view(view)
     if options.method == "uniform":  # compiled for a shape, not for every number of levels too

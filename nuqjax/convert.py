@@ -36,7 +36,7 @@ def compress_checkpoint(
     codebook_format=None,
     keep_zero: bool = False,
     rules: Sequence[Rule] = (),
-    tolerance: float | None = None,
+    tolerance: float | None = 1e-6,
     min_size: int = 256,
     entropy_coding: bool = False,
     max_shard_size: int | str | None = None,
@@ -62,7 +62,7 @@ def compress_checkpoint(
       codebook_format: how levels are stored.
       keep_zero: one level is exactly 0.
       rules: options by path.
-      tolerance: how closely fits are proven.
+      tolerance: how closely fits are proven; None for no proof.
       min_size: leaves with fewer values stay dense.
       entropy_coding: as in `save`.
       max_shard_size: as in `save`.

@@ -23,7 +23,7 @@ from jax import lax
 from nuqjax.fit_knq_dense import dense_rows
 from nuqjax.fit_knq_long import LongRows, ShardedRows
 from nuqjax.fit_knq_priced import priced_paths
-from nuqjax.fit_knq_rows import SortedRows, take
+from nuqjax.fit_knq_rows import LONG, SortedRows, take
 from nuqjax.rows import namespace
 
 _FEW_LEVELS = 12  # fewer have as many cells as these
@@ -34,7 +34,8 @@ _KEPT = 64  # such parts for each level
 _NARROWINGS = 2
 _TRIALS = 16  # of a price
 _ROOMS = tuple(2**e + 2 for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
-_HALF = 16  # steps of a window to each side
+_HALF = 32  # steps of a window to each side; of a long row, whose windows cost more and miss nothing,
+_HALF_OF_LONG = 16
 _ROUNDS = 64
 _LANES = 16  # rows handled at once
 
@@ -294,8 +295,9 @@ def polish(rows: Rows, cuts, keep_zero: bool):
     size = rows.size[:, None]
     whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
     sizes = whole[:, 1:] - whole[:, :-1]
-    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * _HALF))
-    offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
+    half = _HALF if rows.nominal <= LONG else _HALF_OF_LONG
+    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * half))
+    offsets = xp.arange(-half, half + 1, dtype=xp.int64)
     end_count, end_total = (x[:, 0] for x in rows.sums_below(size))
     end_above = _above(rows, rows.size, keep_zero)
     if keep_zero:
@@ -303,7 +305,7 @@ def polish(rows: Rows, cuts, keep_zero: bool):
 
     def move(cuts, step):
         places = xp.clip(cuts[:, :, None] + step[:, :, None] * offsets, 0, size[:, :, None])
-        lower, higher = rows.before_ties(places[:, :, :_HALF]), rows.after_ties(places[:, :, _HALF + 1 :])
+        lower, higher = rows.before_ties(places[:, :, :half]), rows.after_ties(places[:, :, half + 1 :])
         places = xp.concatenate([lower, cuts[:, :, None], higher], axis=2)
         count, total = rows.sums_below(places)
         whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
@@ -318,7 +320,7 @@ def polish(rows: Rows, cuts, keep_zero: bool):
         )  # fmt: skip
         chosen = _like(chosen, xp)
         new = xp.take_along_axis(places, chosen[:, :, None], axis=2)[:, :, 0]
-        at_end = ((chosen == 0) | (chosen == 2 * _HALF)) & (new != cuts)
+        at_end = ((chosen == 0) | (chosen == 2 * half)) & (new != cuts)
         settled = xp.all((new == cuts) & (step == 1))
         return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
 

@@ -30,7 +30,7 @@ class Options:
     scale: Any = None
     codebook_format: Any = None
     keep_zero: bool = False
-    tolerance: float | None = None
+    tolerance: float | None = 1e-6
     min_size: int = 256
     stack_axes: int = 0
     skip: bool | None = None

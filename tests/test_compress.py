@@ -570,11 +570,14 @@ def test_knq_is_exact_where_there_are_no_more_values_than_levels():
 
 def test_tolerance_proves_knq_and_changes_no_bit():
     array = gaussian((8, 8))
-    plain = compress_one(array, 2, "knq")
-    proven, report = nuqjax.compress({"w": array}, 2, "knq", tolerance=1e-6, rules=[INSIST], return_report=True)
-    chex.assert_trees_all_equal(plain, proven["w"])
+    given = {"bits": 2, "rules": [INSIST], "return_report": True}
+    plain, without = nuqjax.compress({"w": array}, tolerance=None, **given)
+    proven, report = nuqjax.compress({"w": array}, **given)  # to 1e-6
+    chex.assert_trees_all_equal(plain, proven)
+    assert without.leaves[0].certificate is without.total["certificate"] is None
     assert 0 <= report.leaves[0].certificate <= 1e-6
     assert 0 <= report.total["certificate"] <= 1e-6
+    chex.assert_trees_all_equal(plain, jax.jit(lambda w: nuqjax.compress({"w": w}, bits=2, rules=[INSIST]))(array))
 
 
 # ---- Codebooks out and in again. ----
