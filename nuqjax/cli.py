@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     add("--codebook-format", type=codebook_format, metavar="FORMAT", help="a floating dtype, or fixed/WORD[/FRAC]")
     add("--keep-zero", action="store_true", help="one level is exactly 0")
     add("--tolerance", type=tolerance, default=1e-6,
-        help="prove fits to within this share of the least squared error; none for no proof (default: 1e-6)")  # fmt: skip
+        help="prove fits to within this share of the least error; none: no proof (default: 1e-6)")  # fmt: skip
     add("--min-size", type=int, default=256, metavar="N", help="tensors with fewer values stay dense (default: 256)")
     add("--rule", type=rule, action="append", default=[], dest="rules", metavar="PATTERN:OPTION=VALUE,…",
         help="options for tensors whose path matches; may be given several times, the first match wins")  # fmt: skip

@@ -61,10 +61,10 @@ def fit(
       mask: `[R, N]` bool, False where a value does not count. None: all count.
       keep_zero: one level is exactly 0.
       tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
-        the proof out (`lower_bound` is 0), and with it the certainty: of 6,732 rows of 300 to 10⁵ values 12 were up to
-        7e-4 of the squared error above the optimum (`python -m experiments.optimality --levels 4,16,64`). A row of 10⁶
-        values takes 0.09 s without and 0.10 s with the proof for 16 levels, 0.2 s and 1.2 s for 256 (`python -m
-        experiments.benchmark_fit rows`). Where arrays are traced, rows with more than some hundred distinct values have
+        the proof out (`lower_bound` is 0), and with it the certainty, though of 11,220 rows of 300 to 10⁵ values the
+        proof improved none (`python -m experiments.optimality`). A row of 10⁶ values takes 0.02 s without and 0.03 s
+        with the proof for 16 levels, 0.07 s and 0.44 s for 256 (`python -m experiments.benchmark_fit rows`). Where
+        arrays are traced, rows with more than some hundred distinct values have
         a bound as coarse as such cells.
 
     Returns:
