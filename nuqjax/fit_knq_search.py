@@ -23,7 +23,7 @@ from jax import lax
 from nuqjax.fit_knq_dense import dense_rows
 from nuqjax.fit_knq_long import LongRows, ShardedRows
 from nuqjax.fit_knq_priced import priced_paths
-from nuqjax.fit_knq_rows import LONG, SortedRows, take
+from nuqjax.fit_knq_rows import SortedRows, take
 from nuqjax.rows import namespace
 
 _FEW_LEVELS = 12  # fewer have as many cells as these
@@ -32,10 +32,11 @@ _CELLS = 32  # when a partition is
 _PARTS = 8  # of a cell that the best paths pass by
 _KEPT = 64  # such parts for each level
 _NARROWINGS = 2
+_NEARLY_SINGLE = 10  # values of a cell, on average, from which it is parted into single values,
+_FINEST_PARTS = 32  # which are so many where the row is dense
 _TRIALS = 16  # of a price
 _ROOMS = tuple(2**e + 2 for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
-_HALF = 48  # steps of a window to each side; of a long row, whose windows cost more and miss nothing,
-_HALF_OF_LONG = 16
+_HALF = 16  # steps of a window to each side
 _ROUNDS = 64
 _LANES = 16  # rows handled at once
 
@@ -214,25 +215,27 @@ def _priced(rows: Rows, num_levels: int, keep_zero: bool):
         return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[0]
     best, price, _ = _path(rows, cuts, price, num_levels, keep_zero, final=True)
     cuts = even_cuts(rows, best, _CELLS * -(-levels // num_levels))
-    for _ in range(_narrowings(length, levels)):
+    for parts in _narrowings(length, levels):
         _, price, excess = _path(rows, cuts, price, num_levels, keep_zero)
-        cuts = _narrower(rows, cuts, excess, _KEPT * levels)
+        cuts = _narrower(rows, cuts, excess, parts, _KEPT * levels)
     return _path(rows, cuts, price, num_levels, keep_zero, final=True)[0]
 
 
-def _narrowings(length: int, num_levels: int) -> int:
-    """Until cells are single values; no more than make them too narrow to matter."""
-    return next((n for n in range(_NARROWINGS) if _CELLS * _PARTS**n * num_levels >= length), _NARROWINGS)
+def _narrowings(length: int, num_levels: int) -> tuple[int, ...]:
+    """Into how many parts, at most, cells are parted each time: the last time into single values, if that is near."""
+    cells = _CELLS * num_levels
+    few = next((n for n in range(_NARROWINGS) if length <= _NEARLY_SINGLE * cells * _PARTS**n), None)
+    return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
 
 
-def _narrower(rows: Rows, cuts, excess, room: int):
+def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
     """At most `room + 2` cuts: the cells nearest to which the best paths pass are parted, the rest is joined."""
     xp = namespace(rows.size)
     low, high = cuts[:, :-1], cuts[:, 1:]
     beside = xp.minimum(excess[:, 1:], excess[:, :-1])
     nearest = xp.argsort(xp.where(high > low, beside, xp.inf), axis=1, stable=True)
     low, high = take(low, nearest), take(high, nearest)
-    parts = xp.minimum(high - low, _PARTS)
+    parts = xp.minimum(high - low, most_parts)
     used = xp.cumsum(parts + 1, axis=1)  # cuts of a cell, its ends among them
     slot = xp.arange(room, dtype=xp.int64)
     cell = xp.cumsum(_marked(xp.minimum(used, room), room), axis=1)
@@ -295,9 +298,8 @@ def polish(rows: Rows, cuts, keep_zero: bool):
     size = rows.size[:, None]
     whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
     sizes = whole[:, 1:] - whole[:, :-1]
-    half = _HALF if rows.nominal <= LONG else _HALF_OF_LONG
-    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * half))
-    offsets = xp.arange(-half, half + 1, dtype=xp.int64)
+    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * _HALF))
+    offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
     end_count, end_total = (x[:, 0] for x in rows.sums_below(size))
     end_above = _above(rows, rows.size, keep_zero)
     if keep_zero:
@@ -305,7 +307,7 @@ def polish(rows: Rows, cuts, keep_zero: bool):
 
     def move(cuts, step):
         places = xp.clip(cuts[:, :, None] + step[:, :, None] * offsets, 0, size[:, :, None])
-        lower, higher = rows.before_ties(places[:, :, :half]), rows.after_ties(places[:, :, half + 1 :])
+        lower, higher = rows.before_ties(places[:, :, :_HALF]), rows.after_ties(places[:, :, _HALF + 1 :])
         places = xp.concatenate([lower, cuts[:, :, None], higher], axis=2)
         count, total = rows.sums_below(places)
         whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
@@ -320,7 +322,7 @@ def polish(rows: Rows, cuts, keep_zero: bool):
         )  # fmt: skip
         chosen = _like(chosen, xp)
         new = xp.take_along_axis(places, chosen[:, :, None], axis=2)[:, :, 0]
-        at_end = ((chosen == 0) | (chosen == 2 * half)) & (new != cuts)
+        at_end = ((chosen == 0) | (chosen == 2 * _HALF)) & (new != cuts)
         settled = xp.all((new == cuts) & (step == 1))
         return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
 
