@@ -110,7 +110,7 @@ def _search(problem: _Problem, price, trials, num_levels: int):
         here = price, error(price, potential, intervals), intervals
         low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
         high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
-        guess = price * (jnp.maximum(intervals, 1) / free) ** 3  # Panter and Dite (1951)
+        guess = price * (jnp.maximum(intervals, 0.5) / free) ** 3  # Panter and Dite (1951)
         bracketed = (low[0] > 0) & (high[0] < jnp.inf)
         # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
         equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)

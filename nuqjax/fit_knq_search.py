@@ -208,7 +208,7 @@ def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> 
 
 def _priced(rows: Rows, num_levels: int, keep_zero: bool):
     """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error."""
-    length, levels = rows.nominal, max(num_levels, _FEW_LEVELS)
+    length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
     cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
     if length <= _CELLS * levels:  # room for every value

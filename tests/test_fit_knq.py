@@ -222,13 +222,16 @@ def test_degenerate_rows():
     np.testing.assert_allclose(fit_knq(jnp.array([[1.0, 2.0, 6.0]]), 1).levels, [[3.0]])
 
 
-@pytest.mark.parametrize("num_levels", [16, 64, 256])
-def test_rows_of_all_lengths_without_the_proof(num_levels):
-    """Mostly the optimum; the rest is what these rows show at worst, rounded up."""
-    for length in (300, 1100, 2300, 5000):
-        row = row_of("t3", length)
-        found = float(fit_knq(row[None], num_levels, tolerance=None).sse[0])
-        assert found <= float(fit_knq(row[None], num_levels).sse[0]) * (1 + 1e-3)
+@pytest.mark.parametrize("kind", ["plain", "pinned", "weighted"])
+@pytest.mark.parametrize("num_levels", [2, 4, 16, 64])
+def test_the_search_finds_the_optimum_without_the_proof(num_levels, kind):
+    rng = np.random.default_rng(num_levels)
+    for length in (300, 1100, 2304, 4608):
+        rows = jnp.asarray(rng.standard_t(3, (9, length)), jnp.float32)
+        weights = jnp.asarray(rng.uniform(size=rows.shape), jnp.float32) if kind == "weighted" else None
+        given = {"weights": weights, "keep_zero": kind == "pinned"}
+        found, proven = (np.asarray(fit_knq(rows, num_levels, tolerance=t, **given).sse) for t in (None, 1e-6))
+        assert (found <= proven * (1 + 1e-6)).all()
 
 
 def test_float64_rows():
