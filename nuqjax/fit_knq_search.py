@@ -28,11 +28,11 @@ from nuqjax.rows import namespace
 
 _FEW_LEVELS = 12  # fewer have as many cells as these
 _SPREAD = 12  # cells of an interval, on average, when nothing is known
-_CELLS = 32  # when a partition is
+_CELLS = 48  # when a partition is
 _PARTS = 8  # of a cell that the best paths pass by
 _KEPT = 64  # such parts for each level
 _NARROWINGS = 2
-_NEARLY_SINGLE = 10  # values of a cell, on average, from which it is parted into single values,
+_NEARLY_SINGLE = 6  # values of a cell, on average, from which it is parted into single values,
 _FINEST_PARTS = 32  # which are so many where the row is dense
 _TRIALS = 16  # of a price
 _ROOMS = tuple(2**e + 2 for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
