@@ -29,7 +29,7 @@ from rich.table import Table
 import nuqjax
 from experiments import images, networks
 from experiments.networks import Network
-from experiments.results import circumstances, write
+from experiments.results import circumstances, keeper
 from experiments.settings import Setting, listed, product
 from experiments.terminal import progress_bars
 
@@ -312,12 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = {"commands": [], "cells": []}
         if args.resume and args.json is not None and args.json.exists():
             before = _read_known(args.json, args.network, args.images)
-        commands = list(dict.fromkeys([*before["commands"], _command(args)]))
-
-        def keep(results: dict[str, Any]) -> None:
-            if args.json is not None:
-                write(args.json, {"commands": commands, **results})
-
+        keep = keeper(args.json, [*before["commands"], _command(args)])
         with progress_bars() as progress:
             results = run(
                 network,

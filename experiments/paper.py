@@ -38,7 +38,7 @@ from experiments.accuracy import describe, sizes
 from experiments.networks import Network, Variables
 from experiments.networks.importing import load_file
 from experiments.paper_scores import outcomes, summary
-from experiments.results import circumstances, read, write
+from experiments.results import circumstances, keeper, read
 from experiments.settings import Setting, listed
 from experiments.sources import Source
 from experiments.terminal import progress_bars
@@ -399,12 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen = sources.kept(sources.load(name, network, args.data, args.calibration))
             calibration = network.preprocess(next(sources.batches(chosen, args.calibration))[0])
         known = read(args.json) if args.json is not None and args.json.exists() else None
-        commands = list(dict.fromkeys([*(known or {}).get("commands", []), _command(args)]))
-
-        def keep(results: dict[str, Any]) -> None:
-            if args.json is not None:
-                write(args.json, {"commands": commands, **results})
-
+        keep = keeper(args.json, [*(known or {}).get("commands", []), _command(args)])
         with progress_bars() as progress:
             results = run(
                 network,

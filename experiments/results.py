@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def write(path: Path, results: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(part, path)
+
+
+def keeper(path: Path | None, commands: Sequence[str]) -> Callable[[dict[str, Any]], None]:
+    """What writes the results so far into a file, under the commands that made them.
+
+    Args:
+      path: the file; None keeps nothing.
+      commands: oldest first; one that comes again is named once.
+    """
+    unique = list(dict.fromkeys(commands))
+
+    def keep(results: dict[str, Any]) -> None:
+        if path is not None:
+            write(path, {"commands": unique, **results})
+
+    return keep
 
 
 def read(path: Path) -> dict[str, Any]:

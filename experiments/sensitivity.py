@@ -36,7 +36,7 @@ from experiments import images, networks
 from experiments.accuracy import scores, sizes
 from experiments.images import LabelledImages
 from experiments.networks import Network, Variables
-from experiments.results import circumstances, write
+from experiments.results import circumstances, keeper
 from experiments.settings import listed, parse_granularity
 from experiments.terminal import progress_bars
 
@@ -312,11 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-
-    def keep(results: dict[str, Any]) -> None:
-        if args.json is not None:
-            write(args.json, {"commands": [_command(args)], **results})
-
+    keep = keeper(args.json, [_command(args)])
     try:
         with progress_bars() as progress:
             results = run(
