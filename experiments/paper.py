@@ -332,17 +332,29 @@ def _emulated(
     return jax.jit(nuqjax.emulate(fn, formats)), tree
 
 
+def _resized(network: Network, resize: int, source: str) -> Network:
+    """The network that sees images at another scale."""
+    if source.partition(":")[0] in ("data", "idx"):
+        raise ValueError(f"the images of the source {source!r} are stored as they are used: --resize does not apply")
+    if resize < network.size:
+        raise ValueError(f"images of {resize} pixels are too small: {network.title} takes {network.size}")
+    return dataclasses.replace(network, resize=resize)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.paper",
         description="Memory at equal accuracy: codebooks against fixed point. Options that take a list take it with "
         "commas; every combination is measured.",
     )
-    everything = [*networks.NETWORKS, *networks.TRAINED_IN_PLACE]
+    everything = [*networks.NETWORKS, *networks.FROM_FILE, *networks.TRAINED_IN_PLACE]
     parser.add_argument("--network", required=True, choices=everything)
     parser.add_argument("--weights", type=Path, help="a weights file (default: the data folder's)")
     parser.add_argument("--data", help="folder with weights/ and images/ (default: $NUQJAX_DATA, else ../shared/data)")
     parser.add_argument("--source", default="data", help="data, idx:FOLDER, folder:FOLDER, zip:FILE, tfds:FOLDER:SPLIT")
+    parser.add_argument(
+        "--resize", type=int, help="bring the shorter side to this many pixels, then cut (default: the network's)"
+    )
     parser.add_argument("--method", type=listed, default=list(METHODS), help=f"(default: {','.join(METHODS)})")
     parser.add_argument("--bits", type=listed, default=["4", "5", "6", "8"], help="index widths (default: 4,5,6,8)")
     parser.add_argument(
@@ -369,7 +381,7 @@ def _command(args: argparse.Namespace) -> str:
     for name, value in vars(args).items():
         if name in ("network", "weights", "source") or name.startswith("calibration"):
             kept = value.name if isinstance(value, Path) else value
-        elif name in ("method", "bits", "codebook_word", "granularity", "scale", "word", "images", "batch"):
+        elif name in ("method", "bits", "codebook_word", "granularity", "scale", "word", "images", "batch", "resize"):
             kept = ",".join(value) if isinstance(value, list) else value
         else:
             continue
@@ -388,8 +400,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for cell in cells:
             cell.setting.options()
         network = networks.get(args.network)
+        if args.resize is not None:
+            network = _resized(network, args.resize, args.source)
         if args.weights is not None:
             network, variables = load_file(network, args.weights)
+        elif args.network in networks.FROM_FILE:
+            raise ValueError(f"{network.title}'s weights come from a file of torchvision's: give it with --weights")
         else:
             variables = networks.load_features(network, images.data_folder(args.data))
         source = sources.kept(sources.load(args.source, network, args.data, args.images), args.workers)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from experiments.networks.network import Arrays, Network, Variables, batch_norm_variables, oihw_to_hwio
+from experiments.networks.network import Arrays, Network, Variables, conv_and_norm
 
 _STAGES = (  # repeats, kernel size, stride of the first block, expansion, output channels
     (1, 3, 1, 1, 16),
@@ -26,8 +26,9 @@ _STAGES = (  # repeats, kernel size, stride of the first block, expansion, outpu
 )
 _NUM_BLOCKS = sum(stage[0] for stage in _STAGES)
 
+_EPSILON = 1e-3
 _conv = partial(nn.Conv, padding="SAME", use_bias=False)
-_batch_norm = partial(nn.BatchNorm, epsilon=1e-3)
+_batch_norm = partial(nn.BatchNorm, epsilon=_EPSILON)
 
 
 def depthwise_as_sum(lhs, rhs, window_strides, padding, **options) -> jax.Array:
@@ -64,17 +65,29 @@ def depthwise_as_sum(lhs, rhs, window_strides, padding, **options) -> jax.Array:
 
 
 class MBConv(nn.Module):
-    """Inverted residual: expand 1×1, depthwise k×k, project 1×1; added to its input where the shapes agree."""
+    """Inverted residual: expand 1×1, depthwise k×k, project 1×1; added to its input where the shapes agree.
+
+    Attributes:
+      channels: of the output.
+      kernel_size: of the depthwise convolution, in pixels.
+      stride: of the depthwise convolution.
+      expansion: channels within over those of the input.
+      depthwise_conv: what computes the depthwise convolution, called like `lax.conv_general_dilated` (None).
+      padding: of the depthwise convolution.
+      epsilon: of the batch-norms.
+    """
 
     channels: int
     kernel_size: int
     stride: int
     expansion: int
     depthwise_conv: Callable | None = None
+    padding: str | int = "SAME"
+    epsilon: float = _EPSILON
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        norm = partial(_batch_norm, use_running_average=not train)
+        norm = partial(nn.BatchNorm, use_running_average=not train, epsilon=self.epsilon)
         shortcut, hidden = x, x.shape[-1] * self.expansion
         if self.expansion != 1:
             x = nn.relu6(norm(name="expand_bn")(_conv(hidden, (1, 1), name="expand")(x)))
@@ -83,6 +96,7 @@ class MBConv(nn.Module):
             hidden,
             window,
             self.stride,
+            padding=self.padding,
             feature_group_count=hidden,
             conv_general_dilated=self.depthwise_conv,
             name="depthwise",
@@ -127,21 +141,17 @@ class EfficientNetLite0(nn.Module):
 def convert(arrays: Arrays) -> Variables:
     """PyTorch names and OIHW kernels to linen's."""
 
-    def conv_and_norm(conv: str, norm: str, name: str) -> tuple[dict, dict]:
-        params, stats = batch_norm_variables(
-            *(arrays[f"{norm}.{p}"] for p in ("weight", "bias", "running_mean", "running_var"))
-        )
-        kernel = oihw_to_hwio(arrays[f"{conv}.weight"])
-        return {name: {"kernel": kernel}, f"{name}_bn": params}, {f"{name}_bn": stats}
-
-    stem, head = conv_and_norm("_conv_stem", "_bn0", "stem"), conv_and_norm("_conv_head", "_bn1", "head")
+    stem, head = (
+        conv_and_norm(arrays, "_conv_stem", "_bn0", "stem"),
+        conv_and_norm(arrays, "_conv_head", "_bn1", "head"),
+    )
     params, batch_stats = stem[0] | head[0], stem[1] | head[1]
     for i in range(_NUM_BLOCKS):
         source, name = f"_blocks.{i}.", f"block{i}"
         params[name], batch_stats[name] = {}, {}
         for number, layer in enumerate(("expand", "depthwise", "project")):
             if f"{source}_{layer}_conv.weight" in arrays:  # the first block has nothing to expand
-                block = conv_and_norm(f"{source}_{layer}_conv", f"{source}_bn{number}", layer)
+                block = conv_and_norm(arrays, f"{source}_{layer}_conv", f"{source}_bn{number}", layer)
                 params[name] |= block[0]
                 batch_stats[name] |= block[1]
     params["classifier"] = {"kernel": arrays["_fc.weight"].T, "bias": arrays["_fc.bias"]}

@@ -1,9 +1,10 @@
-"""Published weights from a local file: torchvision's and Keras' AlexNet and VGG-16, or a network's own layout.
+"""Published weights from a local file: torchvision's, Keras' VGG-16, or a network's own layout.
 
     network, variables = load_file(networks.get("vgg16"), Path("vgg16-397923af.pth"))
 
 Files: `.npz`; `.safetensors`; `.pth` or `.pt` (a state dict; read with `weights_only=True`, which executes no pickled
-code; needs torch); `.h5` (needs h5py). Whose layout a file has is told by the names in it. Nothing is downloaded.
+code; needs torch); `.h5` (needs h5py). Whose layout a file has is told by the names in it; ResNet-50's and
+MobileNetV2's own is torchvision's. Nothing is downloaded.
 """
 
 import dataclasses
@@ -28,6 +29,12 @@ _KERAS_VGG16 = tuple(
     f"block{block}_conv{i + 1}" for block, depth in enumerate((2, 2, 3, 3, 3), 1) for i in range(depth)
 )
 _KERAS_DENSE = ("fc1", "fc2", "predictions")
+# Keras 3's `.weights.h5` names layers by class and number: conv2d, conv2d_1, …
+_KERAS_NUMBERED = {
+    f"{kind}_{i}" if i else kind: layer
+    for kind, layers in (("conv2d", _KERAS_VGG16), ("dense", _KERAS_DENSE))
+    for i, layer in enumerate(layers)
+}
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -134,12 +141,11 @@ def _from_torchvision(network: Network, arrays: Arrays) -> tuple[Network, Variab
 
 def _from_keras(network: Network, arrays: Arrays) -> tuple[Network, Variables] | None:
     """An HDF5 file of `keras.applications.VGG16`, with or without its top: HWIO, `[in, out]`, channels last."""
-    if network.name != "vgg16" or not any(name.split("/")[0] == "block1_conv1" for name in arrays):
+    if network.name != "vgg16" or not any(_keras_layer(name) == "block1_conv1" for name in arrays):
         return None
     found: dict[str, dict[str, np.ndarray]] = {}
-    for name, array in arrays.items():  # block1_conv1/…/kernel:0 of Keras 2 and 3, block1_conv1_W_1:0 of Keras 1
-        layer = name.split("/")[0]
-        found.setdefault(layer, {})["bias" if array.ndim == 1 else "kernel"] = array
+    for name, array in arrays.items():
+        found.setdefault(_keras_layer(name), {})["bias" if array.ndim == 1 else "kernel"] = array
     named = {f"{layer}/{name}": array for layer, both in found.items() for name, array in both.items()}
     complete = all(layer in found for layer in _KERAS_DENSE)
     _check_names(_KERAS_VGG16, named, ("kernel", "bias"), "/")
@@ -149,6 +155,16 @@ def _from_keras(network: Network, arrays: Arrays) -> tuple[Network, Variables] |
         return network, {"params": features}
     dense = {f"Dense_{i}": found[layer] for i, layer in enumerate(_KERAS_DENSE)}
     return dataclasses.replace(network, features=None), {"params": {"features": features} | dense}
+
+
+def _keras_layer(name: str) -> str:
+    """The layer of an array.
+
+    Its name comes first: `block1_conv1/…/kernel:0` of Keras 2 and 3, `…/block1_conv1_W_1:0` of Keras 1, or after the
+    group `model_weights` where a whole model was saved. `layers/conv2d/vars/0` is of Keras 3's `save_weights`.
+    """
+    first, *rest = name.removeprefix("model_weights/").split("/")
+    return _KERAS_NUMBERED.get(rest[0], rest[0]) if first == "layers" and rest else first
 
 
 def caffe_normalise(pixels: np.ndarray) -> np.ndarray:

@@ -87,6 +87,21 @@ def batch_norm_variables(scale, bias, mean, var) -> tuple[dict, dict]:
     return {"scale": scale, "bias": bias}, {"mean": mean, "var": var}
 
 
+def conv_and_norm(arrays: Arrays, conv: str, norm: str, name: str) -> tuple[dict, dict]:
+    """The `params` and the `batch_stats` of `name` and `{name}_bn`: a convolution without bias, then a batch-norm.
+
+    Args:
+      arrays: PyTorch's, kernels in OIHW.
+      conv: the convolution's name in them.
+      norm: the batch-norm's.
+      name: linen's name of the convolution.
+    """
+    of_norm = (arrays[f"{norm}.{p}"] for p in ("weight", "bias", "running_mean", "running_var"))
+    params, stats = batch_norm_variables(*of_norm)
+    kernel = oihw_to_hwio(arrays[f"{conv}.weight"])
+    return {name: {"kernel": kernel}, f"{name}_bn": params}, {f"{name}_bn": stats}
+
+
 def read_weights(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a weights file (`.npz`).
 

@@ -150,17 +150,126 @@ def test_the_same_without_torch(name, tmp_path):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, again))
 
 
+def torch_resnet50(torch):
+    """torchvision's ResNet-50, said again in torch's layers."""
+    nn = torch.nn
+
+    def conv(inputs, outputs, size, stride=1):
+        return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+
+    class Bottleneck(nn.Module):
+        def __init__(self, inputs, channels, stride):
+            super().__init__()
+            self.conv1, self.bn1 = conv(inputs, channels, 1), nn.BatchNorm2d(channels)
+            self.conv2, self.bn2 = conv(channels, channels, 3, stride), nn.BatchNorm2d(channels)
+            self.conv3, self.bn3 = conv(channels, 4 * channels, 1), nn.BatchNorm2d(4 * channels)
+            self.downsample = None
+            if stride != 1 or inputs != 4 * channels:
+                self.downsample = nn.Sequential(conv(inputs, 4 * channels, 1, stride), nn.BatchNorm2d(4 * channels))
+
+        def forward(self, x):
+            y = self.bn1(self.conv1(x)).relu()
+            y = self.bn2(self.conv2(y)).relu()
+            return (self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x))).relu()
+
+    class ResNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = conv(3, 64, 7, 2), nn.BatchNorm2d(64)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+            inputs = 64
+            for stage, depth in enumerate((3, 4, 6, 3)):
+                blocks = []
+                for block in range(depth):
+                    blocks.append(Bottleneck(inputs, 64 << stage, 2 if stage > 0 and block == 0 else 1))
+                    inputs = 256 << stage
+                setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.fc = nn.Linear(inputs, 1000)
+
+        def forward(self, x):
+            x = self.maxpool(self.bn1(self.conv1(x)).relu())
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+            return self.fc(x.mean((2, 3)))
+
+    return ResNet()
+
+
+def torch_mobilenet_v2(torch):
+    """torchvision's MobileNetV2, said again in torch's layers."""
+    nn = torch.nn
+
+    def layer(inputs, outputs, size, stride=1, groups=1):
+        conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
+
+    class InvertedResidual(nn.Module):
+        def __init__(self, inputs, outputs, stride, expansion):
+            super().__init__()
+            hidden = inputs * expansion
+            self.adds = stride == 1 and inputs == outputs
+            layers = [] if expansion == 1 else [layer(inputs, hidden, 1)]
+            layers += [layer(hidden, hidden, 3, stride, hidden), nn.Conv2d(hidden, outputs, 1, bias=False)]
+            self.conv = nn.Sequential(*layers, nn.BatchNorm2d(outputs))
+
+        def forward(self, x):
+            return x + self.conv(x) if self.adds else self.conv(x)
+
+    class MobileNetV2(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers, inputs = [layer(3, 32, 3, 2)], 32
+            stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
+            for expansion, outputs, depth, stride in [*stages, (6, 160, 3, 2), (6, 320, 1, 1)]:
+                for block in range(depth):
+                    layers.append(InvertedResidual(inputs, outputs, stride if block == 0 else 1, expansion))
+                    inputs = outputs
+            self.features = nn.Sequential(*layers, layer(inputs, 1280, 1))
+            self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, 1000))
+
+        def forward(self, x):
+            return self.classifier(self.features(x).mean((2, 3)))
+
+    return MobileNetV2()
+
+
+@pytest.mark.parametrize(("name", "build"), [("resnet50", torch_resnet50), ("mobilenet_v2", torch_mobilenet_v2)])
+def test_a_state_dict_with_batch_norms_gives_torch_s_logits(name, build, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(7)
+    model = build(torch).eval()
+    for norm in model.modules():  # as training would leave them: no two statistics the same
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for tensor in (norm.weight, norm.running_var):
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (norm.bias, norm.running_mean):
+                torch.nn.init.uniform_(tensor, -0.5, 0.5)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    network, variables = load_file(networks.get(name), tmp_path / "weights.pth")
+    assert network.complete
+    images = np.random.default_rng(9).normal(size=(2, 96, 96, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).numpy()
+    for module in filter(None, (network.trained, network.cpu_module)):
+        found = jax.jit(module.apply)(variables, images)
+        # Rounding alone: sums of at most 4608 products in float32, at most 54 layers deep, errors of either sign.
+        np.testing.assert_allclose(found, expected, rtol=0, atol=54 * 4608**0.5 * 2**-22 * np.abs(expected).max())
+
+
 def keras_names(top=True):
     """VGG-16's layers as Keras names them."""
     blocks = [(f"block{b}_conv{i}", None) for b, depth in enumerate((2, 2, 3, 3, 3), 1) for i in range(1, depth + 1)]
     return [name for name, _ in blocks] + (["fc1", "fc2", "predictions"] if top else [])
 
 
-@pytest.mark.parametrize(
-    ("kernel", "bias"),
-    [("{0}/{0}_W_1:0", "{0}/{0}_b_1:0"), ("{0}/{0}/kernel:0", "{0}/{0}/bias:0")],
-    ids=["keras 1", "keras 2"],
-)
+KERAS_FILES = {  # the kernel's and the bias's places; {0} is the layer, {1} its class and number
+    "keras 1": ("{0}/{0}_W_1:0", "{0}/{0}_b_1:0"),
+    "keras 2": ("{0}/{0}/kernel:0", "{0}/{0}/bias:0"),
+    "keras 3, a model": ("model_weights/{0}/{0}/kernel", "model_weights/{0}/{0}/bias"),
+    "keras 3, weights": ("layers/{1}/vars/0", "layers/{1}/vars/1"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "bias"), KERAS_FILES.values(), ids=list(KERAS_FILES))
 @pytest.mark.parametrize("top", [True, False])
 def test_keras_files_of_vgg16(kernel, bias, top, tmp_path):
     h5py = pytest.importorskip("h5py")
@@ -170,10 +279,11 @@ def test_keras_files_of_vgg16(kernel, bias, top, tmp_path):
     random = np.random.default_rng(3)
     written = {}
     with h5py.File(tmp_path / "vgg16.h5", "w") as file:
-        for layer, shape in zip(keras_names(top), layers, strict=False):
+        for i, (layer, shape) in enumerate(zip(keras_names(top), layers, strict=False)):
             written[layer] = {key: random.normal(size=leaf.shape).astype(np.float32) for key, leaf in shape.items()}
-            file[kernel.format(layer)] = written[layer]["kernel"]
-            file[bias.format(layer)] = written[layer]["bias"]
+            numbered = (f"conv2d_{i}" if i < 13 else f"dense_{i - 13}").removesuffix("_0")
+            file[kernel.format(layer, numbered)] = written[layer]["kernel"]
+            file[bias.format(layer, numbered)] = written[layer]["bias"]
         file.create_group("block1_pool")
     network, variables = load_file(SMALL["vgg16"], tmp_path / "vgg16.h5")
     assert network.complete == top
@@ -186,6 +296,35 @@ def test_keras_files_of_vgg16(kernel, bias, top, tmp_path):
         np.testing.assert_array_equal(params[f"Dense_{i}"]["kernel"], written[layer]["kernel"])
     pixels = np.array([[[[255, 0, 128]]]], np.uint8)
     np.testing.assert_allclose(network.preprocess(pixels)[0, 0, 0], [128 - 103.939, -116.779, 255 - 123.68], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Keras in NumPy
+@pytest.mark.parametrize("file", ["vgg16.weights.h5", "vgg16.h5"], ids=["weights", "model"])
+def test_keras_own_vgg16_gives_its_logits(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="Keras itself is asked: pip install keras")
+    pytest.importorskip("h5py")
+    side = 64  # so that the first dense layer is small, and still sees more than one pixel
+    keras.utils.set_random_seed(3)
+    model = keras.applications.VGG16(
+        weights=None, input_shape=(side, side, 3), classes=CLASSES, classifier_activation=None
+    )
+    random = np.random.default_rng(4)
+    for layer in model.layers:
+        if layer.weights:
+            kernel, bias = layer.get_weights()
+            layer.set_weights([kernel, random.normal(0, 0.1, bias.shape)])
+    (model.save_weights if "weights" in file else model.save)(tmp_path / file)
+    wanted = replace(networks.get("vgg16"), module=VGG16(CLASSES), size=side)
+    network, variables = load_file(wanted, tmp_path / file)
+    assert network.complete
+    pixels = random.integers(0, 256, (2, side, side, 3), np.uint8)
+    inputs = network.preprocess(pixels)
+    np.testing.assert_allclose(
+        inputs, keras.applications.vgg16.preprocess_input(pixels.astype(np.float32)), rtol=0, atol=255 * 2**-23
+    )
+    expected = np.asarray(model(inputs))
+    close(jax.jit(network.trained.apply)(variables, inputs), expected)
 
 
 def test_the_data_folders_own_layout_is_read_too(tmp_path):

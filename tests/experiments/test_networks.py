@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+import nuqjax
 from experiments import images, networks
+from experiments.networks import MobileNetV2, ResNet50
 from experiments.networks.efficientnet_lite0 import depthwise_as_sum
 from experiments.networks.network import check_variables
 
@@ -100,6 +103,50 @@ def resnet20(arrays, images):
     return _torch_linear(arrays, x.mean((2, 3)), "linear", 10)
 
 
+def resnet50(arrays, images, width=64, blocks=(3, 4, 6, 3), classes=1000):
+    def layer(x, conv, norm, outputs, size, stride=1):
+        x = _torch_conv(arrays, x, conv, outputs, size, stride=stride, padding=size // 2)
+        return _torch_norm(arrays, x, norm, 1e-5)
+
+    x = jax.nn.relu(layer(images.transpose(0, 3, 1, 2), "conv1", "bn1", width, 7, 2))
+    x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 3, 3), (1, 1, 2, 2), [(0, 0), (0, 0), (1, 1), (1, 1)])
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            name, channels = f"layer{stage}.{block}.", width * 2 ** (stage - 1)
+            stride = 2 if stage > 1 and block == 0 else 1
+            y = jax.nn.relu(layer(x, f"{name}conv1", f"{name}bn1", channels, 1))
+            y = jax.nn.relu(layer(y, f"{name}conv2", f"{name}bn2", channels, 3, stride))
+            y = layer(y, f"{name}conv3", f"{name}bn3", 4 * channels, 1)
+            if block == 0:
+                x = layer(x, f"{name}downsample.0", f"{name}downsample.1", 4 * channels, 1, stride)
+            x = jax.nn.relu(x + y)
+    return _torch_linear(arrays, x.mean((2, 3)), "fc", classes)
+
+
+MOBILENET_V2_BLOCKS = [(1, 16, 1)]  # expansion, channels, stride
+MOBILENET_V2_BLOCKS += [(6, 24, 2), (6, 24, 1), (6, 32, 2), (6, 32, 1), (6, 32, 1)]
+MOBILENET_V2_BLOCKS += [(6, 64, 2), (6, 64, 1), (6, 64, 1), (6, 64, 1), (6, 96, 1), (6, 96, 1), (6, 96, 1)]
+MOBILENET_V2_BLOCKS += [(6, 160, 2), (6, 160, 1), (6, 160, 1), (6, 320, 1)]
+
+
+def mobilenet_v2(arrays, images, blocks=MOBILENET_V2_BLOCKS, classes=1000):
+    def layer(x, name, outputs, size, stride=1, groups=1):
+        x = _torch_conv(arrays, x, f"{name}.0", outputs, size, groups, stride=stride, padding=size // 2)
+        return jnp.clip(_torch_norm(arrays, x, f"{name}.1", 1e-5), 0, 6)
+
+    x = layer(images.transpose(0, 3, 1, 2), "features.0", 32, 3, 2)
+    for number, (expansion, channels, stride) in enumerate(blocks, start=1):
+        y, hidden, part = x, x.shape[1] * expansion, 0
+        name = f"features.{number}.conv"
+        if expansion > 1:
+            y, part = layer(y, f"{name}.0", hidden, 1), 1
+        y = layer(y, f"{name}.{part}", hidden, 3, stride, hidden)
+        y = _torch_norm(arrays, _torch_conv(arrays, y, f"{name}.{part + 1}", channels, 1), f"{name}.{part + 2}", 1e-5)
+        x = x + y if stride == 1 and x.shape[1] == channels else y
+    x = layer(x, f"features.{len(blocks) + 1}", 1280, 1)
+    return _torch_linear(arrays, x.mean((2, 3)), "classifier.1", classes)
+
+
 def _halve(x):
     """2×2 maximum, for even sizes."""
     b, h, w, c = x.shape
@@ -165,16 +212,32 @@ FORWARD = {  # and an input size that keeps the test quick
     "resnet20": (resnet20, 32),
     "alexnet": (alexnet, 79),
     "vgg16": (vgg16, 32),
+    "resnet50": (partial(resnet50, width=8, blocks=(2, 1, 2, 1), classes=10), 32),
+    "mobilenet_v2": (partial(mobilenet_v2, blocks=MOBILENET_V2_BLOCKS[:4], classes=10), 32),
+}
+_FEW_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 1, 2))  # the first four blocks
+SMALL = {
+    "resnet50": ResNet50(10, 8, (2, 1, 2, 1)),
+    "mobilenet_v2": MobileNetV2(10, _FEW_STAGES),
 }
 
 
+def small(name):
+    """The network, or one of its kind that is quick."""
+    network = networks.get(name)
+    if name not in SMALL:
+        return network
+    fast = None if network.cpu_module is None else SMALL[name].clone(depthwise_conv=depthwise_as_sum)
+    return replace(network, module=SMALL[name], cpu_module=fast)
+
+
 def test_every_network_is_tested():
-    assert set(FORWARD) == set(networks.NETWORKS)
+    assert set(FORWARD) == set(networks.NETWORKS | networks.FROM_FILE)
 
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_random_weights_give_the_outputs_of_an_independent_forward_pass(name, random_arrays, tmp_path):
-    network, (forward, size) = networks.get(name), FORWARD[name]
+    network, (forward, size) = small(name), FORWARD[name]
     inputs = np.random.default_rng(3).normal(size=(1, size, size, 3))
     with jax.enable_x64(True):  # so that only rounding far below any mistake remains
         expected = np.asarray(jax.jit(lambda x: forward(random_arrays, x))(inputs))
@@ -188,13 +251,59 @@ def test_random_weights_give_the_outputs_of_an_independent_forward_pass(name, ra
             np.testing.assert_allclose(outputs, expected, rtol=0, atol=3e-11 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("alexnet", 61_100_840), ("vgg16", 138_357_544)])
-def test_the_classic_networks_are_complete(name, parameters):
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("alexnet", 61_100_840), ("vgg16", 138_357_544), ("resnet50", 25_557_032), ("mobilenet_v2", 3_504_872)],
+)
+def test_the_published_networks_are_complete(name, parameters):
     network = networks.get(name)
     shapes = jax.eval_shape(network.module.init, jax.random.key(0), jnp.zeros((1, network.size, network.size, 3)))
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"])) == parameters
     logits = jax.eval_shape(network.module.apply, shapes, jnp.zeros((2, network.size, network.size, 3)))
     assert logits.shape == (2, 1000)
+
+
+class Zeros(dict):
+    """The arrays that a forward pass asks for, without memory of their own."""
+
+    def kernel(self, name, shape, fan_in):
+        return self.setdefault(name, np.broadcast_to(np.float32(0), shape))
+
+    def vector(self, name, size, centre=0.0):
+        return self.setdefault(name, np.broadcast_to(np.float32(0), size))
+
+
+@pytest.mark.parametrize(("name", "forward"), [("resnet50", resnet50), ("mobilenet_v2", mobilenet_v2)])
+def test_published_state_dicts_fit_whole(name, forward):
+    network, arrays = networks.get(name), Zeros()
+    jax.eval_shape(lambda x: forward(arrays, x), jnp.zeros((1, 224, 224, 3)))
+    norms = [key.removesuffix("running_var") for key in arrays if key.endswith("running_var")]
+    counters = {f"{norm}num_batches_tracked": np.array(0) for norm in norms}
+    check_variables(network.module, network.size, network.convert(arrays | counters))
+    # Nothing was left over: a convolution's array in torch is one here, and so is each of a batch-norm's four.
+    assert len(jax.tree.leaves(network.convert(arrays))) == len(arrays)
+
+
+def _is_compressed(leaf):
+    return isinstance(leaf, nuqjax.CodebookArray)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
+def test_networks_from_a_file_fold_compress_and_apply(name):
+    module = {"resnet50": ResNet50(10, 8, (1, 1)), "mobilenet_v2": MobileNetV2(10, _FEW_STAGES[:1])}[name]
+    inputs = jnp.asarray(np.random.default_rng(6).normal(size=(2, 32, 32, 3)), jnp.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    folded, of_folded = nuqjax.fold_batch_norm(module.apply, variables, inputs)
+    expected = np.asarray(jax.jit(module.apply)(variables, inputs))
+    found = np.asarray(jax.jit(folded)(of_folded, inputs))
+    # Rounding alone: sums of at most 147 products, 10 layers deep, errors of either sign.
+    rounding = 10 * 147**0.5 * 2**-22 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding)
+    cparams = nuqjax.compress(of_folded["params"], bits=8, method="dfp")
+    packed = jax.jit(nuqjax.apply(folded))(of_folded | {"params": cparams}, inputs)
+    decoded = jax.jit(folded)(of_folded | {"params": nuqjax.decompress(cparams)}, inputs)
+    np.testing.assert_allclose(packed, decoded, rtol=0, atol=rounding)
+    assert sum(map(_is_compressed, jax.tree.leaves(cparams, is_leaf=_is_compressed))) >= 3
 
 
 def test_untrained_dense_layers_come_from_the_seed(random_arrays, tmp_path):
@@ -206,9 +315,9 @@ def test_untrained_dense_layers_come_from_the_seed(random_arrays, tmp_path):
         np.testing.assert_array_equal(params_of_seed["features"]["Conv_2"]["kernel"], random_arrays["Conv_2/kernel"])
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "tiny_darknet", "resnet20"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "tiny_darknet", "resnet20", "resnet50", "mobilenet_v2"])
 def test_training_mode_gives_new_batch_statistics(name):
-    module, inputs = networks.get(name).module, jnp.zeros((2, 32, 32, 3))
+    module, inputs = small(name).module, jnp.zeros((2, 32, 32, 3))
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
     apply = partial(module.apply, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)})
     _, updated = jax.eval_shape(apply, shapes, inputs)

@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import nuqjax
 from experiments import networks, paper, train
+from experiments.networks import ResNet50
 from experiments.paper_scores import unpack
 from experiments.settings import Setting
+from tests.experiments.conftest import RandomArrays
+from tests.experiments.test_networks import resnet50
 from tests.experiments.test_sources import random_pixels, write_idx
 
 
@@ -137,6 +143,54 @@ def test_activation_words_run_on_integers(folder, tmp_path):
     assert knq[4]["kl"] > knq[16]["kl"]
     assert knq[16]["stored_bytes"] == knq[None]["stored_bytes"]
     assert [cell["cell"]["word"] for cell in cells if cell["cell"]["method"] == "dfp"] == [None, 4, 16]
+
+
+@pytest.fixture
+def resnet50_file(monkeypatch, imagenet_folder):
+    """A small ResNet-50 under torchvision's names, and the folder with images for it."""
+    small = replace(networks.get("resnet50"), module=ResNet50(5, 8, (1, 1)), size=32)
+    monkeypatch.setitem(networks.FROM_FILE, "resnet50", small)
+    arrays = RandomArrays(seed=0)
+    jax.eval_shape(partial(resnet50, arrays, width=8, blocks=(1, 1), classes=5), np.zeros((1, 32, 32, 3)))
+    save_file(dict(arrays), imagenet_folder / "resnet50.safetensors")
+    return imagenet_folder
+
+
+def resnet50_command(folder, *options):
+    weights, source = folder / "resnet50.safetensors", f"zip:{folder / 'images' / 'imagenet_1000.zip'}"
+    return ["--network", "resnet50", "--weights", str(weights), "--data", str(folder), "--source", source, *options]
+
+
+def test_a_network_from_torchvision_s_file_is_measured(resnet50_file, tmp_path):
+    file = tmp_path / "r.json"
+    options = ["--method", "dfp", "--bits", "8", "--batch", "5", "--json", str(file)]
+    assert paper.main(resnet50_command(resnet50_file, *options, "--resize", "40")) == 0
+    results = json.loads(file.read_text())
+    assert (results["network"], results["images"]) == ("resnet50", 5)
+    [cell] = results["cells"]
+    assert "layer2_0/downsample/kernel" in cell["layers"]
+    assert results["float"]["top5"] == 1  # of five classes
+    assert results["commands"][0].endswith("--resize 40 --method dfp --bits 8 --batch 5")
+    assert "resnet50.safetensors" in results["commands"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resize", "31"], "images of 31 pixels are too small: ResNet-50 takes 32"),
+        (["--resize", "40", "--source", "data"], "the images of the source 'data' are stored as they are used"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_refused(options, message, resnet50_file, capsys):
+    with pytest.raises(SystemExit):
+        paper.main(resnet50_command(resnet50_file, *options))
+    assert message in capsys.readouterr().err
+
+
+def test_a_network_from_a_file_asks_for_it(capsys):
+    with pytest.raises(SystemExit):
+        paper.main(["--network", "mobilenet_v2"])
+    assert "MobileNetV2's weights come from a file of torchvision's: give it with --weights" in capsys.readouterr().err
 
 
 def test_the_grid_leaves_out_what_means_nothing():
