@@ -162,11 +162,14 @@ class ShardedRows(NamedTuple):
     def value_at(self, places):
         """The value above each cut `[R, …]`; above the last, the greatest."""
         places = jnp.clip(places, 0, jnp.maximum(_beside(self.size, places) - 1, 0))
-        found = self._value_of_rank(places).astype(jnp.float64)
+        found = self.value_of_rank(places).astype(jnp.float64)
         return jnp.where(_beside(self.size, places) > 0, found / _beside(self.part.unit, places) + 0.0, 0.0)
 
-    def _value_of_rank(self, places):
-        """The greatest float below which there are no more than `places` values: floats ascend as their bits do."""
+    def value_of_rank(self, places):
+        """The value above each cut below the last, in the units and the dtype of the rows.
+
+        It is the greatest float below which there are no more than `places` values: floats ascend as their bits do.
+        """
         dtype = self.part.values.dtype
         kind, bits = (jnp.int32, 32) if dtype == jnp.float32 else (jnp.int64, 64)
 
@@ -175,23 +178,25 @@ class ShardedRows(NamedTuple):
 
         def halve(step, key):
             candidate = key + lax.shift_left(kind(1), (bits - 2 - step).astype(kind))
-            below = lax.psum(self._held_below(value(candidate)), self.axes)
+            below = lax.psum(self.held_below(value(candidate)), self.axes)
             return jnp.where((below <= places) & ((candidate < 0) | (value(candidate) < jnp.inf)), candidate, key)
 
         some = jnp.zeros(places.shape, kind)
         lowest = jnp.full(places.shape, -(2 ** (bits - 1)), kind)
-        key = jnp.where(lax.psum(self._held_below(value(some)), self.axes) <= places, some, lowest)
+        key = jnp.where(lax.psum(self.held_below(value(some)), self.axes) <= places, some, lowest)
         return value(lax.fori_loop(jnp.int32(0), jnp.int32(bits - 1), halve, key))
 
-    def _held_below(self, wanted):
-        """The number of values of this device below each of `wanted`, of the dtype of the values."""
+    def held_below(self, wanted, equal: bool = False):
+        """The number of values of this device below each of `wanted`, of the dtype of the values; or not above."""
         part = self.part
-        return search(lambda middle: take(part.values, middle) < wanted, wanted.shape, part.size, part.length, jnp)
+        before = jnp.less_equal if equal else jnp.less
+        below = lambda middle: before(take(part.values, middle), wanted)  # noqa: E731
+        return search(below, wanted.shape, part.size, part.length, jnp)
 
     def sums_below(self, cuts):
         """Of the values below each cut `[R, …]`, the weight and the sum of weight times value, in units of 2^−frac."""
         inside = cuts < _beside(self.size, cuts)
-        held = jnp.where(inside, self._held_below(self._value_of_rank(cuts)), _beside(self.part.size, cuts))
+        held = jnp.where(inside, self.held_below(self.value_of_rank(cuts)), _beside(self.part.size, cuts))
         return self.part.in_units(lax.psum(self.part.exact_sums_below(held), self.axes))
 
     def cut_below(self, wanted):

@@ -32,13 +32,13 @@ from typing import NamedTuple
 import numpy as np
 
 from nuqjax.fit_knq_path import nothing_yet, potentials
+from nuqjax.fit_knq_proof_rows import CHUNK, Row, merged, origin
 
 _BLOCK, _WINDOW = 32, 64  # cells and cuts handled at once by a pass
 _STRETCH = 2048  # cells of one call
 _BANDS = tuple(2**e for e in range(9, 40, 2))  # few shapes to compile
 _TOGETHER = 8  # rows in one pass
 _ACTIVE = 64  # rows whose cells are held at once
-_CHUNK = 2**17  # values in hand at once
 _SEARCHES = 12  # of λ over coarse cells
 _COARSE = 16  # cells of an interval by rank, and as many by value, for a first λ
 _NARROWEST = 0.45  # of an interval over √tolerance: the cells at its ends
@@ -49,22 +49,6 @@ _ROUNDS = 12
 _TRIALS = 10  # of λ in a round
 _MARGIN = 1.1  # between the leaks assumed and those expected
 _UNIT = 2.0**-53
-
-
-class Row(NamedTuple):
-    """A sorted row.
-
-    Attributes:
-      values: `[n]` ascending float32 or float64; equal values may repeat.
-      unit: a power of two: the proof works on values / unit.
-      weight: `[n]` non-negative float64, or None for 1 each.
-      zero: where one level is held at 0, the cut below a value 0, which must be there (its weight may be 0).
-    """
-
-    values: np.ndarray
-    unit: float
-    weight: np.ndarray | None
-    zero: int | None
 
 
 class _Cells(NamedTuple):
@@ -200,11 +184,10 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
 
 def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) -> _Task:
     """Yields the passes that the row needs; returns the boundaries of the best partition seen and the bound."""
-    count = len(row.values)
-    if count <= num_levels:
+    if row.size <= num_levels:
         return boundaries, 0.0
-    whole = np.concatenate([[0], boundaries, [count]])
-    pinned = row.zero is not None
+    whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
+    pinned = row.pin is not None
     free = num_levels - pinned
     cells = _measured(row, _first_cuts(row, whole))
     best = _partition_error(cells, whole)
@@ -239,7 +222,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) 
             forward, before, band = yield _Request(cells, _at_cuts(up), price, band)
             left_level, leak = _leaks(cells, spread, forward)
             more_up = _more(leak, up, price)
-            rounding = _rounding(float(forward[-1]) + best, band, num_levels, moment)
+            rounding = _rounding(row, cells, float(forward[-1]) + best, band, num_levels, moment)
             without = forward[-1] - free * price - rounding  # more
             bound = max(bound, without - free * more_up)
             whole, best, found = _better(cells, before, whole, best, free)
@@ -264,7 +247,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) 
             continue
         mirror, down = cells.reversed(), np.minimum(down, price / 2)
         backward, _, band = yield _Request(mirror, _at_cuts(down[::-1]), price, band)
-        rounding = max(rounding, _rounding(float(backward[-1]) + best, band, num_levels, moment))
+        rounding = max(rounding, _rounding(row, cells, float(backward[-1]) + best, band, num_levels, moment))
         right_level, leak = _leaks(mirror, spread[::-1], backward)
         more_down = _more(leak, down[::-1], price)
         right_level, backward = -right_level[::-1], backward[::-1]
@@ -280,11 +263,12 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) 
     return whole[1:-1], max(min(bound, best), 0.0)
 
 
-def _rounding(top: float, band: int, num_levels: int, moment: float) -> float:
+def _rounding(row: Row, cells: _Cells, top: float, band: int, num_levels: int, moment: float) -> float:
     """What rounding can do to a bound; `top` is at least φ plus the best error (docs/knq.md, part 6)."""
     merges = band // _BLOCK + 2 * _BLOCK + 2
-    each = 6 * 40 * merges**1.5 + 8 * num_levels + 8 * _CHUNK
-    return _UNIT * (each * top + 128 * math.sqrt(top * moment)) + (128 * _UNIT) ** 2 * moment
+    each = 6 * 40 * merges**1.5 + 8 * num_levels + 8 * CHUNK
+    measured = row.slack(cells.cuts, cells.weight, cells.greatest - cells.least, top)
+    return _UNIT * (each * top + 128 * math.sqrt(top * moment)) + (128 * _UNIT) ** 2 * moment + measured
 
 
 def _at_cuts(leak: np.ndarray) -> np.ndarray:
@@ -364,7 +348,7 @@ def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, f
 def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
     """Σ weight (value − mean of its interval)², the interval of the pinned zero about 0."""
     starts = cells.intervals(whole)
-    weight, mean, square = _merged(cells.weight, cells.mean, cells.square, starts)
+    weight, mean, square = merged(cells.weight, cells.mean, cells.square, starts)
     error = float(square.sum())
     if cells.zero is not None:
         pinned = np.searchsorted(starts, cells.zero, side="right") - 1
@@ -383,15 +367,14 @@ def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:
     low, high = whole[:-1, None], whole[1:, None]
     share = np.arange(1, _COARSE) / _COARSE
     by_rank = low + ((high - low) * share).astype(np.int64)
-    last = len(row.values) - 1
-    ends = (row.values[np.clip(place, 0, last)].astype(np.float64) for place in (low, high - 1))
-    least, most = ends
-    wanted = (least + (most - least) * share).astype(row.values.dtype)
-    by_value = np.searchsorted(row.values, wanted.ravel())
+    ranks = row.settled(np.concatenate([whole, by_rank.ravel()]))
+    last = row.size - 1
+    least, most = (row.values_at(np.clip(place, 0, last)) for place in (low, high - 1))
+    by_value = row.cuts_below((least + (most - least) * share).ravel())
     # The cells at the ends hold one value each: a path pays no leak for beginning there.
-    single = [np.searchsorted(row.values, row.values[0], side="right"), np.searchsorted(row.values, row.values[-1])]
-    pin = [] if row.zero is None else [row.zero, row.zero + 1]
-    return _distinct(np.concatenate([whole, by_rank.ravel(), by_value, np.array(single + pin, np.int64)]))
+    ends = row.values_at(np.array([0, last]))
+    single = row.cuts_above(ends[:1]), row.cuts_below(ends[1:])
+    return _distinct(np.concatenate([ranks, by_value, *single, np.array(row.pin or (), np.int64)]))
 
 
 def _distinct(array: np.ndarray) -> np.ndarray:
@@ -435,10 +418,10 @@ def _finer(
     cell = np.repeat(np.arange(len(low)), inner)
     number = np.arange(len(cell)) - np.repeat(np.cumsum(inner) - inner, inner) + 1
     between = low[cell] + (high - low)[cell] * number // (inner[cell] + 1)
-    tied = row.values[between - 1] == row.values[between]
+    above = row.values_at(between)
+    tied = row.values_at(between - 1) == above
     if tied.any():
-        value = row.values[between[tied]]
-        first, end = (np.searchsorted(row.values, value, side=side) for side in ("left", "right"))
+        first, end = row.cuts_below(above[tied]), row.cuts_above(above[tied])
         between[tied] = np.where(first > low[cell][tied], first, np.minimum(end, high[cell][tied]))
     kept = np.zeros(len(cells.cuts), bool)
     kept[np.searchsorted(cells.cuts, whole)] = True
@@ -449,82 +432,20 @@ def _finer(
         kept[cells.zero : cells.zero + 2] = True
     known = cells.cuts[kept]
     cuts = _distinct(np.concatenate([known, between]))
-    joined = _merged(cells.weight, cells.mean, cells.square, np.flatnonzero(kept[:-1]))
+    joined = merged(cells.weight, cells.mean, cells.square, np.flatnonzero(kept[:-1]))
     from_known = np.searchsorted(known, cuts[:-1], side="right") - 1
     weight, mean, square = (array[from_known] for array in joined)
     new = (known[from_known] != cuts[:-1]) | (known[from_known + 1] != cuts[1:])
-    weight[new], mean[new], square[new] = _measure(row, cuts[:-1][new], cuts[1:][new])
+    weight[new], mean[new], square[new] = row.measure(cuts[:-1][new], cuts[1:][new])
     inside = chosen[np.searchsorted(cells.cuts, cuts[:-1], side="right") - 1]
     return _with_ends(row, cuts, weight, mean, square), inside
 
 
-def _origin(row: Row) -> float:
-    return 0.0 if row.zero is not None else float(row.values[len(row.values) // 2]) / row.unit
-
-
 def _measured(row: Row, cuts: np.ndarray) -> _Cells:
-    return _with_ends(row, cuts, *_measure(row, cuts[:-1], cuts[1:]))
+    return _with_ends(row, cuts, *row.measure(cuts[:-1], cuts[1:]))
 
 
 def _with_ends(row: Row, cuts: np.ndarray, weight: np.ndarray, mean: np.ndarray, square: np.ndarray) -> _Cells:
-    zero = None if row.zero is None else int(np.searchsorted(cuts, row.zero))
-    ends = (row.values[place].astype(np.float64) / row.unit - _origin(row) for place in (cuts[:-1], cuts[1:] - 1))
-    least, greatest = ends
+    zero = None if row.pin is None else int(np.searchsorted(cuts, row.pin[0]))
+    least, greatest = (row.values_at(place) / row.unit - origin(row) for place in (cuts[:-1], cuts[1:] - 1))
     return _Cells(cuts, weight, mean, np.where(greatest > least, square, 0.0), least, greatest, zero)
-
-
-def _measure(row: Row, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weight, mean and squared error of ranges of values, some at a time."""
-    pieces = -(-(high - low) // _CHUNK)
-    owner = np.repeat(np.arange(len(low)), pieces)
-    first_piece = np.cumsum(pieces) - pieces
-    start = low[owner] + (np.arange(len(owner)) - first_piece[owner]) * _CHUNK
-    end = np.minimum(start + _CHUNK, high[owner])
-    found = np.empty((3, len(start)))
-    total = np.cumsum(end - start)
-    here = 0
-    while here < len(start):
-        known = total[here - 1] if here else 0
-        following = max(int(np.searchsorted(total, known + _CHUNK, side="right")), here + 1)
-        found[:, here:following] = _measure_at_once(row, start[here:following], end[here:following])
-        here = following
-    weight, mean, square = found
-    return (weight, mean, square) if len(start) == len(low) else _merged(weight, mean, square, first_piece)
-
-
-def _measure_at_once(row: Row, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    counts = end - start
-    starts = np.cumsum(counts) - counts
-    if (end[:-1] == start[1:]).all():
-        place = slice(start[0], end[-1])
-    else:
-        place = np.repeat(start - starts, counts) + np.arange(counts.sum())
-    away = row.values[place].astype(np.float64)
-    away /= row.unit
-    first = away[starts]
-    away -= np.repeat(first, counts)
-    if row.weight is None:
-        total = counts.astype(np.float64)
-        shift = np.add.reduceat(away, starts) / total
-    else:
-        weight = row.weight[place]
-        total = np.add.reduceat(weight, starts)
-        shift = np.add.reduceat(away * weight, starts) / np.where(total > 0, total, 1.0)
-    away -= np.repeat(shift, counts)
-    away *= away
-    if row.weight is not None:
-        away *= weight
-    return total, (first - _origin(row)) + shift, np.add.reduceat(away, starts)
-
-
-def _merged(
-    weight: np.ndarray, mean: np.ndarray, square: np.ndarray, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cells from each of `starts` to the next as one (Chan, Golub and LeVeque 1983)."""
-    counts = np.diff(np.append(starts, len(weight)))
-    total = np.add.reduceat(weight, starts)
-    first = mean[starts]
-    away = mean - np.repeat(first, counts)
-    shift = np.add.reduceat(away * weight, starts) / np.where(total > 0, total, 1.0)
-    away -= np.repeat(shift, counts)
-    return total, first + shift, np.add.reduceat(square + away * away * weight, starts)

@@ -213,12 +213,20 @@ def count_rows(
 
     With `axes`, those of a mesh over whose devices the values of a row are distributed, the counts are added up.
     """
-    xp = namespace(rows)
-    length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
-    frac = fraction_bits(length)
-    patterns, ordered = _ordered_patterns(rows.dtype)
-    counts = _pattern_counts(rows, mask)[:, patterns]
+    counts = pattern_counts(rows, mask)
     counts = lax.psum(counts, axes) if axes else counts
+    length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
+    return join_counts(counts, rows.dtype, length, scale, keep_zero, sizes)
+
+
+def join_counts(
+    counts: Any, dtype: Any, length: int, scale: Any, keep_zero: bool, sizes: Sequence[int] = ()
+) -> SortedRows:
+    """Rows of `length` values of a 16-bit dtype from how many of them have each bit pattern, `[R, 2¹⁶]`."""
+    xp = namespace(counts)
+    frac = fraction_bits(length)
+    patterns, ordered = _ordered_patterns(dtype)
+    counts = counts[:, patterns]
     values = xp.asarray(ordered)[None] / scale[:, None]
     masses = counts.astype(xp.int64)
     there = masses > 0
@@ -242,7 +250,7 @@ def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
     return patterns[keep][order].astype(np.int32), values[keep][order]
 
 
-def _pattern_counts(rows, mask):
+def pattern_counts(rows, mask):
     """`[R, 2¹⁶]` how many values have each bit pattern, those of −0 counted with 0."""
     if isinstance(rows, np.ndarray):
         patterns = rows.view(np.uint16)

@@ -1,15 +1,11 @@
 """Levels of a leaf that is distributed over a mesh, fitted where its values are: no device sees the whole leaf."""
 
-from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from nuqjax.assign import Fit
-from nuqjax.fit_knq import fit_knq_part
-from nuqjax.rows import channel_shape, row_shape, to_channels
+from nuqjax.fit_knq_mesh import fit_on_mesh
 
 
 def fit_leaf_on_mesh(
@@ -26,7 +22,8 @@ def fit_leaf_on_mesh(
     """Fits `knq` levels to a leaf, one codebook for each slice or for each of its output channels.
 
     Devices exchange counts and sums of their values (of rows shorter than 65,536 float values, the row), and the levels
-    are bit for bit those of the same leaf on one device.
+    are bit for bit those of the same leaf on one device. With a `tolerance`, rows that are short, or that one device
+    holds whole, come to the host a few at a time; of others it gets the same counts and sums (`fit_knq_mesh`).
 
     Args:
       array: `[*S, …]` with a `NamedSharding`.
@@ -41,41 +38,9 @@ def fit_leaf_on_mesh(
     Returns:
       A `Fit` with as many rows as there are codebooks.
     """
-    sharding = array.sharding
-    assert isinstance(sharding, NamedSharding)
-    spec = (*sharding.spec, *[None] * array.ndim)[: array.ndim]
     outputs = [stack_axes + axis for axis in axes] if by_channel else []
-    of_rows = [*range(stack_axes), *outputs]  # the axes along which codebooks differ
-    of_values = [axis for axis in range(array.ndim) if axis not in of_rows]
-    names = [spec[axis] or () for axis in of_values]
-    mesh_axes = tuple(name for given in names for name in ((given,) if isinstance(given, str) else given))
-    slice_shape = array.shape[stack_axes:]
-    codebooks, _ = row_shape(*channel_shape(slice_shape, axes), "channel" if by_channel else "tensor")
-    count = codebooks * int(np.prod(array.shape[:stack_axes]))
-
-    def part(block, weights):
-        shape = [block.shape[axis] for axis in of_rows]
-
-        def rows(x):
-            slices = x.reshape(-1, *x.shape[stack_axes:])
-            channels = jax.vmap(partial(to_channels, axes=axes))(slices)
-            return channels.reshape(int(np.prod(shape)), -1)  # the order of a row's values does not matter
-
-        fitted = fit_knq_part(
-            rows(block), num_levels, None if weights is None else rows(weights), None,
-            keep_zero=keep_zero, tolerance=tolerance, count=count, axes=mesh_axes,
-        )  # fmt: skip
-        return Fit(*(x.reshape(*shape, *x.shape[1:]) for x in fitted))
-
-    whole, by_row = PartitionSpec(*spec), PartitionSpec(*(spec[axis] for axis in of_rows))
-    if importance is not None:
-        importance = jax.device_put(importance, sharding)
-    run = jax.shard_map(
-        part,
-        mesh=sharding.mesh,
-        in_specs=(whole, None if importance is None else whole),
-        out_specs=by_row,
-        check_vma=False,
-    )
-    fitted = jax.jit(run)(array, importance)
-    return Fit(*(x.reshape(count, *x.shape[len(of_rows) :]) for x in fitted))
+    of_rows = (*range(stack_axes), *outputs)
+    fitted = fit_on_mesh(
+        array, importance, None, of_rows, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance
+    )  # fmt: skip
+    return Fit(*(x.reshape(-1, *x.shape[len(of_rows) :]) for x in fitted))

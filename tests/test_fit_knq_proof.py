@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_path import nothing_yet, potentials
-from nuqjax.fit_knq_proof import Row, prove
+from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_proof_rows import HostRow
 
 
 def interval_error(values, weight, zero):
@@ -40,7 +41,7 @@ def optimum(values, weight, num_levels, zero=None):
 def proven(values, weight, num_levels, boundaries, zero=None, tolerance=1e-6, unit=1.0):
     """The cuts and the bound of one row."""
     with jax.enable_x64(True):
-        row = Row(values, unit, weight, zero)
+        row = HostRow(values, unit, weight, zero)
         cuts, bounds = prove([row], np.asarray(boundaries)[None], num_levels, tolerance)
     return cuts[0], bounds[0]
 
@@ -157,7 +158,7 @@ def test_many_rows_are_proven_as_one_by_one(weighted, pinned):
     for r in range(11):
         values = np.sort(np.append(generator.standard_t(3, 500 + 130 * r), 0.0)).astype(np.float32)
         weight = generator.exponential(size=len(values)) if weighted else None
-        rows.append(Row(values, 1.0, weight, int(np.searchsorted(values, 0.0)) if pinned else None))
+        rows.append(HostRow(values, 1.0, weight, int(np.searchsorted(values, 0.0)) if pinned else None))
     boundaries = np.stack([np.arange(1, 8) * len(row.values) // 8 for row in rows])
     with jax.enable_x64(True):
         cuts, bounds = prove(rows, boundaries, 8, 1e-6)

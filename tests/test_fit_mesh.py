@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 
-_PROGRAM = """
+_BEGIN = """
 import re
 
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import nuqjax
-from nuqjax.fit_knq import _fit_on_mesh
+from nuqjax.fit_knq_mesh import Layout, fit_at_once
 
 assert jax.device_count() == 8
 values = np.random.default_rng(0).standard_t(3, (2, 2**17)).astype(np.float32)
@@ -22,9 +22,8 @@ def mesh_of(shape, names):
     return jax.make_mesh(shape, names, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
 
 
-def gathered(rows, num_levels):  # bytes that any one operation brings together from all devices
-    given = dict(weights=None, mask=None, sharding=rows.sharding, keep_zero=False, tolerance=None)
-    text = _fit_on_mesh.lower(rows, num_levels, **given).compile().as_text()
+def gathered(compiled):  # bytes that any one operation brings together from all devices
+    text = compiled.as_text()
     kinds = set(re.findall(r" (all-[a-z-]+|collective-[a-z]+)\\(", text))
     assert kinds <= {"all-reduce", "all-reduce-start", "all-reduce-done"}, kinds
     sizes = {"s32": 4, "u32": 4, "s64": 8, "f32": 4, "f64": 8}
@@ -34,47 +33,192 @@ def gathered(rows, num_levels):  # bytes that any one operation brings together 
     return max(sizes[kind] * int(np.prod([int(n) for n in size.split(",") if n])) for kind, size in shapes)
 
 
+def gap(fitted):  # that of the worst row
+    sse, bound = (np.asarray(x, np.float64) for x in (fitted.sse, fitted.lower_bound))
+    assert (bound <= sse).all()
+    return ((sse - bound) / sse).max()
+
+
+def same(rows, num_levels, mesh, spec, **options):  # proven to 1e-6, and to the same bits as on one device
+    one = nuqjax.fit(rows, num_levels, **options)
+    many = nuqjax.fit(jax.device_put(rows, NamedSharding(mesh, spec)), num_levels, **options)
+    np.testing.assert_array_equal(many.levels, one.levels)
+    np.testing.assert_array_equal(many.scale, one.scale)
+    assert max(gap(one), gap(many)) <= 1e-6 + 2.0**-22
+    np.testing.assert_allclose(many.sse, one.sse, rtol=2.0**-22)
+    np.testing.assert_allclose(many.lower_bound, one.lower_bound, rtol=2.0**-22)
+
+
+rng = np.random.default_rng(1)
+square = mesh_of((2, 4), ("rows", "values"))
+both = P("rows", "values")
+"""
+
+_LEVELS = """
 for dtype, num_levels, devices, spec in (
-    (np.float32, 4, 2, P(None, "d")),
     (np.float32, 4, 8, P(None, "d")),
     (np.float32, 4, 2, P("d")),
-    (np.float32, 16, 4, P(None, "d")),
     (jnp.bfloat16, 16, 8, P(None, "d")),
 ):
     rows = jnp.asarray(values, dtype)
     one = nuqjax.fit(rows, num_levels, tolerance=None)
     placed = jax.device_put(rows, NamedSharding(mesh_of((devices,), ("d",)), spec))
-    fitted = nuqjax.fit(placed, num_levels, tolerance=None)
+    given = dict(num_levels=num_levels, layout=Layout(placed.sharding, rows.shape, (0,)), keep_zero=False)
+    run = fit_at_once.lower(placed, None, None, tolerance=None, **given).compile()
+    fitted = run(placed, None, None)
     np.testing.assert_array_equal(fitted.levels, one.levels)
     np.testing.assert_array_equal(fitted.scale, one.scale)
-    if num_levels == 4 and devices == 8:  # counts and sums below some cuts
-        assert gathered(placed, num_levels) < rows.nbytes / 10
     if dtype == jnp.bfloat16:  # a table of bit patterns
-        assert gathered(placed, num_levels) <= 2 * 4 * 2**16
+        assert gathered(run) <= 2 * 4 * 2**16
+    elif devices == 8:  # counts and sums below some cuts
+        assert gathered(run) < rows.nbytes / 10
 
-rng = np.random.default_rng(1)
+# With a proof: rows of which only counts and sums leave the devices, two by two; rows brought to the host; counts.
+same(rng.standard_t(3, (4, 2**17)).astype(np.float32), 4, square, both)
+heavy = dict(weights=rng.exponential(size=(1, 2**17)) ** 3, mask=rng.random((1, 2**17)) < 0.9)
+heavy = {name: jnp.asarray(x, jnp.float32 if name == "weights" else bool) for name, x in heavy.items()}
+same(values[:1], 16, mesh_of((4,), ("d",)), P(None, "d"), keep_zero=True, **heavy)
+same(jnp.asarray(values, jnp.bfloat16), 16, square, both)
+same(values, 16, square, P("rows"))
+same(rng.standard_t(3, (10, 4000)).astype(np.float32), 16, square, both)
+same(rng.standard_t(3, (6, 600)).astype(np.float32), 4, square, P(), keep_zero=True)
+
 params = {
     "a": jnp.asarray(rng.standard_t(3, (256, 64)), jnp.float32),
-    "b": jnp.asarray(rng.standard_normal((3, 64, 32)), jnp.float32),
+    "b": jnp.asarray(rng.standard_normal((4, 64, 32)), jnp.float32),
 }
-mesh = mesh_of((2, 4), ("data", "model"))
-specs = {"a": P("data", "model"), "b": P(None, "data", "model")}
-placed = {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in params.items()}
+specs = {"a": P("rows", "values"), "b": P("values", None, "rows")}
+placed = {name: jax.device_put(leaf, NamedSharding(square, specs[name])) for name, leaf in params.items()}
 heavy = {name: jnp.asarray(rng.uniform(size=leaf.shape), jnp.float32) for name, leaf in params.items()}
-for options in ({"granularity": "channel", "keep_zero": True}, {"sensitivity": heavy}):
-    options = {"rules": [nuqjax.Rule("b", stack_axes=1, skip=False)], "bits": 2} | options
-    one, many = nuqjax.compress(params, **options), nuqjax.compress(placed, **options)
+for options in (
+    {"granularity": "channel", "keep_zero": True, "tolerance": None},
+    {"sensitivity": heavy, "tolerance": None},
+    {"sensitivity": heavy, "tolerance": 1e-6},
+    {"granularity": "channel", "tolerance": 1e-6, "rules": [nuqjax.Rule("b", stack_axes=1, axis=0, skip=False)]},
+):
+    options = {"rules": [nuqjax.Rule("b", stack_axes=1, skip=False)], "bits": 2, "return_report": True} | options
+    (one, _), (many, told) = nuqjax.compress(params, **options), nuqjax.compress(placed, **options)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         np.testing.assert_array_equal(a, b)
+    if options["tolerance"] is not None:
+        assert all(leaf.certificate <= 1e-6 + 2.0**-22 for leaf in told.leaves)
 print("the same bits")
 """
 
+_PROOFS = """
+import kmeans1d
 
-def test_levels_and_indices_are_the_same_bits_on_any_mesh_and_no_array_is_gathered():
+from nuqjax.fit_knq_long import sort_long_rows
+from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_proof_mesh import _ASKED, MeshRow, Place, _cuts, _sums, _values, hold
+from nuqjax.fit_knq_proof_rows import HostRow
+
+size = 12000
+by_values = P(None, "d")
+half = size // 2
+families = {
+    "t3": rng.standard_t(3, size),
+    "lattice": np.round(300 * rng.standard_normal(size)),
+    "outlier": np.append(rng.standard_normal(size - 1) + 20 * (np.arange(size - 1) % 2), 1e6),
+    "far apart": np.append(rng.standard_normal(half), 1e4 + rng.standard_normal(half)),
+    "tiny": 1e-30 * rng.laplace(size=size),
+}
+
+
+def on_devices(mesh, values, weight, unit, pinned):  # what they hold, and the row as the proof sees it
+    place = Place(mesh, (), ("d",), size)
+
+    def part(x, w):
+        rows = sort_long_rows(x, jnp.full(1, unit), w, None, pinned, ("d",))
+        return hold(rows), rows.zero
+
+    run = jax.jit(place.run(part, (by_values, None if weight is None else by_values), (place.of_devices, P())))
+    own = NamedSharding(mesh, by_values)
+    state, zero = run(*(None if x is None else jax.device_put(x[None], own) for x in (values, weight)))
+    zero = int(zero[0]) if pinned else None
+    return state, place, MeshRow(state, place, 0, size + pinned, unit, zero)
+
+
+def on_the_host(values, weight, unit, pinned):
+    order = np.argsort(values, kind="stable")
+    values, weight = values[order], np.ones(size) if weight is None else weight[order]
+    zero = int(np.searchsorted(values, 0.0)) if pinned else None
+    if pinned:
+        values, weight = np.insert(values, zero, 0.0), np.insert(weight, zero, 0.0)
+    return HostRow(values, unit, weight, zero)
+
+
+with jax.enable_x64(True):
+    for devices, family, dtype, weighted, pinned in (
+        (2, "t3", np.float32, False, False),
+        (4, "t3", np.float32, False, False),
+        (8, "t3", np.float32, False, False),
+        (8, "outlier", np.float32, False, False),
+        (8, "lattice", np.float32, False, False),
+        (8, "far apart", np.float32, False, False),
+        (8, "tiny", np.float32, False, False),
+        (4, "t3", np.float32, True, True),
+        (4, "lattice", np.float32, True, True),
+        (4, "tiny", np.float64, False, True),
+    ):
+        values, weight = families[family].astype(dtype), None
+        if weighted:
+            weight = rng.exponential(size=size) ** 4
+            weight /= weight.max()
+        unit = float(2.0 ** np.floor(np.log2(np.abs(values).max())))
+        state, place, mesh_row = on_devices(mesh_of((devices,), ("d",)), values, weight, unit, pinned)
+        host_row = on_the_host(values, weight, unit, pinned)
+
+        places = np.unique(rng.integers(0, mesh_row.size, 300))
+        np.testing.assert_array_equal(mesh_row.values_at(places), host_row.values_at(places))
+        wanted = np.append(values[:300].astype(np.float64), [-1e9, 0.0, 1e9])
+        for asked in ("cuts_below", "cuts_above"):
+            np.testing.assert_array_equal(getattr(mesh_row, asked)(wanted), getattr(host_row, asked)(wanted))
+        cuts = np.unique(mesh_row.settled(np.append(places, mesh_row.size)))
+        cuts = np.unique(np.append(cuts, mesh_row.pin or 0))
+        low, high = cuts[:-1][::2], cuts[1:][::2]
+        for a, b in zip(mesh_row.measure(low, high), host_row.measure(low, high), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14 * np.abs(b).max())
+
+        for num_levels in (4, 16, 64):
+            bad = np.arange(1, num_levels)[None]
+            (many,), (bound,) = prove([mesh_row], bad, num_levels, 1e-6)
+            (one,), (other,) = prove([host_row], bad, num_levels, 1e-6)
+            np.testing.assert_array_equal(many, one)
+            # Equal values are parted by their places on one device only.
+            np.testing.assert_allclose(bound, other, rtol=1e-6 if family == "lattice" else 1e-9)
+            if not weighted and not pinned:
+                row = host_row.values / unit
+                levels = np.sort(kmeans1d.cluster(row, num_levels).centroids)
+                nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, row)]
+                best = ((row - nearest) ** 2).sum()
+                assert best * (1 - 2e-6) <= bound <= best * (1 + 1e-11)
+
+    floats, number = np.zeros(_ASKED), np.int32(0)  # of the last, float64 and with a pin
+    for lowered in (
+        _values.lower(state, number, floats.astype(np.int64), place=place),
+        _cuts.lower(state, number, floats, place=place),
+        _sums.lower(state, number, *[floats] * 4, place=place, squares=False),
+        _sums.lower(state, number, *[floats] * 4, place=place, squares=True),
+    ):
+        assert gathered(lowered.compile()) <= 2 * 2 * 8 * _ASKED  # of two sums, two integers each
+print("proven")
+"""
+
+
+def _run(program: str) -> str:
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
-    run = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", _BEGIN + program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.strip() == "the same bits"
+    return run.stdout.strip()
+
+
+def test_levels_and_indices_are_the_same_bits_on_any_mesh_and_no_array_is_gathered():
+    assert _run(_LEVELS) == "the same bits"
+
+
+def test_rows_on_a_mesh_are_proven_as_on_one_device_and_no_array_is_gathered():
+    assert _run(_PROOFS) == "proven"

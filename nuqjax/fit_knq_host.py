@@ -1,0 +1,151 @@
+"""Rows fitted on the host: NumPy sorts them much faster than XLA does on a CPU, and the proof refines its bound."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax.assign import Fit, working_dtype
+from nuqjax.fit_knq_error import nearest_errors
+from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_rows
+from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts
+from nuqjax.fit_knq_search import Rows
+
+_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of rows with few distinct values: few shapes to compile
+_STRETCH = 2**16  # values whose errors are held at once
+
+
+def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
+    """Fits NumPy rows `[R, N]`, and `weights` and `mask` like them or None; a row's results do not depend on others."""
+    sizes = _sizes(task)
+    scale = _host_scale(rows, mask, dtype)
+    chunk = _chunk(rows.shape[0], rows.shape[1])
+
+    def fit_from(start):
+        here = slice(start, start + chunk)
+        fitted = min(chunk, rows.shape[0] - start)
+        fill = chunk - fitted
+
+        def part(array):
+            if array is None:
+                return None
+            return array[here] if not fill else np.pad(array[here], ((0, fill), (0, 0)), mode="edge")
+
+        heavy, counted = part(weights), part(mask)
+        unit = np.ldexp(1.0, np.pad(scale[here], (0, fill), mode="edge"))
+        with jax.enable_x64(True):  # of this thread
+            ordered = ordered_rows(part(rows), dtype, unit, heavy, counted, task.keep_zero, sizes)
+            levels, error, bound = _levels_and_error(ordered, unit, task, dtype, fitted)
+        if weights is not None:
+            heaviest = _heaviest(heavy, counted)[:fitted]
+            error, bound = error * heaviest, bound * heaviest
+        return levels, error, bound
+
+    starts = range(0, rows.shape[0], chunk)
+    if len(starts) == 1:
+        parts = [fit_from(0)]
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            parts = list(threads.map(fit_from, starts))
+    levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return rounded_fit(levels, error, bound, np.ldexp(1.0, scale), dtype)
+
+
+def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fit:
+    """As `fit_on_host` for rows of `length` 16-bit values, from the counts `[R, 2¹⁶]` by bit pattern."""
+    dtype, sizes = working_dtype(values_dtype), _sizes(task)
+    parts, units = [], []
+    for row in counts:
+        there = np.flatnonzero(row).astype(np.uint16).view(values_dtype)
+        there = there if len(there) else np.zeros(1, values_dtype)
+        unit = np.ldexp(1.0, _host_scale(there[None], None, dtype))
+        units.append(unit)
+        with jax.enable_x64(True):
+            ordered = join_counts(row[None], values_dtype, length, unit, task.keep_zero, sizes)
+            parts.append(_levels_and_error(ordered, unit, task, dtype, 1))
+    levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return rounded_fit(levels, error, bound, np.concatenate(units), dtype)
+
+
+def _chunk(count: int, size: int) -> int:
+    """Rows handled at once: one of few numbers, for few shapes to compile."""
+    if size <= SHORT:
+        return 64 if count <= 64 else 1024
+    return 1 if count == 1 or size > LONG else 64 if count > 64 else 16
+
+
+def _sizes(task: Task) -> list[int]:
+    return [size for size in _SIZES if size <= task.dense_cuts]
+
+
+def _levels_and_error(ordered: Rows, unit: np.ndarray, task: Task, dtype, fitted: int):
+    """The levels of the first `fitted` rows, their error and the bound, for weights relative to the largest."""
+    levels, bound = fit_sorted(ordered, task, fitted)
+    # Levels are rounded in the units of the rows, and their error is that of what was rounded.
+    levels = (levels[:fitted] * unit[:fitted, None]).astype(dtype)
+    error = _host_error(ordered, levels.astype(np.float64) / unit[:fitted, None], task.keep_zero)
+    return levels, error, bound[:fitted]
+
+
+def rounded_fit(levels: np.ndarray, error: np.ndarray, bound: np.ndarray, unit: np.ndarray, dtype) -> Fit:
+    """A `Fit` of what was computed in float64, in the rows' working dtype."""
+    below = np.nextafter(np.minimum(bound, error).astype(dtype), dtype.type(0))  # a bound stays one when it is rounded
+    rounded = levels, error.astype(dtype), below, unit.astype(dtype)
+    return Fit(*(jnp.asarray(x) for x in rounded))
+
+
+def _heaviest(weights, mask):
+    """`[R]` the largest weight of each row."""
+    counted = weights if mask is None else np.where(mask, weights, 0)
+    return counted.astype(np.float64).max(axis=1)
+
+
+def _host_scale(rows, mask, dtype) -> np.ndarray:
+    """`[R]` exponents: as `row_scale`, without compiling."""
+    if rows.dtype.itemsize == 2:  # patterns ascend with the magnitude, and NumPy is slow at these dtypes
+        magnitude = rows.view(np.uint16) & np.uint16(0x7FFF)
+        magnitude = magnitude if mask is None else np.where(mask, magnitude, 0)
+        largest = magnitude.max(axis=1).view(rows.dtype).astype(dtype)
+    else:
+        counted = rows if mask is None else np.where(mask, rows, 0)
+        largest = np.maximum(counted.max(axis=1), -counted.min(axis=1)).astype(dtype)
+    limit = 1022 if dtype == np.float64 else 126
+    exponent = np.clip(np.frexp(largest)[1] - 1, -limit, limit)
+    return np.where(largest >= np.finfo(dtype).tiny, exponent, 0)
+
+
+def _host_error(rows: Rows, levels: np.ndarray, keep_zero: bool) -> np.ndarray:
+    """`[R]` Σ weight (value − nearest level)²."""
+    if isinstance(rows, SortedRows) and rows.length <= SHORT:
+        count, weight = rows.count[: len(levels)], rows.weight
+        weight = np.diff(count, axis=1).astype(np.float64) if weight is None else weight[: len(levels)]
+        return nearest_errors(rows.values[: len(levels)], weight, levels)
+    errors = np.empty(len(levels))
+    for r, row_levels in enumerate(levels):
+        row = host_row(rows, r, keep_zero)
+        # No value lies between a midpoint and the float of the values' dtype below it.
+        middle = (row_levels[1:] + row_levels[:-1]) / 2 * row.unit
+        below = middle.astype(row.values.dtype)
+        below = np.where(below > middle, np.nextafter(below, below.dtype.type(-np.inf)), below)
+        ends = np.concatenate([[0], np.searchsorted(row.values, below, side="right"), [len(row.values)]])
+        if len(row.values) <= _STRETCH:
+            away = row.values / row.unit - np.repeat(row_levels, np.diff(ends))
+            errors[r] = (away * away if row.weight is None else away * away * row.weight).sum()
+            continue
+
+        def error(stretch, row=row):
+            start, end, level = stretch
+            away = row.values[start:end].astype(np.float64) / row.unit - level
+            away *= away
+            return float((away if row.weight is None else away * row.weight[start:end]).sum())
+
+        stretches = [
+            (start, min(start + _STRETCH, end), level)
+            for begin, end, level in zip(ends[:-1], ends[1:], row_levels, strict=True)
+            for start in range(begin, end, _STRETCH)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            errors[r] = sum(threads.map(error, stretches))
+    return errors

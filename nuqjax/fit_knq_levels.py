@@ -1,0 +1,117 @@
+"""From rows to a sorted form, and from there to levels and a bound; on the host, traced, and on a mesh."""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nuqjax.fit_knq_long import LongRows, sort_long_rows
+from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_proof_rows import HostRow
+from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
+from nuqjax.fit_knq_search import Rows, bound_of_sum, partition, polish, squared_error_bound
+from nuqjax.rows import namespace
+
+_FEW_ROWS = 8
+_COUNTED = 2**13  # longer rows of 16-bit values are counted, not sorted
+SHORT = 256  # distinct values that the dense programme holds and proves by itself, however many rows
+
+
+class Task(NamedTuple):
+    """What is asked of a fit, and how many cuts its dense programme has."""
+
+    num_levels: int
+    keep_zero: bool
+    tolerance: float | None
+    dense_cuts: int
+
+
+def dense_cuts(count: int, length: int) -> int:
+    """Cuts of the dense programme: all that there can be of a short row; of longer ones a few hundred."""
+    if count > _FEW_ROWS:
+        return 256
+    return 1024 if length <= 1024 else 512
+
+
+def row_length(rows, axes) -> int:
+    """Values of a row, those on other devices among them."""
+    return rows.shape[1] * (lax.axis_size(axes) if axes else 1)
+
+
+def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, sizes=(), axes=()) -> Rows:
+    """Rows sorted in the way that suits their length and dtype; distributed ones over the mesh axes `axes`."""
+    length = row_length(rows, axes)
+    if weights is None and rows.dtype.itemsize == 2 and length > _COUNTED:
+        return count_rows(rows, unit, mask, keep_zero, sizes, axes)
+    rows = rows if rows.dtype == dtype else rows.astype(dtype)
+    if length > LONG:
+        return sort_long_rows(rows, unit, weights, mask, keep_zero, axes)
+    if axes:  # short enough for every device to hold it
+        gather = functools.partial(lax.all_gather, axis_name=axes, axis=1, tiled=True)
+        rows, weights, mask = (None if x is None else gather(x) for x in (rows, weights, mask))
+    return sort_rows(rows, unit, weights, mask, keep_zero, sizes)
+
+
+def fit_sorted(rows: Rows, task: Task, fitted: int | None = None):
+    """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
+    num_levels, keep_zero, tolerance, dense_cuts = task
+    xp = namespace(rows.size)
+    cuts, least = partition(rows, num_levels, keep_zero, dense_cuts)
+    if tolerance is None:
+        bound = xp.zeros(cuts.shape[0])
+    elif least is not None and (xp is jnp or rows.length <= SHORT):
+        bound = bound_of_sum(rows, least, num_levels)
+    elif xp is jnp or rows.length <= SHORT:
+        bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+    else:
+        cuts, bound = _proven(rows, cuts, num_levels, keep_zero, tolerance, fitted)
+    return interval_means(rows, cuts, keep_zero), bound
+
+
+def _proven(rows: Rows, cuts: np.ndarray, num_levels: int, keep_zero: bool, tolerance: float, fitted: int | None):
+    """The cuts, better ones where a proof came upon them, and the bounds of the first `fitted` rows; on the host."""
+    bounds = np.zeros(len(cuts))
+    better = cuts.copy()
+    to_prove = [host_row(rows, r, keep_zero) for r in range(len(cuts))[:fitted]]
+    better[:fitted], bounds[:fitted] = prove(to_prove, cuts[:fitted], num_levels, tolerance)
+    same = (better == cuts).all(axis=1, keepdims=True)  # a row stays as it is whatever happens to those beside it
+    return (cuts if same.all() else np.where(same, cuts, polish(rows, better, keep_zero))), bounds
+
+
+def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
+    """One of the rows, on the host, as the values that count and their weights."""
+    zero, size = int(rows.zero[r]) if keep_zero else None, int(rows.size[r])
+    if isinstance(rows, SortedRows):
+        if rows.weight is not None:
+            weight = rows.weight[r, :size]
+        else:
+            weight = np.diff(rows.count[r, : size + 1]).astype(np.float64)
+        return HostRow(rows.values[r, :size], 1.0, weight, zero)
+    assert isinstance(rows, LongRows)  # others are never on the host
+    weight = None if rows.shares is None else rows.shares[r, :size]
+    if rows.shares is None and rows.pinned:
+        weight = np.ones(size)
+        weight[zero] = 0.0
+    return HostRow(rows.values[r, :size], float(rows.unit[r]), weight, zero)
+
+
+def interval_means(rows: Rows, cuts, keep_zero: bool):
+    """Ascending means; those of empty intervals repeat the last."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    n, s = rows.sums_below(whole)
+    n, s = (n[:, 1:] - n[:, :-1]).astype(xp.float64), (s[:, 1:] - s[:, :-1]).astype(xp.float64)
+    least, most = rows.value_at(whole[:, :-1]), rows.value_at(whole[:, 1:] - 1)
+    mean = xp.clip(s / xp.where(n > 0, n, 1.0) * 2.0**-rows.frac, least, most)
+    there = whole[:, 1:] > whole[:, :-1]
+    if keep_zero:
+        pinned = whole > rows.zero[:, None]
+        first, end = pinned[:, :-1], xp.concatenate([pinned[:, 1:-1], xp.ones_like(pinned[:, :1])], axis=1)
+        mean, there = xp.where(~first & end, 0.0, mean), there | (~first & end)
+    levels = xp.sort(xp.where(there, mean, xp.inf), axis=1)
+    highest = xp.max(xp.where(xp.isfinite(levels), levels, -xp.inf), axis=1, keepdims=True)
+    highest = xp.where(xp.isfinite(highest), highest, 0.0)
+    return xp.where(xp.isfinite(levels), levels, highest)
