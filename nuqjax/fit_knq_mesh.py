@@ -245,7 +245,8 @@ def _some_counts(array, mask, start, *, layout: Layout, number: int):
 
     def part(block, counted, start):
         rows, counted = (layout.some_rows(x, start, number) for x in (block, counted))
-        return lax.psum(pattern_counts(rows, counted), layout.place.value_axes)
+        counts = pattern_counts(rows, counted)
+        return lax.psum(counts, layout.place.value_axes) if layout.place.value_axes else counts
 
     return layout.run(part, (array, mask), layout.place.of_rows, start)
 
