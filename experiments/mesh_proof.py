@@ -35,12 +35,13 @@ def main() -> None:
     # Before JAX looks for devices.
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={given.devices}"
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
     import nuqjax
 
-    row = np.random.default_rng(0).standard_t(3, (1, given.size)).astype(np.float32)
+    row = jnp.asarray(np.random.default_rng(0).standard_t(3, (1, given.size)), jnp.float32)
     mesh = jax.make_mesh((given.devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     placed = jax.device_put(row, NamedSharding(mesh, PartitionSpec(None, "d")))
     for levels in map(int, given.levels.split(",")):
