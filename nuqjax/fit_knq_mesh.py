@@ -172,10 +172,10 @@ def _in_order(results: np.ndarray, layout: Layout) -> np.ndarray:
     parts = layout.shards
     held = [layout.shape[axis] // part for axis, part in zip(layout.of_rows, parts, strict=True)]
     own, many = results.shape[2:], len(parts)
-    mixed = results.reshape(*parts, *held, *own)
+    mixed = results.reshape((*parts, *held, *own))
     order = [axis for pair in zip(range(many), range(many, 2 * many), strict=True) for axis in pair]
-    mixed = mixed.transpose(*order, *range(2 * many, mixed.ndim))
-    return mixed.reshape(*(layout.shape[axis] for axis in layout.of_rows), *own)
+    mixed = mixed.transpose((*order, *range(2 * many, mixed.ndim)))
+    return mixed.reshape((*(layout.shape[axis] for axis in layout.of_rows), *own))
 
 
 def _rows_of_each(layout: Layout) -> int:
