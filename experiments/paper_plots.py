@@ -80,6 +80,7 @@ def save(figure: Figure, path: Path, suffixes: Sequence[str]) -> list[Path]:
 def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
     """Accuracy (of features: agreement with float) against memory: every cell a point, each method's best a line.
 
+    What takes more memory than any method's best is beyond the right edge.
     Bars are the 95 % intervals of the difference from the float network, which is measured on the same images; the grey
     band is the interval of the float network's own accuracy.
     """
@@ -88,6 +89,7 @@ def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     top = results["float"]["top1"] if by == "top1" else 1.0
+    largest = 0.0
     for method, style in STYLES.items():
         mine = sorted((cell for cell in cells if cell["cell"]["method"] == method), key=lambda cell: cell[size])
         if not mine:
@@ -99,6 +101,7 @@ def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
                 frontier.append(cell)
         axes.plot(*_points(mine, size, by), style["marker"], color=style["color"], markersize=4, alpha=0.35)
         x, y = _points(frontier, size, by)
+        largest = max(largest, x[-1])
         axes.plot(x, y, **style, markersize=5, linewidth=1.5, drawstyle="steps-post", label=TITLES[method])
         if by == "top1":  # of the difference from the float network, on the same images
             ends = np.array([[top - loss for loss in cell["loss_interval"][::-1]] for cell in frontier]).T
@@ -110,7 +113,7 @@ def accuracy(results: dict[str, Any], size: str = "stored_bytes") -> Figure:
     axes.set_ylim(low - 0.005, min(top + 0.02, 1.01))
     shown = [cell[size] / 1e6 for cell in cells if cell[by] >= low]
     if shown:
-        axes.set_xlim(min(shown) / 1.05, max(shown) * 1.05)
+        axes.set_xlim(min(shown) / 1.05, largest * 1.05)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylabel("top-1 accuracy" if by == "top1" else "same nearest neighbour as float32")
     axes.set_xlabel("memory of the parameters (MB)")

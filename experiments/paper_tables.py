@@ -1,11 +1,12 @@
 """The study in Markdown: the README's summary, and the whole tables of `experiments/README.md`."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import paper_answers
+from experiments import paper, paper_answers
 from experiments.markdown import commands, markdown, percent
 from experiments.paper_answers import Answer, answers, name_of
 from experiments.paper_plots import PLAIN
@@ -16,6 +17,8 @@ _BUDGET = 1.0  # points, in the summary
 _FREEST = "uniform"  # of the fixed-point baselines: any step
 _LESS = 0.98  # a smaller difference is one of tables, and counts as none
 _USUAL = "dfp"  # Ristretto's rule
+_WORDS = ("float", "16", "12", "8", "6")  # of a codebook's levels, and
+_GRANULARITIES = ("tensor", "channel")  # what the whole study crosses with every method
 
 
 def summary(all_results: Sequence[dict[str, Any]]) -> str:
@@ -148,8 +151,33 @@ def _network(results: dict[str, Any]) -> list[str]:
     words = [cell for cell in results["cells"] if cell["cell"]["word"] is not None]
     if words and of_float["top1"] is not None:
         parts.append(_words(results, words))
+    if missing := _missing(results):
+        parts.append(missing)
     parts.append(commands([results]))
     return parts
+
+
+def _missing(results: dict[str, Any]) -> str:
+    """Cells of the whole study that these results lack, at the index widths that they have; empty if there are none."""
+    measured = [cell["cell"] for cell in results["cells"]]
+    bits = sorted({cell["bits"] for cell in measured if cell["method"] in paper.CODEBOOKS})
+    lacking: dict[tuple[str, str], dict[str, list[int]]] = {}  # by method and granularity, by word
+    for method, granularity, word in itertools.product(paper.METHODS, _GRANULARITIES, _WORDS):
+        if word != "float" and method in paper.FIXED_POINT:
+            continue
+        for one in paper.grid([method], bits, [word], [granularity]):
+            if one.to_dict() not in measured:
+                kernels = ", every kernel" if one.setting.rules else ""
+                row = lacking.setdefault((method, granularity + kernels), {})
+                row.setdefault(word, []).append(one.setting.bits)
+    alike: dict[tuple[str, ...], list[str]] = {}  # methods that lack the same share a row
+    for (method, granularity), row in lacking.items():
+        entries = [", ".join(map(str, row.get(word, ()))) or "–" for word in _WORDS]
+        alike.setdefault((granularity, *entries), []).append(method)
+    if not alike:
+        return ""
+    head = ["not measured: bits of", "codebooks", "float or no table", *(f"{word}-bit levels" for word in _WORDS[1:])]
+    return markdown(head, [[", ".join(methods), *row] for row, methods in alike.items()], left=2)
 
 
 def _answers(found: Sequence[Answer], criterion: str) -> str:

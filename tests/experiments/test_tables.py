@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import tables
+from experiments import paper, paper_tables, tables
 from experiments.settings import Setting, product
 from tests.experiments import study
 
@@ -268,11 +268,24 @@ def test_the_studys_tables_hold_every_answer(other_results, capsys):
         "| dfp | none |",
         "| least bytes within points of agreement with float | 1 | 2 | 5 | 10 |",
         "| knq | 4 bits, tensor | 8 bits | 79.0 % | 78.0 % | 2.00 [0.00, 2.00] | 98.0 % |",
+        "| uniform | tensor | 3 | – | – | – | – |",  # not measured, of 3, 4 and 5 bits
         "| knq | 20.0 / 20.0 dB, 96.0 % | 20.0 / 20.0 dB, 99.0 % |  | 20.0 / 20.0 dB, 100.0 % |",
         "| knq | 4 | 4 | 20.0 | 22.0 | 24.0 | 20.2 | 18.1 |",
         "python -m experiments.paper --network network",
     ):
         assert line in printed.splitlines(), line
+
+
+def test_what_was_measured_whole_lacks_nothing():
+    whole = study.results()
+    cells = paper.grid(paper.METHODS, [4], ["float", "16", "12", "8", "6"], ["tensor", "channel"])
+    whole["cells"] = [{"cell": cell.to_dict()} for cell in cells]
+    assert paper_tables._missing(whole) == ""
+    whole["cells"] = [cell for cell in whole["cells"] if cell["cell"]["codebook_format"] != "fixed:12"]
+    assert paper_tables._missing(whole).splitlines()[2:] == [
+        "| knq, enq | tensor | – | – | 4 | – | – |",
+        "| knq, enq | channel | – | – | 4 | – | – |",
+    ]
 
 
 def test_each_document_has_its_own_blocks(other_results, capsys):
