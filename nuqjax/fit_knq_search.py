@@ -23,12 +23,12 @@ from jax import lax
 from nuqjax.fit_knq_dense import dense_rows
 from nuqjax.fit_knq_long import LongRows, ShardedRows
 from nuqjax.fit_knq_priced import priced_paths
-from nuqjax.fit_knq_rows import SortedRows, take
+from nuqjax.fit_knq_rows import LONG, SortedRows, take
 from nuqjax.rows import namespace
 
 _FEW_LEVELS = 12  # fewer have as many cells as these
 _SPREAD = 12  # cells of an interval, on average, when nothing is known
-_CELLS = 48  # when a partition is
+_CELLS, _CELLS_OF_LONG = 48, 32  # when a partition is; of a long row every cell is narrow
 _PARTS = 8  # of a cell that the best paths pass by
 _KEPT = 64  # such parts for each level
 _NARROWINGS = 2
@@ -211,20 +211,23 @@ def _priced(rows: Rows, num_levels: int, keep_zero: bool):
     length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
     cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
-    if length <= _CELLS * levels:  # room for every value
+    cells = _CELLS if length <= LONG else _CELLS_OF_LONG
+    if length <= cells * levels:  # room for every value
         return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[0]
     best, price, _ = _path(rows, cuts, price, num_levels, keep_zero, final=True)
-    cuts = even_cuts(rows, best, _CELLS * -(-levels // num_levels))
-    for parts in _narrowings(length, levels):
+    cuts = even_cuts(rows, best, cells * -(-levels // num_levels))
+    for parts in _narrowings(length / (cells * levels)):
         _, price, excess = _path(rows, cuts, price, num_levels, keep_zero)
         cuts = _narrower(rows, cuts, excess, parts, _KEPT * levels)
     return _path(rows, cuts, price, num_levels, keep_zero, final=True)[0]
 
 
-def _narrowings(length: int, num_levels: int) -> tuple[int, ...]:
-    """Into how many parts, at most, cells are parted each time: the last time into single values, if that is near."""
-    cells = _CELLS * num_levels
-    few = next((n for n in range(_NARROWINGS) if length <= _NEARLY_SINGLE * cells * _PARTS**n), None)
+def _narrowings(values: float) -> tuple[int, ...]:
+    """Into how many parts, at most, cells of so many values on average are parted, each time.
+
+    The last time it is into single values, if these are near.
+    """
+    few = next((n for n in range(_NARROWINGS) if values <= _NEARLY_SINGLE * _PARTS**n), None)
     return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
 
 

@@ -204,7 +204,7 @@ with jax.enable_x64(True):
             (many,), (bound,) = prove([mesh_row], bad, num_levels, 1e-6)
             (one,), (other,) = prove([host_row], bad, num_levels, 1e-6)
             np.testing.assert_allclose(error(host_row, many), error(host_row, one), rtol=1e-6)
-            np.testing.assert_allclose(bound, other, rtol=1e-6)  # sums differ in the last bit: one may go a round further
+            np.testing.assert_allclose(bound, other, rtol=1e-6)  # one may go a round further
             if not weighted and not pinned:
                 row = host_row.values / unit
                 levels = np.sort(kmeans1d.cluster(row, num_levels).centroids)
