@@ -74,7 +74,7 @@ def compress(
         relative gap that is left is reported as `certificate`. None leaves the proof out, and what it costs: on one
         long row up to half the fit's time for 16 levels, on many rows of some thousand values three times it
         (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` says what levels are then worth. Under
-        `jit` nothing is proven.
+        `jit`, or of arrays that several processes hold, nothing is proven.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
       progress: show a progress bar.
@@ -361,11 +361,12 @@ def _fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array
         return None
     if options.granularity not in ("tensor", "channel"):
         return None
+    tolerance = options.tolerance if array.is_fully_addressable else None  # no process sees all bounds
     fitted = fit_leaf_on_mesh(
         array, importance, 2**options.bits, stack_axes=options.stack_axes, axes=plan.axes,
-        by_channel=options.granularity == "channel", keep_zero=options.keep_zero, tolerance=options.tolerance,
+        by_channel=options.granularity == "channel", keep_zero=options.keep_zero, tolerance=tolerance,
     )  # fmt: skip
-    return fitted.levels, _certificate(fitted) if options.tolerance is not None else None
+    return fitted.levels, None if tolerance is None else _certificate(fitted)
 
 
 def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[jax.Array, float | None]:

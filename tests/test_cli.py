@@ -250,6 +250,6 @@ def test_a_reader_that_goes_away(folder, capsys):
     run(COMPRESS + " --quiet", capsys)
     process = start("inspect", "out.safetensors", "--json")
     process.stdout.close()
-    process.wait()
+    assert process.wait() == 0  # so that `nuqjax … | head` passes under `set -o pipefail`
     assert process.stderr.read() == ""
     process.stderr.close()
