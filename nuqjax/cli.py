@@ -232,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"nuqjax: interrupted{interrupt}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # somebody piped it into `head`, and has what they wanted
+    except BrokenPipeError:  # somebody piped it into `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"nuqjax: error: {_one_line(error)}", file=sys.stderr)
         return 1
