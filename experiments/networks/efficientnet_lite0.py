@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from experiments.networks.network import Arrays, Network, Variables, conv_and_norm
+from experiments.networks.network import Arrays, Network, Variables, convs_and_norms
 
 _STAGES = (  # repeats, kernel size, stride of the first block, expansion, output channels
     (1, 3, 1, 1, 16),
@@ -140,20 +140,16 @@ class EfficientNetLite0(nn.Module):
 
 def convert(arrays: Arrays) -> Variables:
     """PyTorch names and OIHW kernels to linen's."""
-
-    stem, head = (
-        conv_and_norm(arrays, "_conv_stem", "_bn0", "stem"),
-        conv_and_norm(arrays, "_conv_head", "_bn1", "head"),
-    )
-    params, batch_stats = stem[0] | head[0], stem[1] | head[1]
+    ends = [("_conv_stem", "_bn0", "stem"), ("_conv_head", "_bn1", "head")]
+    params, batch_stats = convs_and_norms(arrays, ends)
     for i in range(_NUM_BLOCKS):
         source, name = f"_blocks.{i}.", f"block{i}"
-        params[name], batch_stats[name] = {}, {}
-        for number, layer in enumerate(("expand", "depthwise", "project")):
-            if f"{source}_{layer}_conv.weight" in arrays:  # the first block has nothing to expand
-                block = conv_and_norm(arrays, f"{source}_{layer}_conv", f"{source}_bn{number}", layer)
-                params[name] |= block[0]
-                batch_stats[name] |= block[1]
+        layers = [
+            (f"{source}_{layer}_conv", f"{source}_bn{number}", layer)
+            for number, layer in enumerate(("expand", "depthwise", "project"))
+            if f"{source}_{layer}_conv.weight" in arrays  # the first block has nothing to expand
+        ]
+        params[name], batch_stats[name] = convs_and_norms(arrays, layers)
     params["classifier"] = {"kernel": arrays["_fc.weight"].T, "bias": arrays["_fc.bias"]}
     return {"params": params, "batch_stats": batch_stats}
 

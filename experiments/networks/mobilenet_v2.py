@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from experiments.networks.efficientnet_lite0 import MBConv, depthwise_as_sum
-from experiments.networks.network import Arrays, Network, Variables, conv_and_norm, imagenet_normalise
+from experiments.networks.network import Arrays, Network, Variables, conv_and_norm, convs_and_norms, imagenet_normalise
 
 _STAGES = (  # expansion, output channels, repeats, stride of the first block
     (1, 16, 1, 1),
@@ -71,14 +71,10 @@ def convert(arrays: Arrays) -> Variables:
     number = 1
     while f"features.{number}.conv.0.0.weight" in arrays:
         prefix, name = f"features.{number}.conv.", f"block{number - 1}"
-        params[name], batch_stats[name] = {}, {}
         paired = ("expand", "depthwise") if f"{prefix}1.0.weight" in arrays else ("depthwise",)
         layers = [(f"{prefix}{i}.0", f"{prefix}{i}.1", layer) for i, layer in enumerate(paired)]
         layers.append((f"{prefix}{len(paired)}", f"{prefix}{len(paired) + 1}", "project"))
-        for layer in layers:
-            of_layer = conv_and_norm(arrays, *layer)
-            params[name] |= of_layer[0]
-            batch_stats[name] |= of_layer[1]
+        params[name], batch_stats[name] = convs_and_norms(arrays, layers)
         number += 1
     head = conv_and_norm(arrays, f"features.{number}.0", f"features.{number}.1", "head")
     params["classifier"] = {"kernel": arrays["classifier.1.weight"].T, "bias": arrays["classifier.1.bias"]}

@@ -1,7 +1,7 @@
 """What an experiment has to know about a trained network, and the reading of its weights file."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,16 @@ def conv_and_norm(arrays: Arrays, conv: str, norm: str, name: str) -> tuple[dict
     params, stats = batch_norm_variables(*of_norm)
     kernel = oihw_to_hwio(arrays[f"{conv}.weight"])
     return {name: {"kernel": kernel}, f"{name}_bn": params}, {f"{name}_bn": stats}
+
+
+def convs_and_norms(arrays: Arrays, layers: Iterable[tuple[str, str, str]]) -> tuple[dict, dict]:
+    """The `params` and the `batch_stats` of several of them, each as `conv_and_norm` wants it: `(conv, norm, name)`."""
+    params, batch_stats = {}, {}
+    for layer in layers:
+        of_layer = conv_and_norm(arrays, *layer)
+        params |= of_layer[0]
+        batch_stats |= of_layer[1]
+    return params, batch_stats
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:

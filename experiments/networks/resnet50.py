@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from experiments.networks.network import Arrays, Network, Variables, conv_and_norm, imagenet_normalise
+from experiments.networks.network import Arrays, Network, Variables, conv_and_norm, convs_and_norms, imagenet_normalise
 
 _BLOCKS = (3, 4, 6, 3)  # of each stage; every stage but the first begins by halving the resolution
 _EXPANSION = 4  # channels of a block's output over those within
@@ -67,11 +67,7 @@ def convert(arrays: Arrays) -> Variables:
             if f"{prefix}downsample.0.weight" in arrays:
                 layers.append((f"{prefix}downsample.0", f"{prefix}downsample.1", "downsample"))
             name = f"layer{stage}_{block}"
-            params[name], batch_stats[name] = {}, {}
-            for layer in layers:
-                of_layer = conv_and_norm(arrays, *layer)
-                params[name] |= of_layer[0]
-                batch_stats[name] |= of_layer[1]
+            params[name], batch_stats[name] = convs_and_norms(arrays, layers)
             block += 1
     params["fc"] = {"kernel": arrays["fc.weight"].T, "bias": arrays["fc.bias"]}
     return {"params": params, "batch_stats": batch_stats}
