@@ -1,4 +1,4 @@
-"""Long rows, sorted, with running sums at every sixteenth place only: little more memory than the values themselves.
+"""Long rows, sorted, with running sums at every 16th or 64th place only: little more memory than the values themselves.
 
 A *cut* is a place in the sorted row. As equal values belong together, the search keeps to cuts at which the values
 differ: `before_ties` and `after_ties` find them. Weights and sums below a cut are integers, as in `fit_knq_rows`, so no
@@ -16,7 +16,8 @@ from jax import lax
 from nuqjax.fit_knq_rows import fraction_bits, search, take
 from nuqjax.rows import namespace
 
-_BLOCK = 16  # values between two running sums
+_BLOCK, _BLOCK_OF_LONGEST = 16, 64  # values between two running sums
+_LONGEST = 2**24  # from here on memory matters more than the time that the search takes
 _STRETCH = 2**16  # values that NumPy handles at a time: a multiple of the block, small enough to stay in the cache
 
 
@@ -27,8 +28,8 @@ class LongRows(NamedTuple):
       values: `[R, n]` ascending, infinite from `size` on, in the units and the dtype of the rows.
       unit: `[R]` float64 powers of two, by which values are divided.
       shares: `[R, n]` float64 weight of each value over the row's largest; None where all weights are 1.
-      masses: `[R, n / 16 + 1]` int64 weight below every sixteenth place, in units of 2^−frac; None where all are 1.
-      moments: `[R, n / 16 + 1]` int64 weight times value below it, in units of 2^−frac.
+      masses: `[R, n / B + 1]` int64 weight below every B-th place, in units of 2^−frac; None where all are 1.
+      moments: `[R, n / B + 1]` int64 weight times value below it, in units of 2^−frac.
       size: `[R]` int64 number of values that count: the last cut.
       pinned: 1 if the first value zero was put there to hold a level, and weighs nothing, else 0.
       zero: `[R]` int64 cut just below the value zero.
@@ -93,8 +94,9 @@ class LongRows(NamedTuple):
 
     def _running(self, sums, cuts, amounts):
         xp = namespace(self.values)
-        block = cuts // _BLOCK
-        places = block[..., None] * _BLOCK + xp.arange(_BLOCK - 1, dtype=xp.int64)
+        size = _block(self.length)
+        block = cuts // size
+        places = block[..., None] * size + xp.arange(size - 1, dtype=xp.int64)
         counted = places < cuts[..., None]  # never one that does not count
         here = amounts(xp.where(counted, places, 0))
         return take(sums, block) + xp.sum(xp.where(counted, here, 0), axis=-1)
@@ -359,23 +361,24 @@ def _sorted_on_host(keys, weights):
 
 
 def _sums_on_host(values, scale, shares, frac: int):
-    """Running sums of a NumPy row at every sixteenth place, and how far off what they sum was rounded."""
+    """Running sums of a NumPy row at every B-th place, and how far off what they sum was rounded."""
     places = values.shape[1]
-    blocks = places // _BLOCK + 1
-    masses = None if shares is None else np.zeros(blocks, np.int64)
-    moments = np.zeros(blocks, np.int64)
+    block = _block(places)
+    whole = places // block * block
+    masses = None if shares is None else np.zeros(places // block + 1, np.int64)
+    moments = np.zeros(places // block + 1, np.int64)
 
     def stretch(start):
-        here = slice(start, min(start + _STRETCH, places // _BLOCK * _BLOCK))
-        slot = slice(start // _BLOCK + 1, here.stop // _BLOCK + 1)
+        here = slice(start, min(start + _STRETCH, whole))
+        slot = slice(start // block + 1, here.stop // block + 1)
         scaled = values[0, here].astype(np.float64) / scale[0]
         share = None if shares is None else shares[0, here]
-        moments[slot] = _moments(scaled, share, frac).reshape(-1, _BLOCK).sum(axis=1)
+        moments[slot] = _moments(scaled, share, frac).reshape(-1, block).sum(axis=1)
         if masses is not None:
-            masses[slot] = _masses(share, frac).reshape(-1, _BLOCK).sum(axis=1)
+            masses[slot] = _masses(share, frac).reshape(-1, block).sum(axis=1)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(stretch, range(0, places // _BLOCK * _BLOCK, _STRETCH)))
+        list(threads.map(stretch, range(0, whole, _STRETCH)))
     # Each rounding is off by half a unit at most, that of a weight by as much again.
     off = np.full(1, places * 2.0**-frac)
     np.cumsum(moments, out=moments)
@@ -385,8 +388,14 @@ def _sums_on_host(values, scale, shares, frac: int):
 
 
 def _below_blocks(amounts):
-    """`[R, n / 16 + 1]` running sums of `amounts [R, n]` at every sixteenth place."""
+    """`[R, n / B + 1]` running sums of `amounts [R, n]` at every B-th place."""
     count, places = amounts.shape
-    whole = amounts[:, : places // _BLOCK * _BLOCK]
-    sums = jnp.cumsum(jnp.sum(whole.reshape(count, -1, _BLOCK), axis=2), axis=1)
+    block = _block(places)
+    whole = amounts[:, : places // block * block]
+    sums = jnp.cumsum(jnp.sum(whole.reshape(count, -1, block), axis=2), axis=1)
     return jnp.concatenate([jnp.zeros((count, 1), jnp.int64), sums], axis=1)
+
+
+def _block(places: int) -> int:
+    """B, the values between two running sums of a row of so many."""
+    return _BLOCK if places <= _LONGEST else _BLOCK_OF_LONGEST

@@ -56,6 +56,18 @@ def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
         assert (np.asarray(host.levels) == 0).any()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sparser_sums_change_nothing(monkeypatch, weighted):
+    """The longest rows keep fewer running sums, for memory's sake."""
+    generator = np.random.default_rng(7)
+    row = generator.standard_t(3, (1, LONG + 777)).astype(np.float32)
+    weights = generator.exponential(size=row.shape).astype(np.float32) if weighted else None
+    fitted = [fit_knq(row, 16, weights=weights, keep_zero=True)]
+    monkeypatch.setattr("nuqjax.fit_knq_long._LONGEST", LONG)
+    fitted.append(fit_knq(row, 16, weights=weights, keep_zero=True))
+    jax.tree.map(np.testing.assert_array_equal, *fitted)
+
+
 @pytest.mark.parametrize(("num_levels", "distinct"), [(4, 1), (4, 700), (64, 40), (64, 700), (64, 5000)])
 def test_many_equal_values(num_levels, distinct):
     """Most of the row is zero, as in a pruned layer: as good as the distinct values with their counts for weights."""
