@@ -11,7 +11,7 @@ from nuqjax.fit_knq_long import LongRows, sort_long_rows
 from nuqjax.fit_knq_proof import prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
-from nuqjax.fit_knq_search import Rows, bound_of_sum, partition, polish, squared_error_bound
+from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, partition, polish, squared_error_bound
 from nuqjax.rows import namespace
 
 _FEW_ROWS = 8
@@ -58,26 +58,28 @@ def fit_sorted(rows: Rows, task: Task, fitted: int | None = None):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
     num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
-    cuts, least = partition(rows, num_levels, keep_zero, dense_cuts)
+    found = partition(rows, num_levels, keep_zero, dense_cuts)
+    cuts = found.cuts
     if tolerance is None:
         bound = xp.zeros(cuts.shape[0])
-    elif least is not None and (xp is jnp or rows.length <= SHORT):
-        bound = bound_of_sum(rows, least, num_levels)
+    elif found.least is not None and (xp is jnp or rows.length <= SHORT):
+        bound = bound_of_sum(rows, found.least, num_levels)
     elif xp is jnp or rows.length <= SHORT:
         bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
     else:
-        cuts, bound = _proven(rows, cuts, num_levels, keep_zero, tolerance, fitted)
+        cuts, bound = _proven(rows, found, task, fitted)
     return interval_means(rows, cuts, keep_zero), bound
 
 
-def _proven(rows: Rows, cuts: np.ndarray, num_levels: int, keep_zero: bool, tolerance: float, fitted: int | None):
+def _proven(rows: Rows, found: Partition, task: Task, fitted: int | None):
     """The cuts, better ones where a proof came upon them, and the bounds of the first `fitted` rows; on the host."""
-    bounds = np.zeros(len(cuts))
-    better = cuts.copy()
-    to_prove = [host_row(rows, r, keep_zero) for r in range(len(cuts))[:fitted]]
-    better[:fitted], bounds[:fitted] = prove(to_prove, cuts[:fitted], num_levels, tolerance)
+    cuts, price = found.cuts, found.price
+    bounds, better = np.zeros(len(cuts)), cuts.copy()
+    to_prove = [host_row(rows, r, task.keep_zero) for r in range(len(cuts))[:fitted]]
+    assert task.tolerance is not None
+    better[:fitted], bounds[:fitted] = prove(to_prove, cuts[:fitted], task.num_levels, task.tolerance, price)
     same = (better == cuts).all(axis=1, keepdims=True)  # a row stays as it is whatever happens to those beside it
-    return (cuts if same.all() else np.where(same, cuts, polish(rows, better, keep_zero))), bounds
+    return (cuts if same.all() else np.where(same, cuts, polish(rows, better, task.keep_zero))), bounds
 
 
 def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:

@@ -264,7 +264,7 @@ def _fit_counts(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("layout", "task"))
 def _searched(arrays, number, *, layout: Layout, task: Task):
-    """Of row `number` of each group what devices hold, the cuts that the search finds `[G, K − 1]`, and more `[G]`."""
+    """Of row `number` of each group what devices hold, the partition that the search finds, and more `[G]`."""
     place, dtype = layout.place, working_dtype(arrays[0].dtype)
 
     def part(*blocks):
@@ -274,12 +274,12 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
         rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows).astype(dtype)
         ordered = sort_long_rows(rows, unit, weights, mask, task.keep_zero, place.value_axes)
         assert isinstance(ordered, ShardedRows)
-        cuts, _ = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
+        found = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
         heaviest = jnp.ones(1)
         if weights is not None:
             counted = weights if mask is None else jnp.where(mask, weights, 0)
             heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
-        return hold(ordered), cuts, (ordered.size, ordered.zero, unit, heaviest)
+        return hold(ordered), found, (ordered.size, ordered.zero, unit, heaviest)
 
     specs = place.of_devices, place.of_rows, place.of_rows
     return layout.run(part, arrays, specs, number)
@@ -314,14 +314,14 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
     for number in range(_rows_of_each(layout)):
         with jax.enable_x64(True):
             held, found, facts = _searched(arrays, np.int32(number), layout=layout, task=task)
-            found = np.asarray(found)
+            found, price = np.asarray(found.cuts), None if found.price is None else np.asarray(found.price)
             size, zero, unit, heaviest = (np.asarray(x) for x in facts)
             rows = [
                 MeshRow(held, place, g, int(size[g]), float(unit[g]), int(zero[g]) if task.keep_zero else None)
                 for g in range(len(found))
             ]
             assert task.tolerance is not None
-            cuts, bound = prove(rows, found, task.num_levels, task.tolerance)
+            cuts, bound = prove(rows, found, task.num_levels, task.tolerance, price)
             changed = (cuts != found).any(axis=1)
             levels, error = _levels(
                 held, cuts, changed, heaviest, place=place, keep_zero=task.keep_zero, better=bool(changed.any())

@@ -102,7 +102,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
       leak: `[R, S]` what a path gains for starting an interval at the cut above a cell, at most half the price.
       price: `[R]` positive.
       begin: int32 the cut below the first cell.
-      size: int32 number of cells that count.
+      size: `[R]` int32 number of cells that count, none if it is not positive.
       zero: `[R]` int32 with `pin`: intervals from a cut up to `zero` to one above it hold the level 0: they cost their
         error about 0 and no price.
       block: cells handled at once.
@@ -155,7 +155,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         upward, onward = (tuple(at(x, here, block) for x in tables) for tables in running)
         whole = tuple(x[:, -1:] for x in upward)
         cut = (below - band + 1 + place)[None]
-        enough &= first >= cut[0, 0]
+        enough &= (first >= cut[0, 0]) | (here >= size)
         grown = _merged(known, whole)
         reached = start + priced(grown[3], known, whole, cut, below + block)
         _, last = least(jnp.where(cut >= first[:, None], reached, infinite), cut, 1)
@@ -214,6 +214,6 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         return *known, start, first, enough, put(potential, best, here), put(before, chosen, here)
 
     out = jnp.zeros((count, length)), jnp.zeros((count, length), jnp.int32)
-    blocks = (size + block - 1) // block
+    blocks = (jnp.max(size) + block - 1) // block
     *state, potential, before = lax.fori_loop(jnp.int32(0), blocks, step, (*carried, *out))
     return Carried(*state), potential, before

@@ -34,21 +34,23 @@ import numpy as np
 from nuqjax.fit_knq_path import nothing_yet, potentials
 from nuqjax.fit_knq_proof_rows import CHUNK, Row, merged, origin
 
-_BLOCK, _WINDOW = 32, 64  # cells and cuts handled at once by a pass
+_BANDS = tuple(2**e for e in range(7, 40, 2))  # of a pass: few shapes to compile
 _STRETCH = 2048  # cells of one call
-_BANDS = tuple(2**e for e in range(9, 40, 2))  # few shapes to compile
 _TOGETHER = 8  # rows in one pass
 _ACTIVE = 64  # rows whose cells are held at once
-_SEARCHES = 12  # of λ over coarse cells
-_COARSE = 16  # cells of an interval by rank, and as many by value, for a first λ
+_COARSE = 16  # cells of an interval by rank, and as many by value, before they are graded
 _NARROWEST = 0.45  # of an interval over √tolerance: the cells at its ends
 _WIDENING = 1.3  # of the distance from its ends over K: the others
-_MANY_LEVELS = 48  # from here on λ needs finer cells than the coarse ones
 _MOST_CELLS = 1536  # of an interval
 _ROUNDS = 12
 _TRIALS = 10  # of λ in a round
 _MARGIN = 1.1  # between the leaks assumed and those expected
 _UNIT = 2.0**-53
+
+
+def _block(band: int) -> int:
+    """How many cells a pass handles at once."""
+    return 16 if band < 512 else 32
 
 
 class _Cells(NamedTuple):
@@ -97,7 +99,7 @@ _Task = Generator[_Request, _Answer, tuple[np.ndarray, float]]
 
 
 def prove(
-    rows: Sequence[Row], boundaries: np.ndarray, num_levels: int, tolerance: float
+    rows: Sequence[Row], boundaries: np.ndarray, num_levels: int, tolerance: float, prices: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds the squared error of any K levels from below, to within `tolerance` of the best partition's.
 
@@ -110,6 +112,7 @@ def prove(
         how good.
       num_levels: K.
       tolerance: the relative gap that is good enough.
+      prices: `[R]` what λ to begin with, in units of the rows' unit²: that of the search which found the boundaries.
 
     Returns:
       `[R, K − 1]` int64 cuts of the best partitions seen, and `[R]` float64 lower bounds on Σ weight (value − level)²,
@@ -117,6 +120,7 @@ def prove(
     """
     best = np.array(boundaries, np.int64)
     bounds = np.zeros(len(rows))
+    prices = np.zeros(len(rows)) if prices is None else prices  # 0: nobody knows
     waiting: dict[int, tuple[_Task, _Request]] = {}
     to_come = iter(range(len(rows)))
 
@@ -129,7 +133,7 @@ def prove(
 
     while True:
         for r in to_come:
-            resume(r, _prove(rows[r], best[r].copy(), num_levels, tolerance), None)
+            resume(r, _prove(rows[r], best[r].copy(), num_levels, tolerance, prices[r]), None)
             if len(waiting) == _ACTIVE:
                 break
         if not waiting:
@@ -161,6 +165,8 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
     """The answers to a few rows; None where the band did not suffice."""
     count = 1 if len(requests) == 1 else _TOGETHER
     sizes = [len(request.cells.weight) for request in requests]
+    size = np.zeros(count, np.int32)
+    size[: len(sizes)] = sizes
     cells = np.zeros((4, count, -(-max(sizes) // _STRETCH) * _STRETCH))
     price, zero = np.ones(count), np.full(count, -1, np.int32)
     for i, request in enumerate(requests):
@@ -169,12 +175,12 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
             table[i, : sizes[i]] = array
         price[i] = request.price
         zero[i] = -1 if row.zero is None else row.zero
-    carried, parts = nothing_yet(count, band), []
+    carried, parts, block = nothing_yet(count, band), [], _block(band)
     for begin in range(0, max(sizes), _STRETCH):
         here = np.ascontiguousarray(cells[:, :, begin : begin + _STRETCH])
-        size = np.int32(min(_STRETCH, max(sizes) - begin))
+        here_size = np.minimum(size - begin, _STRETCH).astype(np.int32)
         carried, *found = potentials(
-            carried, *here, price, np.int32(begin), size, zero, block=_BLOCK, window=_WINDOW, pin=pin
+            carried, *here, price, np.int32(begin), here_size, zero, block=block, window=2 * block, pin=pin
         )
         parts.append([np.asarray(x) for x in found])
     potential, before = (np.pad(np.concatenate(x, axis=1), ((0, 0), (1, 0))) for x in zip(*parts, strict=True))
@@ -182,8 +188,11 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
     return [(potential[i, : m + 1], before[i, : m + 1], band) if enough[i] else None for i, m in enumerate(sizes)]
 
 
-def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) -> _Task:
-    """Yields the passes that the row needs; returns the boundaries of the best partition seen and the bound."""
+def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, price: float) -> _Task:
+    """Yields the passes that the row needs; returns the boundaries of the best partition seen and the bound.
+
+    A `price` that nobody knows (0) is guessed.
+    """
     if row.size <= num_levels:
         return boundaries, 0.0
     whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
@@ -194,21 +203,12 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) 
     if best == 0:
         return boundaries, 0.0
     moment = float((cells.square + cells.weight * cells.mean**2).sum())
-    price = 2 * best / max(free, 1)
-    while True:
-        known = best
-        price, forward, whole, best = yield from _price(cells, whole, best, free, price)
-        if best >= known * (1 - 2.0**-6):
-            break
-        cells = _measured(row, _first_cuts(row, whole))
-    mirror = cells.reversed()
-    backward, _, _ = yield _Request(mirror, np.zeros(len(cells.cuts)), price, _band(cells, whole))
-    left_level, right_level = _levels(cells, forward), -_levels(mirror, backward)[::-1]
-    left_places = right_places = cells.middles()
-    shares = [4, 1] if num_levels >= _MANY_LEVELS else [1]
-    cells = _graded(row, cells, whole, num_levels, tolerance, shares.pop(0))
+    proposed = float(price) if 0 < price < np.inf else 2 * best / max(free, 1)
+    cells = _graded(row, cells, whole, num_levels, tolerance)
+    left_places, left_level, right_level = _expected_levels(cells, whole)
+    right_places = left_places
     open_cells = np.ones(len(cells.weight), bool)  # in which, or at whose ends, a boundary may lie
-    bound, proposed = 0.0, price
+    bound = 0.0
     for _ in range(_ROUNDS):
         inner = open_cells & (cells.greatest > cells.least)
         spread = np.where(inner, 2 * np.sqrt(cells.weight * cells.square), 0.0)
@@ -240,11 +240,6 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) 
                     break
         if bound >= enough:
             break
-        if shares:
-            left_places = cells.middles()
-            cells = _graded(row, cells, whole, num_levels, tolerance, shares.pop(0))
-            open_cells = np.ones(len(cells.weight), bool)
-            continue
         mirror, down = cells.reversed(), np.minimum(down, price / 2)
         backward, _, band = yield _Request(mirror, _at_cuts(down[::-1]), price, band)
         rounding = max(rounding, _rounding(row, cells, float(backward[-1]) + best, band, num_levels, moment))
@@ -265,7 +260,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float) 
 
 def _rounding(row: Row, cells: _Cells, top: float, band: int, num_levels: int, moment: float) -> float:
     """What rounding can do to a bound; `top` is at least φ plus the best error (docs/knq.md, part 6)."""
-    merges = band // _BLOCK + 2 * _BLOCK + 2
+    merges = band // _block(band) + 2 * _block(band) + 2
     each = 6 * 40 * merges**1.5 + 8 * num_levels + 8 * CHUNK
     measured = row.slack(cells.cuts, cells.weight, cells.greatest - cells.least, top)
     return _UNIT * (each * top + 128 * math.sqrt(top * moment)) + (128 * _UNIT) ** 2 * moment + measured
@@ -273,6 +268,22 @@ def _rounding(row: Row, cells: _Cells, top: float, band: int, num_levels: int, m
 
 def _at_cuts(leak: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.maximum(leak[1:], leak[:-1]), [0.0]])
+
+
+def _expected_levels(cells: _Cells, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Before any pass: places, and for a boundary at each the level below it, and that above.
+
+    At the boundaries of the partition known these are the levels beside them; an interval that ends elsewhere is longer
+    by at most its share in one interval more or fewer on its side.
+    """
+    starts = cells.intervals(whole)
+    _, mean, _ = merged(cells.weight, cells.mean, cells.square, starts)
+    inner = (cells.least[starts[1:]] + cells.greatest[starts[1:] - 1]) / 2
+    places = np.concatenate([cells.least[:1], inner, cells.greatest[-1:]])
+    share = 1 / np.arange(1, len(mean) + 1)
+    above = (places[1:] - mean) * (1 + share)  # the levels
+    below = (mean - places[:-1]) * (1 + share[::-1])
+    return places, places - np.append(above[0], above), places + np.append(below, below[-1])
 
 
 def _levels(cells: _Cells, potential: np.ndarray) -> np.ndarray:
@@ -297,26 +308,6 @@ def _more(leak: np.ndarray, assumed: np.ndarray, price: float) -> float:
     That is how far a leak exceeds what was assumed, or, for runs of parts of two cells, how far two leaks do the price.
     """
     return float(max(np.max(leak - assumed, initial=0.0), 2 * np.max(leak, initial=0.0) - price))
-
-
-def _price(
-    cells: _Cells, whole: np.ndarray, best: float, free: int, price: float
-) -> Generator[_Request, _Answer, tuple[float, np.ndarray, np.ndarray, float]]:
-    """λ at which the shortest path has `free` priced intervals, φ there, and the best partition seen with its error."""
-    tangents: dict[float, tuple[float, int]] = {}
-    top, chosen, potential = -np.inf, price, np.zeros(0)
-    for _ in range(_SEARCHES):
-        found, before, _ = yield _Request(cells, np.zeros(len(cells.cuts)), price, _band(cells, whole))
-        whole, best, count = _better(cells, before, whole, best, free)
-        if found[-1] - free * price > top:
-            top, chosen, potential = found[-1] - free * price, price, found
-        tangents[price] = float(found[-1]), count
-        if count == free:
-            break
-        price = _next_price(tangents, free)
-        if price in tangents:
-            break
-    return chosen, potential, whole, best
 
 
 def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
@@ -359,7 +350,7 @@ def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
 def _band(cells: _Cells, whole: np.ndarray) -> int:
     """The cuts before a block that a pass looks at, first guess: a pass that needs more says so."""
     longest = int(np.diff(np.searchsorted(cells.cuts, whole)).max())
-    return min(int(1.6 * longest) + 2 * _BLOCK, len(cells.weight) + _BLOCK)
+    return min(int(1.6 * longest) + 32, len(cells.weight) + 32)
 
 
 def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:
@@ -383,7 +374,7 @@ def _distinct(array: np.ndarray) -> np.ndarray:
     return array[np.append(True, array[1:] != array[:-1])]
 
 
-def _graded(row: Row, cells: _Cells, whole: np.ndarray, num_levels: int, tolerance: float, share: float) -> _Cells:
+def _graded(row: Row, cells: _Cells, whole: np.ndarray, num_levels: int, tolerance: float) -> _Cells:
     """Cells narrow at the boundaries of `whole`, and wider in proportion to the distance from the nearest.
 
     A leak is in proportion to count · width, so lengths are measured by the square root of that.
@@ -397,7 +388,7 @@ def _graded(row: Row, cells: _Cells, whole: np.ndarray, num_levels: int, toleran
     origin = np.repeat((end - size)[starts], counts)
     size, near, far = size / total, (end - size - origin) / total, 1 - (end - origin) / total
     distance = np.maximum(np.minimum(near, far), 0.0) + size / 4
-    width = share * np.maximum(_NARROWEST * math.sqrt(tolerance), _WIDENING / num_levels * distance)
+    width = np.maximum(_NARROWEST * math.sqrt(tolerance), _WIDENING / num_levels * distance)
     parts = np.maximum(np.ceil(size / width), 1).astype(np.int64)
     return _finer(row, cells, np.ones(len(size), bool), whole, parts)[0]
 

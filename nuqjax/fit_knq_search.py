@@ -13,7 +13,7 @@ makes Σ S²/n greatest. Programmes find it over the cuts that the one before le
 No product is followed by a sum that XLA could contract, so host and device, eager and jitted, decide alike.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,38 +188,49 @@ def _above(rows: Rows, cuts, keep_zero: bool):
     return cuts > rows.zero.reshape(-1, *[1] * (cuts.ndim - 1))
 
 
-def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> tuple[Any, Any]:
-    """`[R, K − 1]` the cuts of the best partition of each row into K intervals, some empty where values are few.
+class Partition(NamedTuple):
+    """The best partition of rows into K intervals.
 
-    With them comes minus Σ S²/n, `[R]`, where the dense programme held every value, so that it is the least; else None.
-    Runs on NumPy or JAX arrays, where 64-bit types are enabled.
+    Attributes:
+      cuts: `[R, K − 1]`, of which some are equal where values are few.
+      least: `[R]` minus Σ S²/n, where the dense programme held every value, so that it is the least; else None.
+      price: `[R]` an interval's, at which the shortest path has K of them; None where no path was searched.
     """
+
+    cuts: Any
+    least: Any = None
+    price: Any = None
+
+
+def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Partition:
+    """Searches the best partition; runs on NumPy or JAX arrays, where 64-bit types are enabled."""
     xp = namespace(rows.size)
     count = min(dense_cuts, rows.length)
     if num_levels == 1 or rows.length <= num_levels:
-        return rows.every_cut(num_levels)[0][:, 1:-1], None  # every value its own level
+        return Partition(rows.every_cut(num_levels)[0][:, 1:-1])  # every value its own level
     if rows.length > count:
-        return polish(rows, _priced(rows, num_levels, keep_zero), keep_zero), None
+        cuts, price = _priced(rows, num_levels, keep_zero)
+        return Partition(polish(rows, cuts, keep_zero), price=price)
     cuts = coarse_cuts(rows, count)
     found, least = dense_rows(*rows.sums_below(cuts), _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
-    best = take(cuts, _like(found, xp))
-    return best, (np.asarray(least) if xp is np else least) * 2.0 ** (-2 * rows.frac)
+    least = np.asarray(least) if xp is np else least
+    return Partition(take(cuts, _like(found, xp)), least=least * 2.0 ** (-2 * rows.frac))
 
 
 def _priced(rows: Rows, num_levels: int, keep_zero: bool):
-    """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error."""
+    """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error; its price."""
     length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
     cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
     cells = _CELLS if length <= LONG else _CELLS_OF_LONG
     if length <= cells * levels:  # room for every value
-        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[0]
+        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[:2]
     best, price, _ = _path(rows, cuts, price, num_levels, keep_zero, final=True)
     cuts = even_cuts(rows, best, cells * -(-levels // num_levels))
     for parts in _narrowings(length / (cells * levels)):
         _, price, excess = _path(rows, cuts, price, num_levels, keep_zero)
         cuts = _narrower(rows, cuts, excess, parts, _KEPT * levels)
-    return _path(rows, cuts, price, num_levels, keep_zero, final=True)[0]
+    return _path(rows, cuts, price, num_levels, keep_zero, final=True)[:2]
 
 
 def _narrowings(values: float) -> tuple[int, ...]:

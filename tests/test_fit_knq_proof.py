@@ -228,7 +228,7 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
     count, size = data.draw(st.sampled_from([1, 8])), 256
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     mean = np.sort(generator.standard_t(data.draw(st.sampled_from([1, 3, 30])), (count, size)), axis=1)
-    pin = data.draw(st.booleans())
+    pin, block = data.draw(st.booleans()), data.draw(st.sampled_from([16, 32]))
     if pin:
         mean[:, 100] = 0.0
         mean = np.sort(mean, axis=1)
@@ -244,7 +244,7 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
             part = slice(begin, begin + 128)
             carried, potential, _ = potentials(
                 carried, weight[:, part], mean[:, part], square[:, part], leak[:, part], price,
-                np.int32(begin), np.int32(128), zero, block=32, window=64, pin=pin,
+                np.int32(begin), np.full(count, 128, np.int32), zero, block=block, window=2 * block, pin=pin,
             )  # fmt: skip
             found.append(np.asarray(potential))
     assert np.asarray(carried.enough).all()

@@ -56,6 +56,7 @@ both = P("rows", "values")
 
 _LEVELS = """
 from nuqjax import fit_knq_levels, fit_knq_mesh
+from nuqjax.fit_knq_search import Partition
 
 for dtype, num_levels, devices, spec in (
     (np.float32, 4, 8, P(None, "d")),
@@ -77,7 +78,7 @@ for dtype, num_levels, devices, spec in (
 
 def by_rank(rows, num_levels, keep_zero, dense_cuts):  # a bad partition, which the proof improves
     xp = np if isinstance(rows.size, np.ndarray) else jnp
-    return rows.before_ties(xp.arange(1, num_levels) * rows.size[:, None] // num_levels), None
+    return Partition(rows.before_ties(xp.arange(1, num_levels) * rows.size[:, None] // num_levels))
 
 
 # With a proof: rows of which only counts and sums leave the devices, two by two; rows brought to the host; counts.
