@@ -72,7 +72,7 @@ def compress(
         squared error of each value is weighted by its own.
       tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
         relative gap that is left is reported as `certificate`. None leaves the proof out, and what it costs: on one
-        long row up to half the fit's time for 16 levels, on many rows of some thousand values three times it
+        long row up to half the fit's time for 16 levels, on many rows of some thousand values twice it
         (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` says what levels are then worth. Under
         `jit`, or of arrays that several processes hold, nothing is proven.
       min_size: leaves with fewer values stay dense.

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.fit_knq_long import LongRows, sort_long_rows
-from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_proof import better_or_equal, prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
 from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, partition, polish, squared_error_bound
@@ -78,8 +78,13 @@ def _proven(rows: Rows, found: Partition, task: Task, fitted: int | None):
     to_prove = [host_row(rows, r, task.keep_zero) for r in range(len(cuts))[:fitted]]
     assert task.tolerance is not None
     better[:fitted], bounds[:fitted] = prove(to_prove, cuts[:fitted], task.num_levels, task.tolerance, price)
-    same = (better == cuts).all(axis=1, keepdims=True)  # a row stays as it is whatever happens to those beside it
-    return (cuts if same.all() else np.where(same, cuts, polish(rows, better, task.keep_zero))), bounds
+    changed = np.flatnonzero((better != cuts).any(axis=1))
+    if len(changed):
+        polished = polish(rows, better, task.keep_zero)
+        for r in changed:  # the search knows values and weights by their rounded sums, the proof as they are
+            if better_or_equal(to_prove[r], polished[r], better[r]):
+                better[r] = polished[r]
+    return better, bounds
 
 
 def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:

@@ -25,7 +25,7 @@ from nuqjax.assign import Fit, assign, row_scale, working_dtype
 from nuqjax.fit_knq_host import fit_counted, fit_on_host, rounded_fit
 from nuqjax.fit_knq_levels import SHORT, Task, dense_cuts, interval_means
 from nuqjax.fit_knq_long import ShardedRows, sort_long_rows
-from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_proof import better_or_equal, prove
 from nuqjax.fit_knq_proof_mesh import Held, MeshRow, Place, held_rows, hold
 from nuqjax.fit_knq_rows import LONG, pattern_counts, take
 from nuqjax.fit_knq_search import partition, polish
@@ -285,15 +285,23 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
     return layout.run(part, arrays, specs, number)
 
 
-@functools.partial(jax.jit, static_argnames=("place", "keep_zero", "better"))
-def _levels(held: Held, cuts, changed, heaviest, *, place: Place, keep_zero: bool, better: bool):
-    """The levels `[G, K]` of cuts, where these are `changed` polished before, and their error `[G]` in float64."""
+@functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
+def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
+    """Cuts `[G, K − 1]` polished."""
 
-    def part(held, cuts, changed, heaviest):
+    def part(held, cuts):
+        return polish(held_rows(held, place), cuts, keep_zero)
+
+    return place.run(part, (place.of_devices, place.of_rows), place.of_rows)(held, cuts)
+
+
+@functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
+def _levels(held: Held, cuts, heaviest, *, place: Place, keep_zero: bool):
+    """The levels `[G, K]` of cuts, and their error `[G]` in float64."""
+
+    def part(held, cuts, heaviest):
         rows = held_rows(held, place)
         here = rows.part
-        if better:
-            cuts = jnp.where(changed[:, None], polish(rows, cuts, keep_zero), cuts)
         levels = (interval_means(rows, cuts, keep_zero) * here.unit[:, None]).astype(here.values.dtype)
         there = jnp.arange(here.length) < here.size[:, None]
         values = jnp.where(there, here.values, 0)
@@ -304,8 +312,8 @@ def _levels(held: Held, cuts, changed, heaviest, *, place: Place, keep_zero: boo
             square = square * (here.shares * heaviest[:, None])
         return levels, lax.psum(jnp.sum(jnp.where(there, square, 0.0), axis=1), place.value_axes)
 
-    specs = place.of_devices, *[place.of_rows] * 3
-    return place.run(part, specs, place.of_rows)(held, cuts, changed, heaviest)
+    specs = place.of_devices, *[place.of_rows] * 2
+    return place.run(part, specs, place.of_rows)(held, cuts, heaviest)
 
 
 def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
@@ -322,11 +330,15 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
             ]
             assert task.tolerance is not None
             cuts, bound = prove(rows, found, task.num_levels, task.tolerance, price)
-            changed = (cuts != found).any(axis=1)
-            levels, error = _levels(
-                held, cuts, changed, heaviest, place=place, keep_zero=task.keep_zero, better=bool(changed.any())
+            changed = np.flatnonzero((cuts != found).any(axis=1))
+            if len(changed):
+                polished = np.asarray(_polished(held, cuts, place=place, keep_zero=task.keep_zero))
+                for g in changed:
+                    if better_or_equal(rows[g], polished[g], cuts[g]):
+                        cuts[g] = polished[g]
+            levels, error = (
+                np.asarray(x) for x in _levels(held, cuts, heaviest, place=place, keep_zero=task.keep_zero)
             )
-            levels, error = np.asarray(levels), np.asarray(error)
         fitted = rounded_fit(levels, error, bound * heaviest, unit, dtype)
         parts.append([np.asarray(field)[:, None] for field in fitted])
     return _joined(parts)

@@ -142,6 +142,16 @@ def prove(
             resume(r, waiting[r][0], answer)
 
 
+def better_or_equal(row: Row, boundaries: np.ndarray, others: np.ndarray) -> bool:
+    """Whether a partition has no more error than another, but for rounding; boundaries `[K − 1]` of either."""
+
+    def error(boundaries: np.ndarray) -> float:
+        whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
+        return _partition_error(_measured(row, _distinct(np.append(whole, row.pin or 0))), whole)
+
+    return error(boundaries) <= error(others) * (1 + 2.0**-30)
+
+
 def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
     """The answer to each row, from passes over many at once."""
     while requests:
@@ -203,7 +213,8 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
     if best == 0:
         return boundaries, 0.0
     moment = float((cells.square + cells.weight * cells.mean**2).sum())
-    proposed = float(price) if 0 < price < np.inf else 2 * best / max(free, 1)
+    # One interval more saves no more than all the error: from there on, a higher price only rounds more.
+    proposed = min(float(price), best) if price > 0 else 2 * best / max(free, 1)
     cells = _graded(row, cells, whole, num_levels, tolerance)
     left_places, left_level, right_level = _expected_levels(cells, whole)
     right_places = left_places
@@ -318,8 +329,9 @@ def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
         low, high = max(more), min(fewer)
         (value, count), (other, least) = tangents[low], tangents[high]
         return float(np.clip((other - value + count * low - least * high) / (count - least), low, high))
-    price = max(more) if more else min(fewer)  # the price falls with the cube of the number of intervals
-    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** 3
+    price = max(more) if more else min(fewer)
+    # The price falls with the cube of the number of intervals, where values are dense; elsewhere steps grow.
+    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2.0 ** (len(tangents) - 1))
 
 
 def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):
