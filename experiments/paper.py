@@ -390,13 +390,27 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    words = [None if word == "float" else int(word) for word in args.word]
+    return grid(args.method, [int(b) for b in args.bits], args.codebook_word, args.granularity, words, args.scale)
+
+
+def _needed(commands: Sequence[str]) -> list[str]:
+    """The commands, oldest first, without those all of whose cells a later one measures too."""
+    kept: list[tuple[str, list[Cell]]] = []
+    for command in commands:
+        cells = _cells(_parser().parse_args(shlex.split(command)[3:]))
+        kept = [(other, found) for other, found in kept if not all(cell in cells for cell in found)]
+        kept.append((command, cells))
+    return [command for command, _ in kept]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        words = [None if word == "float" else int(word) for word in args.word]
-        cells = grid(args.method, [int(b) for b in args.bits], args.codebook_word, args.granularity, words, args.scale)
+        cells = _cells(args)
         for cell in cells:
             cell.setting.options()
         network = networks.get(args.network)
@@ -410,12 +424,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             variables = networks.load_features(network, images.data_folder(args.data))
         source = sources.kept(sources.load(args.source, network, args.data, args.images), args.workers)
         calibration = None
-        if any(words):
+        if any(cell.word for cell in cells):
             name = args.calibration_source or args.source
             chosen = sources.kept(sources.load(name, network, args.data, args.calibration))
             calibration = network.preprocess(next(sources.batches(chosen, args.calibration))[0])
         known = read(args.json) if args.json is not None and args.json.exists() else None
-        keep = keeper(args.json, [*(known or {}).get("commands", []), _command(args)])
+        keep = keeper(args.json, _needed([*(known or {}).get("commands", []), _command(args)]))
         with progress_bars() as progress:
             results = run(
                 network,
