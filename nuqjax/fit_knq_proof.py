@@ -112,7 +112,8 @@ def prove(
         how good.
       num_levels: K.
       tolerance: the relative gap that is good enough.
-      prices: `[R]` what λ to begin with, in units of the rows' unit²: that of the search which found the boundaries.
+      prices: `[R]` λ to begin with, in units of the rows' unit²: those of the search that found the boundaries; 0, or
+        None in all, where nobody knows.
 
     Returns:
       `[R, K − 1]` int64 cuts of the best partitions seen, and `[R]` float64 lower bounds on Σ weight (value − level)²,
@@ -120,7 +121,7 @@ def prove(
     """
     best = np.array(boundaries, np.int64)
     bounds = np.zeros(len(rows))
-    prices = np.zeros(len(rows)) if prices is None else prices  # 0: nobody knows
+    prices = np.zeros(len(rows)) if prices is None else prices
     waiting: dict[int, tuple[_Task, _Request]] = {}
     to_come = iter(range(len(rows)))
 
@@ -331,7 +332,7 @@ def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
         return float(np.clip((other - value + count * low - least * high) / (count - least), low, high))
     price = max(more) if more else min(fewer)
     # The price falls with the cube of the number of intervals, where values are dense; elsewhere steps grow.
-    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2.0 ** (len(tangents) - 1))
+    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2 ** min(len(tangents) - 1, 4))
 
 
 def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):
