@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.fit_knq_long import LongRows, sort_long_rows
-from nuqjax.fit_knq_proof import better_or_equal, prove
+from nuqjax.fit_knq_proof import better_of, prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
 from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, partition, polish, squared_error_bound
@@ -82,8 +82,7 @@ def _proven(rows: Rows, found: Partition, task: Task, fitted: int | None):
     if len(changed):
         polished = polish(rows, better, task.keep_zero)
         for r in changed:  # the search knows values and weights by their rounded sums, the proof as they are
-            if better_or_equal(to_prove[r], polished[r], better[r]):
-                better[r] = polished[r]
+            better[r] = better_of(to_prove[r], polished[r], better[r])
     return better, bounds
 
 

@@ -25,7 +25,7 @@ from nuqjax.assign import Fit, assign, row_scale, working_dtype
 from nuqjax.fit_knq_host import fit_counted, fit_on_host, rounded_fit
 from nuqjax.fit_knq_levels import SHORT, Task, dense_cuts, interval_means
 from nuqjax.fit_knq_long import ShardedRows, sort_long_rows
-from nuqjax.fit_knq_proof import better_or_equal, prove
+from nuqjax.fit_knq_proof import better_of, prove
 from nuqjax.fit_knq_proof_mesh import Held, MeshRow, Place, held_rows, hold
 from nuqjax.fit_knq_rows import LONG, pattern_counts, take
 from nuqjax.fit_knq_search import partition, polish
@@ -334,8 +334,7 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
             if len(changed):
                 polished = np.asarray(_polished(held, cuts, place=place, keep_zero=task.keep_zero))
                 for g in changed:
-                    if better_or_equal(rows[g], polished[g], cuts[g]):
-                        cuts[g] = polished[g]
+                    cuts[g] = better_of(rows[g], polished[g], cuts[g])
             levels, error = (
                 np.asarray(x) for x in _levels(held, cuts, heaviest, place=place, keep_zero=task.keep_zero)
             )

@@ -143,14 +143,14 @@ def prove(
             resume(r, waiting[r][0], answer)
 
 
-def better_or_equal(row: Row, boundaries: np.ndarray, others: np.ndarray) -> bool:
-    """Whether a partition has no more error than another, but for rounding; boundaries `[K − 1]` of either."""
+def better_of(row: Row, boundaries: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of two partitions' boundaries `[K − 1]`, the first ones if they cost no more, but for rounding."""
 
     def error(boundaries: np.ndarray) -> float:
         whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
         return _partition_error(_measured(row, _distinct(np.append(whole, row.pin or 0))), whole)
 
-    return error(boundaries) <= error(others) * (1 + 2.0**-30)
+    return boundaries if error(boundaries) <= error(others) * (1 + 2.0**-30) else others
 
 
 def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
