@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.fit_knq_gaps import search
 from nuqjax.fit_knq_long import LongRows, sort_long_rows
 from nuqjax.fit_knq_proof import better_of, prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
-from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, partition, polish, squared_error_bound
+from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, polish, squared_error_bound
 from nuqjax.rows import namespace
 
 _FEW_ROWS = 8
@@ -58,7 +59,7 @@ def fit_sorted(rows: Rows, task: Task, fitted: int | None = None):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
     num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
-    found = partition(rows, num_levels, keep_zero, dense_cuts)
+    rows, gaps, found = search(rows, num_levels, keep_zero, dense_cuts)
     cuts = found.cuts
     if tolerance is None:
         bound = xp.zeros(cuts.shape[0])
@@ -68,7 +69,8 @@ def fit_sorted(rows: Rows, task: Task, fitted: int | None = None):
         bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
     else:
         cuts, bound = _proven(rows, found, task, fitted)
-    return interval_means(rows, cuts, keep_zero), bound
+    levels = interval_means(rows, cuts, keep_zero)
+    return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
 def _proven(rows: Rows, found: Partition, task: Task, fitted: int | None):

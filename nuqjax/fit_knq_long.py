@@ -6,6 +6,7 @@ order of addition changes them.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -59,6 +60,14 @@ class LongRows(NamedTuple):
     def nominal(self) -> int:
         """The number of values of a row, counted or not."""
         return self.length
+
+    def with_values(self, moved: Callable) -> "LongRows":
+        """The rows with other values over the unit, `moved` of these: ascending as well, and float64."""
+        xp = namespace(self.values)
+        there = self.values < xp.inf
+        scaled = moved(xp.where(there, self.values, 0).astype(xp.float64) / self.unit[:, None])
+        values = xp.where(there, scaled, xp.inf)
+        return _summed(self._replace(values=values, unit=xp.ones_like(self.unit)))
 
     def value_at(self, places):
         """The value above each cut `[R, …]`; above the last, the greatest."""
@@ -160,6 +169,12 @@ class ShardedRows(NamedTuple):
     def frac(self) -> int:
         """Fraction bits of the sums."""
         return self.part.frac
+
+    def with_values(self, moved: Callable) -> "ShardedRows":
+        """The rows with other values over the unit, `moved` of these: ascending as well, and float64."""
+        part = self.part.with_values(moved)
+        square, slack = lax.psum((part.square, part.slack), self.axes)
+        return self._replace(part=part, square=square, slack=slack)
 
     def value_at(self, places):
         """The value above each cut `[R, …]`; above the last, the greatest."""
@@ -321,31 +336,39 @@ def sort_long_rows(
         values, shares = _sorted_on_host(keys, weights)
         every = values.shape[1] if counted is None and weights is None else int(np.searchsorted(values[0], np.inf))
         size = np.full(1, every)
-        masses, moments, off = _sums_on_host(values[:, :every], scale, shares, frac)
-        square = None
     else:
         if weights is None:
             values, shares = lax.sort(keys, dimension=1), None
         else:
             values, shares = lax.sort((keys, weights), dimension=1, num_keys=1)
-        there = values < jnp.inf
-        size = jnp.sum(there, axis=1, dtype=jnp.int64)
-        scaled = jnp.where(there, values, 0).astype(jnp.float64) / scale[:, None]
-        heavy = there.astype(jnp.float64) if shares is None else shares
-        exact = _moments(scaled, shares, frac)
-        mass = None if shares is None else _masses(shares, frac)
-        rounded = lax.optimization_barrier(jnp.abs(scaled * heavy - exact.astype(jnp.float64) * 2.0**-frac))
-        off = jnp.sum(rounded, axis=1)
-        if mass is not None:
-            off = off + jnp.sum(jnp.abs(heavy - mass.astype(jnp.float64) * 2.0**-frac), axis=1)
-        moments, masses = _below_blocks(exact), None if mass is None else _below_blocks(mass)
-        square = jnp.sum(lax.optimization_barrier(scaled * scaled * heavy), axis=1)
-    found = LongRows(values, scale, shares, masses, moments, size, pinned, xp.zeros_like(size), square, 4 * off, frac)
+        size = jnp.sum(values < jnp.inf, axis=1, dtype=jnp.int64)
+    nothing = xp.zeros_like(size)
+    found = _summed(LongRows(values, scale, shares, None, None, size, pinned, nothing, None, None, frac))
     found = found._replace(zero=found.cut_below(xp.zeros((rows.shape[0], 1)))[:, 0])
     if not axes:
         return found
     size, zero, square, slack = lax.psum((found.size, found.zero, found.square, found.slack), axes)
     return ShardedRows(found, size, zero, square, slack, axes)
+
+
+def _summed(rows: LongRows) -> LongRows:
+    """The rows with their running sums, squares (of JAX rows) and slack."""
+    values, unit, shares, frac = rows.values, rows.unit, rows.shares, rows.frac
+    if isinstance(values, np.ndarray):
+        masses, moments, off = _sums_on_host(values[:, : int(rows.size[0])], unit, shares, frac)
+        return rows._replace(masses=masses, moments=moments, slack=4 * off)
+    there = values < jnp.inf
+    scaled = jnp.where(there, values, 0).astype(jnp.float64) / unit[:, None]
+    heavy = there.astype(jnp.float64) if shares is None else shares
+    exact = _moments(scaled, shares, frac)
+    off = jnp.sum(lax.optimization_barrier(jnp.abs(scaled * heavy - exact.astype(jnp.float64) * 2.0**-frac)), axis=1)
+    masses = None
+    if shares is not None:
+        mass = _masses(shares, frac)
+        off = off + jnp.sum(jnp.abs(heavy - mass.astype(jnp.float64) * 2.0**-frac), axis=1)
+        masses = _below_blocks(mass)
+    square = jnp.sum(lax.optimization_barrier(scaled * scaled * heavy), axis=1)
+    return rows._replace(masses=masses, moments=_below_blocks(exact), square=square, slack=4 * off)
 
 
 def _sorted_on_host(keys, weights):

@@ -22,6 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nuqjax.assign import Fit, assign, row_scale, working_dtype
+from nuqjax.fit_knq_gaps import SEARCHES, Gaps, chosen, next_gaps, no_gaps
 from nuqjax.fit_knq_host import fit_counted, fit_on_host, rounded_fit
 from nuqjax.fit_knq_levels import SHORT, Task, dense_cuts, interval_means
 from nuqjax.fit_knq_long import ShardedRows, sort_long_rows
@@ -138,15 +139,17 @@ def fit_on_mesh(
     layout = Layout(sharding, array.shape, of_rows)
     weights, mask = (None if x is None else jax.device_put(x, sharding) for x in (weights, mask))
     place, arrays = layout.place, (array, weights, mask)
-    if tolerance is None or place.length <= SHORT or not array.is_fully_addressable:
+    counted = place.length > LONG and weights is None and array.dtype.itemsize == 2
+    held = place.length > LONG and place.value_axes and not counted
+    if place.length <= SHORT or not array.is_fully_addressable or (tolerance is None and not held):
         return fit_at_once(*arrays, layout=layout, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance)
     task = Task(num_levels, keep_zero, tolerance, dense_cuts(layout.count, place.length))
-    if place.length > LONG and weights is None and array.dtype.itemsize == 2:
-        fitted = _fit_counts(arrays, layout, task)
-    elif place.length <= LONG or not place.value_axes:
-        fitted = _fit_brought(arrays, layout, task)
-    else:
+    if held:
         fitted = _fit_held(arrays, layout, task)
+    elif counted:
+        fitted = _fit_counts(arrays, layout, task)
+    else:
+        fitted = _fit_brought(arrays, layout, task)
     placed = NamedSharding(sharding.mesh, layout.by_row)
     return Fit(*(jax.device_put(_in_order(x, layout), placed) for x in fitted))
 
@@ -262,9 +265,28 @@ def _fit_counts(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
     )
 
 
+class Known(NamedTuple):
+    """What the host knows of rows that devices hold, one of each group.
+
+    Attributes:
+      size: `[G]` int64 number of values that count.
+      zero: `[G]` int64 cut just below the value zero.
+      unit: `[G]` float64 powers of two, by which values are divided.
+      heaviest: `[G]` float64 the largest weight; 1 where there are none.
+    """
+
+    size: Any
+    zero: Any
+    unit: Any
+    heaviest: Any
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "task"))
 def _searched(arrays, number, *, layout: Layout, task: Task):
-    """Of row `number` of each group what devices hold, the partition that the search finds, and more `[G]`."""
+    """Of row `number` of each group what devices hold, what is known of it, and what a search finds.
+
+    That is no gaps, the partition, and which gaps to narrow next if it is worth it, `[G]`.
+    """
     place, dtype = layout.place, working_dtype(arrays[0].dtype)
 
     def part(*blocks):
@@ -274,15 +296,36 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
         rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows).astype(dtype)
         ordered = sort_long_rows(rows, unit, weights, mask, task.keep_zero, place.value_axes)
         assert isinstance(ordered, ShardedRows)
-        found = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
         heaviest = jnp.ones(1)
         if weights is not None:
             counted = weights if mask is None else jnp.where(mask, weights, 0)
             heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
-        return hold(ordered), found, (ordered.size, ordered.zero, unit, heaviest)
+        known = Known(ordered.size, ordered.zero, unit, heaviest)
+        heaviest = jnp.ones(1)
+        if weights is not None:
+            counted = weights if mask is None else jnp.where(mask, weights, 0)
+            heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
+        known = Known(ordered.size, ordered.zero, unit, heaviest)
+        found = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
+        gaps = no_gaps(ordered, task.num_levels)
+        return hold(ordered), known, gaps, found, next_gaps(ordered, found, gaps, task.keep_zero)
+
+    specs = place.of_devices, *[place.of_rows] * 4
+    return layout.run(part, arrays, specs, number)
+
+
+@functools.partial(jax.jit, static_argnames=("place", "task"))
+def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task):
+    """Of the rows with narrower gaps what devices hold, their partition, and which gaps to narrow next."""
+
+    def part(held, gaps):
+        rows = held_rows(held, place)
+        narrowed = rows.with_values(gaps.narrow)
+        found = partition(narrowed, task.num_levels, task.keep_zero, task.dense_cuts)
+        return hold(narrowed), found, next_gaps(rows, found, gaps, task.keep_zero)
 
     specs = place.of_devices, place.of_rows, place.of_rows
-    return layout.run(part, arrays, specs, number)
+    return place.run(part, specs[:2], specs)(held, gaps)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
@@ -296,13 +339,13 @@ def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
 
 
 @functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
-def _levels(held: Held, cuts, heaviest, *, place: Place, keep_zero: bool):
+def _levels(held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, place: Place, keep_zero: bool):
     """The levels `[G, K]` of cuts, and their error `[G]` in float64."""
 
-    def part(held, cuts, heaviest):
-        rows = held_rows(held, place)
-        here = rows.part
-        levels = (interval_means(rows, cuts, keep_zero) * here.unit[:, None]).astype(here.values.dtype)
+    def part(held, narrowed, gaps, cuts, heaviest):
+        here = held_rows(held, place).part
+        levels = gaps.widen(interval_means(held_rows(narrowed, place), cuts, keep_zero))
+        levels = (levels * here.unit[:, None]).astype(here.values.dtype)
         there = jnp.arange(here.length) < here.size[:, None]
         values = jnp.where(there, here.values, 0)
         nearest = take(levels, assign(values, levels).astype(jnp.int32))
@@ -312,32 +355,45 @@ def _levels(held: Held, cuts, heaviest, *, place: Place, keep_zero: bool):
             square = square * (here.shares * heaviest[:, None])
         return levels, lax.psum(jnp.sum(jnp.where(there, square, 0.0), axis=1), place.value_axes)
 
-    specs = place.of_devices, *[place.of_rows] * 2
-    return place.run(part, specs, place.of_rows)(held, cuts, heaviest)
+    specs = *[place.of_devices] * 2, *[place.of_rows] * 3
+    return place.run(part, specs, place.of_rows)(held, narrowed, gaps, cuts, heaviest)
 
 
 def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
     """Rows stay where they are, one of each group at a time."""
-    dtype, place, parts = working_dtype(arrays[0].dtype), layout.place, []
+    parts = []
     for number in range(_rows_of_each(layout)):
         with jax.enable_x64(True):
-            held, found, facts = _searched(arrays, np.int32(number), layout=layout, task=task)
-            found, price = np.asarray(found.cuts), None if found.price is None else np.asarray(found.price)
-            size, zero, unit, heaviest = (np.asarray(x) for x in facts)
-            rows = [
-                MeshRow(held, place, g, int(size[g]), float(unit[g]), int(zero[g]) if task.keep_zero else None)
-                for g in range(len(found))
-            ]
-            assert task.tolerance is not None
-            cuts, bound = prove(rows, found, task.num_levels, task.tolerance, price)
-            changed = np.flatnonzero((cuts != found).any(axis=1))
-            if len(changed):
-                polished = np.asarray(_polished(held, cuts, place=place, keep_zero=task.keep_zero))
-                for g in changed:
-                    cuts[g] = better_of(rows[g], polished[g], cuts[g])
-            levels, error = (
-                np.asarray(x) for x in _levels(held, cuts, heaviest, place=place, keep_zero=task.keep_zero)
-            )
-        fitted = rounded_fit(levels, error, bound * heaviest, unit, dtype)
+            fitted = _fit_row_held(arrays, number, layout, task)
         parts.append([np.asarray(field)[:, None] for field in fitted])
     return _joined(parts)
+
+
+def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
+    """Row `number` of each group."""
+    place, keep_zero = layout.place, task.keep_zero
+    held, *others = _searched(arrays, np.int32(number), layout=layout, task=task)
+    known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
+    narrowed, unit = held, known.unit
+    for _ in range(SEARCHES - 1):
+        if not worth.any():
+            break
+        gaps, unit = chosen(worth, narrower, gaps), np.ones_like(unit)
+        narrowed, *others = _searched_again(held, gaps, place=place, task=task)
+        again, (narrower, next_worth) = jax.tree.map(np.asarray, others)
+        found, worth = chosen(worth, again, found), next_worth
+    cuts, bound = found.cuts, np.zeros(len(unit))
+    if task.tolerance is not None:
+        rows = [
+            MeshRow(narrowed, place, g, int(known.size[g]), float(unit[g]), int(known.zero[g]) if keep_zero else None)
+            for g in range(len(unit))
+        ]
+        cuts, bound = prove(rows, found.cuts, task.num_levels, task.tolerance, found.price)
+        changed = np.flatnonzero((cuts != found.cuts).any(axis=1))
+        if len(changed):
+            polished = np.asarray(_polished(narrowed, cuts, place=place, keep_zero=keep_zero))
+            for g in changed:
+                cuts[g] = better_of(rows[g], polished[g], cuts[g])
+    levels, error = _levels(held, narrowed, gaps, cuts, known.heaviest, place=place, keep_zero=keep_zero)
+    bound = bound / gaps.factor**2 * known.heaviest
+    return rounded_fit(np.asarray(levels), np.asarray(error), bound, known.unit, working_dtype(arrays[0].dtype))

@@ -110,11 +110,14 @@ def _search(problem: _Problem, price, trials, num_levels: int):
         here = price, error(price, potential, intervals), intervals
         low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
         high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
-        guess = price * (jnp.maximum(intervals, 0.5) / free) ** 3  # Panter and Dite (1951)
+        guess = price * _steeper((jnp.maximum(intervals, 0.5) / free) ** 3, trial - 2)  # Panter and Dite (1951)
         bracketed = (low[0] > 0) & (high[0] < jnp.inf)
         # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
         equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)
-        price = jnp.where(intervals == free, price, jnp.where(bracketed, equal, guess))
+        # A path that was not followed to its end has no error, and rounding may leave none between two.
+        known = (low[2] <= steps) & (equal > low[0]) & (equal < high[0])
+        between = jnp.where(known, equal, jnp.sqrt(low[0]) * jnp.sqrt(high[0]))
+        price = jnp.where(intervals == free, price, jnp.where(bracketed, between, guess))
         return price, low, high, *attempt(price), trial + 1
 
     none = jnp.zeros_like(price), jnp.zeros_like(price), jnp.zeros(price.shape, jnp.int32)
@@ -123,6 +126,13 @@ def _search(problem: _Problem, price, trials, num_levels: int):
     held = num_levels - free
     rank = jnp.arange(num_levels - 1, 0, -1, dtype=jnp.int32) * (intervals[:, None] + held) // num_levels
     return price, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
+
+
+def _steeper(ratio, times):
+    """The ratio, squared some times: where values are sparse the price changes faster than with the cube."""
+    for time in range(4):
+        ratio = jnp.where(time < times, ratio * ratio, ratio)
+    return ratio
 
 
 def _cost(potential, n, s, price, pinned):

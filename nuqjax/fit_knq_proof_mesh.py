@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nuqjax.fit_knq_long import LongRows, ShardedRows
-from nuqjax.fit_knq_proof_rows import origin
+from nuqjax.fit_knq_proof_rows import moved_slack, origin
 from nuqjax.fit_knq_rows import fraction_bits
 
 _ASKED = 2**12  # questions of one call: one shape to compile
@@ -248,4 +248,4 @@ class MeshRow:
         if self._weighted:
             least, greatest = self.values_at(np.array([0, self.size - 1])) / self.unit
             moved, lost = moved + spread, lost + unit * float(number.sum()) * float(greatest - least) ** 2
-        return 2 * math.sqrt(top * moved) + moved + lost
+        return 2 * math.sqrt(top * moved) + moved + lost + moved_slack(self, weight, top)

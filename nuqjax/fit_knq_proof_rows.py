@@ -5,6 +5,7 @@ beside values, and for the weight, mean and squared error of the values between 
 are: `HostRow` has them in an array, `fit_knq_proof_mesh.MeshRow` on the devices of a mesh.
 """
 
+import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -151,8 +152,15 @@ class HostRow(NamedTuple):
         return total, (first - origin(self)) + shift, np.add.reduceat(away, starts)
 
     def slack(self, cuts: np.ndarray, weight: np.ndarray, width: np.ndarray, top: float) -> float:
-        """Nothing."""
-        return 0.0
+        """What values are off by that `fit_knq_gaps` moved."""
+        return moved_slack(self, weight, top)
+
+
+def moved_slack(row: Row, weight: np.ndarray, top: float) -> float:
+    """How much a bound may be off where every value is, by two units in the last place of the largest."""
+    largest = float(np.abs(row.values_at(np.array([0, row.size - 1]))).max()) / row.unit
+    moved = float(weight.sum()) * (largest * 2.0**-51) ** 2
+    return 2 * math.sqrt(top * moved) + moved
 
 
 def merged(

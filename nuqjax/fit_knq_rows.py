@@ -8,7 +8,7 @@ The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CP
 `LONG` have a form of their own with the same methods (`fit_knq_long`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class SortedRows(NamedTuple):
       total: `[R, D + 1]` weight times value below each cut, in units of 2^−frac; of the same dtype.
       weight: `[R, D]` float64 weight of each distinct value, unrounded, over the row's largest weight; None where all
         weights are 1, and of JAX rows.
+      mass: `[R, D]` int64 the same in units of 2^−frac; None where all weights are 1.
       size: `[R]` int64 number of distinct values, so the last cut.
       zero: `[R]` int64 cut just below the value zero, which is there (maybe of weight 0) where a level is pinned to it.
       square: `[R]` float64 Σ weight · value².
@@ -52,6 +53,7 @@ class SortedRows(NamedTuple):
     count: Any
     total: Any
     weight: Any
+    mass: Any
     size: Any
     zero: Any
     square: Any
@@ -63,6 +65,19 @@ class SortedRows(NamedTuple):
     def length(self) -> int:
         """At least the last cut of every row."""
         return self.values.shape[1]
+
+    def with_values(self, moved: Callable) -> "SortedRows":
+        """The rows with other values, `moved` of these: ascending as well, and off by a few units in the last place."""
+        xp = namespace(self.values)
+        values = moved(self.values)
+        mass = self.count[:, 1:] - self.count[:, :-1] if self.mass is None else self.mass
+        moments, heavy, off = _in_units(values, mass, self.mass is not None, self.frac)
+        total = xp.concatenate([xp.zeros_like(moments[:, :1]), xp.cumsum(moments, axis=1)], axis=1)
+        square, slack = _square_and_slack(values, heavy, off)
+        if self.mass is not None:
+            total = total.astype(xp.float64)
+        slack = slack + 8 * self.nominal * 2.0**-self.frac  # of weights, and of what moved
+        return self._replace(values=values, total=total, square=square, slack=slack)
 
     def value_at(self, places):
         """The value above each cut `[R, …]`; above the last, the greatest."""
@@ -196,9 +211,8 @@ def _sorted_by_row(rows, scale, mask, frac: int, sizes: Sequence[int]) -> Sorted
     if most > length:
         values = np.pad(values, ((0, 0), (0, most - length)), mode="edge")
         count, total = (np.pad(x, ((0, 0), (0, most - length)), mode="edge") for x in (count, total))
-    return SortedRows(
-        values[:, :most], count[:, : most + 1], total[:, : most + 1], None, size, zero, square, slack, frac, length
-    )  # fmt: skip
+    values, count, total = values[:, :most], count[:, : most + 1], total[:, : most + 1]
+    return SortedRows(values, count, total, None, None, size, zero, square, slack, frac, length)
 
 
 def count_rows(
@@ -233,10 +247,8 @@ def join_counts(
     if keep_zero:
         there = there | (xp.asarray(ordered) == 0)
     values = xp.where(there, values, 0.0)
-    single = xp.rint(values * 2.0**frac)
-    off = xp.abs(values - single * 2.0**-frac) * masses
-    moments = single.astype(xp.int64) * masses
-    return _joined(values, there, there, masses, moments, masses.astype(xp.float64), off, None, frac, sizes, length)
+    moments, heavy, off = _in_units(values, masses, False, frac)
+    return _joined(values, there, there, masses, moments, heavy, off, None, frac, sizes, length)
 
 
 def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -277,8 +289,7 @@ def _joined(
     `heavy` that these stand for, what was rounded `off`, and the weights `shares` before it, or None.
     """
     xp = namespace(values)
-    square = xp.sum(_rounded(values * values * heavy), axis=1)
-    slack = 4 * xp.sum(_rounded(off), axis=1)  # magnitudes are below 2, squares below 4
+    square, slack = _square_and_slack(values, heavy, off)
     size = xp.sum(new, axis=1, dtype=xp.int64)
     most = values.shape[1]
     if xp is np:
@@ -293,8 +304,9 @@ def _joined(
         running = xp.concatenate([xp.zeros_like(amounts[:, :1]), xp.cumsum(amounts, axis=1)], axis=1)
         return take(running, xp.minimum(first, values.shape[1]))
 
-    counts, totals, run_weight = first if masses is None else below(masses), below(moments), None
+    counts, totals, run_weight, run_mass = first if masses is None else below(masses), below(moments), None, None
     if shares is not None:
+        run_mass = counts[:, 1:] - counts[:, :-1]
         counts, totals = counts.astype(xp.float64) * 2.0**-frac, totals.astype(xp.float64)
         if xp is np:
             run_weight = _run_sums(shares, new, most)
@@ -302,7 +314,26 @@ def _joined(
     place = xp.arange(most, dtype=xp.int64)
     values = take(values, xp.minimum(take(first, xp.minimum(place, last)), values.shape[1] - 1))
     zero = xp.sum((values < 0) & (place < size[:, None]), axis=1, dtype=xp.int64)
-    return SortedRows(values, counts, totals, run_weight, size, zero, square, slack, frac, nominal)
+    return SortedRows(values, counts, totals, run_weight, run_mass, size, zero, square, slack, frac, nominal)
+
+
+def _square_and_slack(values, heavy, off):
+    """`[R]` Σ weight · value², and how much what is rounded `off` may change the squared error of any partition."""
+    xp = namespace(values)
+    square = xp.sum(_rounded(values * values * heavy), axis=1)
+    return square, 4 * xp.sum(_rounded(off), axis=1)  # magnitudes are below 2, squares below 4
+
+
+def _in_units(values, masses, weighted: bool, frac: int):
+    """Moments in units of 2^−frac, the weights that integer masses stand for, and what the moments are rounded off."""
+    xp = namespace(values)
+    if weighted:  # masses are in such units too
+        rounded = masses.astype(xp.float64)
+        moments, heavy = xp.rint(values * rounded).astype(xp.int64), rounded * 2.0**-frac
+        return moments, heavy, xp.abs(values * heavy - moments.astype(xp.float64) * 2.0**-frac)
+    single = xp.rint(values * 2.0**frac)
+    heavy = masses.astype(xp.float64)
+    return single.astype(xp.int64) * masses, heavy, xp.abs(values - single * 2.0**-frac) * heavy
 
 
 def _rounded(terms):

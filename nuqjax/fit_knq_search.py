@@ -34,7 +34,7 @@ _KEPT = 64  # such parts for each level
 _NARROWINGS = 2
 _NEARLY_SINGLE = 6  # values of a cell, on average, from which it is parted into single values,
 _FINEST_PARTS = 32  # which are so many where the row is dense
-_TRIALS = 16  # of a price
+_TRIALS = 24  # of a price
 _ROOMS = tuple(2**e + 2 for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
 _HALF = 16  # steps of a window to each side
 _ROUNDS = 64
@@ -297,9 +297,12 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
         count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
         num_levels=num_levels, pin=keep_zero,
     )  # fmt: skip
+    places = _like(places, xp)
     if xp is np:
         found, excess = np.asarray(found), np.asarray(excess)
-    return take(cuts, _like(places, xp)), found / unit, excess[:, : size + 1]
+    # Rounding is not to hide the path itself among those near it.
+    excess = xp.where(_marked(places, room + 1) > 0, -xp.inf, excess)
+    return take(cuts, places), found / unit, excess[:, : size + 1]
 
 
 def _like(array: Any, xp):

@@ -40,11 +40,12 @@ def gap(fitted):  # that of the worst row
 
 
 def same(rows, num_levels, mesh, spec, **options):  # proven to 1e-6, and to the same bits as on one device
+    proven = options.get("tolerance", 1e-6) is not None
     one = nuqjax.fit(rows, num_levels, **options)
     many = nuqjax.fit(jax.device_put(rows, NamedSharding(mesh, spec)), num_levels, **options)
     np.testing.assert_array_equal(many.levels, one.levels)
     np.testing.assert_array_equal(many.scale, one.scale)
-    assert max(gap(one), gap(many)) <= 1e-6 + 2.0**-22
+    assert not proven or max(gap(one), gap(many)) <= 1e-6 + 2.0**-22
     np.testing.assert_allclose(many.sse, one.sse, rtol=2.0**-22)
     np.testing.assert_allclose(many.lower_bound, one.lower_bound, rtol=2.0**-22)
 
@@ -55,7 +56,7 @@ both = P("rows", "values")
 """
 
 _LEVELS = """
-from nuqjax import fit_knq_levels, fit_knq_mesh
+from nuqjax import fit_knq_gaps, fit_knq_mesh
 from nuqjax.fit_knq_search import Partition
 
 for dtype, num_levels, devices, spec in (
@@ -85,10 +86,14 @@ def by_rank(rows, num_levels, keep_zero, dense_cuts):  # a bad partition, which 
 same(rng.standard_t(3, (4, 2**17)).astype(np.float32), 4, square, both)
 heavy = dict(weights=rng.exponential(size=(1, 2**17)) ** 3, mask=rng.random((1, 2**17)) < 0.9)
 heavy = {name: jnp.asarray(x, jnp.float32 if name == "weights" else bool) for name, x in heavy.items()}
-found = fit_knq_levels.partition
-fit_knq_levels.partition = fit_knq_mesh.partition = by_rank
+found = fit_knq_gaps.partition
+fit_knq_gaps.partition = fit_knq_mesh.partition = by_rank
 same(values[:1], 16, mesh_of((4,), ("d",)), P(None, "d"), keep_zero=True, **heavy)
-fit_knq_levels.partition = fit_knq_mesh.partition = found
+fit_knq_gaps.partition = fit_knq_mesh.partition = found
+# Gaps are narrowed of a row beside one that has none, and without a proof.
+wide = np.stack([rng.standard_normal(2**17), np.append(rng.standard_normal(2**17 - 1), 1e9)]).astype(np.float32)
+for tolerance in (1e-6, None):
+    same(wide, 64, square, both, tolerance=tolerance)
 for spec in (both, P("rows")):
     same(jnp.asarray(values, jnp.bfloat16), 16, square, spec)
 same(values, 16, square, P("rows"))
