@@ -3,9 +3,9 @@
 In one dimension the clusters of an optimal k-means are intervals of the sorted values, so the problem is to part a
 sorted row into K intervals (Wu 1991; Grønlund et al., arXiv 1701.07204). `fit_knq_rows` sorts a row into distinct
 values with exact running sums (`fit_knq_long` a long one, `count_rows` one of 16-bit values), `fit_knq_search` finds a
-partition, `fit_knq_proof` bounds from below what any other could cost, and in `fit_knq_levels` it becomes levels: each
-the mean of its interval, rounded once. Where rows are decides who does it: `fit_knq_host`, `fit_knq_traced` or
-`fit_knq_mesh`.
+partition, `fit_knq_gaps` narrows gaps that would keep sums from resolving it, `fit_knq_proof` bounds from below what
+any other could cost, and in `fit_knq_levels` it becomes levels: each the mean of its interval, rounded once. Where rows
+are decides who does it: `fit_knq_host`, `fit_knq_traced` or `fit_knq_mesh`.
 
 A row with no more distinct values than the dense programme has cuts (512, or 1024 if it is no longer than that; 256
 where there are more than eight rows) is solved exactly. Another is searched from coarse cells down to single values,

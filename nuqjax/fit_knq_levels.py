@@ -12,7 +12,7 @@ from nuqjax.fit_knq_long import LongRows, sort_long_rows
 from nuqjax.fit_knq_proof import better_of, prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
-from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, polish, squared_error_bound
+from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, polish, rounding_of_sum, squared_error_bound
 from nuqjax.rows import namespace
 
 _FEW_ROWS = 8
@@ -63,29 +63,44 @@ def fit_sorted(rows: Rows, task: Task, fitted: int | None = None):
     cuts = found.cuts
     if tolerance is None:
         bound = xp.zeros(cuts.shape[0])
-    elif found.least is not None and (xp is jnp or rows.length <= SHORT):
-        bound = bound_of_sum(rows, found.least, num_levels)
     elif xp is jnp or rows.length <= SHORT:
-        bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+        if found.least is None:
+            bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+        else:
+            bound = bound_of_sum(rows, found.least, num_levels)
     else:
-        cuts, bound = _proven(rows, found, task, fitted)
+        bound = np.zeros(len(cuts))
+    if tolerance is not None and xp is np:
+        cuts, bound = _proven(rows, found, bound, task, fitted)
     levels = interval_means(rows, cuts, keep_zero)
     return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
-def _proven(rows: Rows, found: Partition, task: Task, fitted: int | None):
-    """The cuts, better ones where a proof came upon them, and the bounds of the first `fitted` rows; on the host."""
-    cuts, price = found.cuts, found.price
-    bounds, better = np.zeros(len(cuts)), cuts.copy()
-    to_prove = [host_row(rows, r, task.keep_zero) for r in range(len(cuts))[:fitted]]
+def _proven(rows: Rows, found: Partition, bound: np.ndarray, task: Task, fitted: int | None):
+    """The cuts, better ones where a proof came upon them, and the bounds of the first `fitted` rows; on the host.
+
+    Short rows are proven where the dense programme's `bound [R]` does not do.
+    """
     assert task.tolerance is not None
-    better[:fitted], bounds[:fitted] = prove(to_prove, cuts[:fitted], task.num_levels, task.tolerance, price)
-    changed = np.flatnonzero((better != cuts).any(axis=1))
-    if len(changed):
+    cuts, fitted = found.cuts, len(found.cuts) if fitted is None else fitted
+    unproven = np.ones(len(cuts), bool)
+    if found.least is not None and rows.length <= SHORT:
+        most = rows.square + found.least + rounding_of_sum(rows, task.num_levels)
+        unproven = (rows.size > task.num_levels) & (bound < most * (1 - task.tolerance))
+    asked = np.flatnonzero(unproven[:fitted])
+    if not len(asked):
+        return cuts, bound
+    bound, better = bound.copy(), cuts.copy()
+    to_prove = {r: host_row(rows, r, task.keep_zero) for r in asked.tolist()}
+    price = None if found.price is None else found.price[asked]
+    better[asked], proven = prove(list(to_prove.values()), cuts[asked], task.num_levels, task.tolerance, price)
+    bound[asked] = np.maximum(bound[asked], proven)
+    changed = np.flatnonzero((better != cuts).any(axis=1)).tolist()
+    if changed:
         polished = polish(rows, better, task.keep_zero)
         for r in changed:  # the search knows values and weights by their rounded sums, the proof as they are
             better[r] = better_of(to_prove[r], polished[r], better[r])
-    return better, bounds
+    return better, bound
 
 
 def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:

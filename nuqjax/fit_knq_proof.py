@@ -43,7 +43,7 @@ _NARROWEST = 0.45  # of an interval over √tolerance: the cells at its ends
 _WIDENING = 1.3  # of the distance from its ends over K: the others
 _MOST_CELLS = 1536  # of an interval
 _ROUNDS = 12
-_TRIALS = 10  # of λ in a round
+_TRIALS, _LAST_TRIALS = 10, 32  # of λ in a round, and in one whose cells are single values: there are no more
 _MARGIN = 1.1  # between the leaks assumed and those expected
 _UNIT = 2.0**-53
 
@@ -214,8 +214,10 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
     if best == 0:
         return boundaries, 0.0
     moment = float((cells.square + cells.weight * cells.mean**2).sum())
+    # Where values are many an interval's share is half of λ, where they are hardly more than K the merging of two is.
+    guess = 2 * best / max(min(free, row.size - num_levels), 1)
     # One interval more saves no more than all the error: from there on, a higher price only rounds more.
-    proposed = min(float(price), best) if price > 0 else 2 * best / max(free, 1)
+    proposed = min(float(price) if price > 0 else guess, best)
     cells = _graded(row, cells, whole, num_levels, tolerance)
     left_places, left_level, right_level = _expected_levels(cells, whole)
     right_places = left_places
@@ -228,7 +230,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         down = _MARGIN * spread * np.maximum(np.interp(cells.greatest, right_places, right_level) - cells.least, 0.0)
         band = _band(cells, whole)
         tangents: dict[float, tuple[float, int]] = {}
-        for _ in range(_TRIALS):
+        for _ in range(_TRIALS if inner.any() else _LAST_TRIALS):
             price = proposed
             up = np.minimum(up, price / 2)
             forward, before, band = yield _Request(cells, _at_cuts(up), price, band)
@@ -332,7 +334,7 @@ def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
         return float(np.clip((other - value + count * low - least * high) / (count - least), low, high))
     price = max(more) if more else min(fewer)
     # The price falls with the cube of the number of intervals, where values are dense; elsewhere steps grow.
-    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2 ** min(len(tangents) - 1, 4))
+    return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2 ** min(len(tangents) - 1, 8))
 
 
 def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):

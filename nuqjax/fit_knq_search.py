@@ -397,9 +397,12 @@ def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts
 
 def bound_of_sum(rows: Rows, least, num_levels: int):
     """`[R]` Σ w x² plus the least −Σ S²/n, less what rounding can do."""
-    xp = namespace(rows.size)
-    rounding = rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack
-    return xp.maximum(rows.square + least - rounding, 0.0)
+    return namespace(rows.size).maximum(rows.square + least - rounding_of_sum(rows, num_levels), 0.0)
+
+
+def rounding_of_sum(rows: Rows, num_levels: int):
+    """`[R]` what rounding can do to that sum."""
+    return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack
 
 
 def _shift(cuts, by: int):

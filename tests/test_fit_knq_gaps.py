@@ -88,13 +88,10 @@ def test_the_optimum_in_rational_numbers(name, weighted, keep_zero):
             np.testing.assert_allclose(float(fitted.sse[r]) * unit, float(error), rtol=2.0**-22, atol=2.0**-126 * unit)
 
 
-LENGTHS = {"outlier": (300, 70000), "outliers": (5000, 70000)}
-
-
-@pytest.mark.parametrize("num_levels", [4, 256])
-@pytest.mark.parametrize(("name", "length"), [(name, n) for name in FAMILIES for n in LENGTHS.get(name, (300, 5000))])
+@pytest.mark.parametrize(("length", "num_levels"), [(5000, 256), (70000, 4), (70000, 256)])
+@pytest.mark.parametrize("name", ["outlier", "outliers", "heavy tail"])
 def test_the_proof_holds_and_the_search_alone_finds_as_much(name, length, num_levels):
-    rows = rows_of(name, 2, length)
+    rows = rows_of(name, 1, length)
     weights = weights_of(rows) if length < 70000 else None
     proven, searched = (fit_knq(rows, num_levels, weights=weights, tolerance=t) for t in (1e-6, None))
     sse, bound = (np.asarray(x, np.float64) for x in (proven.sse, proven.lower_bound))
