@@ -371,15 +371,15 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
 
 def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
     """Row `number` of each group."""
-    place, keep_zero = layout.place, task.keep_zero
-    held, *others = _searched(arrays, np.int32(number), layout=layout, task=task)
+    place, keep_zero, to_search = layout.place, task.keep_zero, task._replace(tolerance=None)
+    held, *others = _searched(arrays, np.int32(number), layout=layout, task=to_search)
     known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
     narrowed, unit = held, known.unit
     for _ in range(SEARCHES - 1):
         if not worth.any():
             break
         gaps, unit = chosen(worth, narrower, gaps), np.ones_like(unit)
-        narrowed, *others = _searched_again(held, gaps, place=place, task=task)
+        narrowed, *others = _searched_again(held, gaps, place=place, task=to_search)
         again, (narrower, next_worth) = jax.tree.map(np.asarray, others)
         found, worth = chosen(worth, again, found), next_worth
     cuts, bound = found.cuts, np.zeros(len(unit))
