@@ -72,7 +72,7 @@ class SortedRows(NamedTuple):
         values = moved(self.values)
         mass = self.count[:, 1:] - self.count[:, :-1] if self.mass is None else self.mass
         moments, heavy, off = _in_units(values, mass, self.mass is not None, self.frac)
-        total = xp.concatenate([xp.zeros_like(moments[:, :1]), xp.cumsum(moments, axis=1)], axis=1)
+        total = _from_nothing(xp.cumsum(moments, axis=1))
         square, slack = _square_and_slack(values, heavy, off)
         if self.mass is not None:
             total = total.astype(xp.float64)
@@ -178,9 +178,8 @@ def sort_rows(
     else:
         assert shares is not None
         rounded = xp.rint(shares * 2.0**frac)
-        masses, moments = rounded.astype(xp.int64), xp.rint(values * rounded).astype(xp.int64)
-        heavy = rounded * 2.0**-frac
-        off = xp.abs(shares - heavy) + xp.abs(values * shares - moments.astype(xp.float64) * 2.0**-frac)
+        masses, moments, heavy = rounded.astype(xp.int64), None, rounded * 2.0**-frac
+        off = 3 * xp.abs(shares - heavy)  # of the weight, and of its moment, as magnitudes are below 2
     new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
     return _joined(
         values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, sizes, length
@@ -285,8 +284,9 @@ def _joined(
 ) -> SortedRows:
     """Rows of ascending values, joined where `new` does not say that one differs from that before it.
 
-    All are `[R, N]`: `there` whether a value counts, the integers `masses` (None for 1 each) and `moments`, the weight
-    `heavy` that these stand for, what was rounded `off`, and the weights `shares` before it, or None.
+    All are `[R, N]`: `there` whether a value counts, the integers `masses` (None for 1 each) and `moments` (None for
+    those of weighted runs), the weight `heavy` that these stand for, what was rounded `off`, and the weights `shares`
+    before it, or None.
     """
     xp = namespace(values)
     square, slack = _square_and_slack(values, heavy, off)
@@ -301,20 +301,29 @@ def _joined(
     first = _first_places(new, end, most)
 
     def below(amounts):  # their running sums at the first of each distinct value
-        running = xp.concatenate([xp.zeros_like(amounts[:, :1]), xp.cumsum(amounts, axis=1)], axis=1)
-        return take(running, xp.minimum(first, values.shape[1]))
+        return take(_from_nothing(xp.cumsum(amounts, axis=1)), xp.minimum(first, values.shape[1]))
 
-    counts, totals, run_weight, run_mass = first if masses is None else below(masses), below(moments), None, None
-    if shares is not None:
-        run_mass = counts[:, 1:] - counts[:, :-1]
-        counts, totals = counts.astype(xp.float64) * 2.0**-frac, totals.astype(xp.float64)
-        if xp is np:
-            run_weight = _run_sums(shares, new, most)
     last = xp.maximum(size[:, None] - 1, 0)
     place = xp.arange(most, dtype=xp.int64)
-    values = take(values, xp.minimum(take(first, xp.minimum(place, last)), values.shape[1] - 1))
-    zero = xp.sum((values < 0) & (place < size[:, None]), axis=1, dtype=xp.int64)
-    return SortedRows(values, counts, totals, run_weight, run_mass, size, zero, square, slack, frac, nominal)
+    distinct = take(values, xp.minimum(take(first, xp.minimum(place, last)), values.shape[1] - 1))
+    counts, run_weight, run_mass = first if masses is None else below(masses), None, None
+    if shares is None:
+        totals = below(moments)
+    else:
+        run_mass = counts[:, 1:] - counts[:, :-1]
+        counts = counts.astype(xp.float64) * 2.0**-frac
+        moments, _, off = _in_units(distinct, run_mass, True, frac)
+        totals, slack = _from_nothing(xp.cumsum(moments, axis=1)).astype(xp.float64), slack + 4 * xp.sum(off, axis=1)
+        if xp is np:
+            run_weight = _run_sums(shares, new, most)
+    zero = xp.sum((distinct < 0) & (place < size[:, None]), axis=1, dtype=xp.int64)
+    return SortedRows(distinct, counts, totals, run_weight, run_mass, size, zero, square, slack, frac, nominal)
+
+
+def _from_nothing(sums):
+    """`[R, n + 1]` sums from 0 on."""
+    xp = namespace(sums)
+    return xp.concatenate([xp.zeros_like(sums[:, :1]), sums], axis=1)
 
 
 def _square_and_slack(values, heavy, off):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_gaps import next_gaps, no_gaps, search
+from nuqjax.fit_knq_long import sort_long_rows
 from nuqjax.fit_knq_rows import sort_rows
 
 FAMILIES = {
@@ -159,3 +160,18 @@ def test_float64_levels_are_proven_where_float32_ones_cannot_be():
     with jax.enable_x64(True):
         fitted = fit_knq(jnp.asarray(row[None]), 64)
     assert 1 - float(fitted.lower_bound[0]) / float(fitted.sse[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("length", [500, 70000])
+def test_values_that_stay_where_they_are_change_no_bit(length, weighted):
+    row = np.round(np.random.default_rng(4).standard_normal((1, length)) * 50).astype(np.float32)
+    with jax.enable_x64(True):
+        sort = sort_rows if length < 65536 else sort_long_rows
+        rows = sort(row, np.full(1, 64.0), weights_of(row) if weighted else None, None, True)
+        same = rows.with_values(no_gaps(rows, 16).narrow)
+        cuts = np.arange(0, int(rows.size[0]) + 1, 3)[None]
+        for a, b in zip(
+            (rows.value_at(cuts), *rows.sums_below(cuts)), (same.value_at(cuts), *same.sums_below(cuts)), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)

@@ -34,9 +34,7 @@ def test_the_optimum_of_kmeans1d(degrees, num_levels):
             assert bound >= error * (1 - 1e-6 - 2.0**-22)
 
 
-@pytest.mark.parametrize(
-    ("num_levels", "options"), [(4, "mask"), (16, "plain"), (16, "all")]
-)
+@pytest.mark.parametrize(("num_levels", "options"), [(4, "mask"), (16, "plain"), (16, "all")])
 def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
     generator = np.random.default_rng(num_levels)
     row = generator.standard_t(3, (1, LONG + 500)).astype(np.float32)
