@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -40,7 +41,7 @@ def _with_outlier(rows: np.ndarray, outlier: float) -> np.ndarray:
     return rows
 
 
-def _level_rounding(rows: np.ndarray, weights: np.ndarray | None, fitted: nuqjax.Fit) -> np.ndarray:
+def level_rounding(rows: np.ndarray, weights: np.ndarray | None, fitted: nuqjax.Fit) -> np.ndarray:
     """`[R]` what rounding levels to float32 adds at most to `sse`: (2⁻²⁴ · the level)² for each value."""
     added = []
     for r, levels in enumerate(np.asarray(fitted.levels, np.float64)):
@@ -58,12 +59,13 @@ def survey(levels: list[int], lengths: dict[int, int], seed: int, weighted: bool
         generator = np.random.default_rng([seed, length])
         rows = FAMILIES[family](generator, size).astype(np.float32)
         weights = generator.exponential(size=size).astype(np.float32) if weighted else None
-        free = np.asarray(nuqjax.fit(rows, num_levels, weights=weights, tolerance=None).sse, np.float64)
-        proven = nuqjax.fit(rows, num_levels, weights=weights, tolerance=1e-6)
+        given = None if weights is None else jnp.asarray(weights)
+        free = np.asarray(nuqjax.fit(rows, num_levels, weights=given, tolerance=None).sse, np.float64)
+        proven = nuqjax.fit(rows, num_levels, weights=given, tolerance=1e-6)
         best, bound = (np.asarray(x, np.float64) for x in (proven.sse, proven.lower_bound))
         some = np.where(best > 0, best, 1)
         excess, gap = np.where(best > 0, free / some - 1, 0.0), np.where(best > 0, 1 - bound / some, 0.0)
-        rounding = _level_rounding(rows, weights, proven) / some
+        rounding = level_rounding(rows, weights, proven) / some
         found.append(
             {
                 "family": family, "length": length, "levels": num_levels, "rows": size[0],

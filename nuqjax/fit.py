@@ -61,10 +61,11 @@ def fit(
       mask: `[R, N]` bool, False where a value does not count. None: all count.
       keep_zero: one level is exactly 0.
       tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
-        the proof out (`lower_bound` is 0), and with it the certainty, though of 11,220 rows of 300 to 10⁵ values the
-        proof improved none (`python -m experiments.optimality`); weighted rows with an outlier of 10⁶ deviations and
-        hardly fewer levels than values it may improve. A row of 10⁶ values takes 0.03 s without and with the proof for
-        16 levels, 0.08 s and 0.28 s for 256 (`python -m experiments.benchmark_fit rows`). No row that is distributed
+        the proof out (`lower_bound` is 0), and with it the certainty, though of 22,440 rows of 300 to 10⁵ values, heavy
+        tails and outliers among them, the proof improved none (`python -m experiments.optimality`). A row of 10⁶ values
+        takes 0.03 s without and with the proof for 16 levels, 0.07 s and 0.26 s for 256
+        (`python -m experiments.benchmark_fit rows`). Levels are rounded to the rows' working dtype, and `sse` counts
+        what that costs: in clusters 10⁴ deviations apart no float32 levels are within 10⁻⁶. No row that is distributed
         over a mesh is gathered for its proof; rows on one device that is no CPU come to the host. Where arrays are
         traced, or several processes hold them, rows with more than some hundred distinct values have a bound as coarse
         as such cells.

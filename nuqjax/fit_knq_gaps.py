@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.fit_knq_long import ShardedRows
 from nuqjax.fit_knq_rows import take
 from nuqjax.fit_knq_search import Partition, Rows, coarse_cuts, partition
 from nuqjax.rows import namespace
@@ -29,6 +30,8 @@ _SPREAD = 12  # cuts among which the widest gaps are looked for, a level
 _GAIN = 8.0  # by which the row must shrink for another search to be worth it
 SEARCHES = 8
 _STEPS = 2.0**45  # between stretches
+
+_POWERS = np.ldexp(1.0, np.arange(-1022, 1024))
 
 
 class Gaps(NamedTuple):
@@ -66,8 +69,11 @@ class Searched(NamedTuple):
 
 
 def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Searched:
-    """Searches the best partition of rows, with their wide gaps narrowed where that changes what can be resolved."""
-    if num_levels == 1 or rows.length <= num_levels:
+    """Searches the best partition of rows, with their wide gaps narrowed where that changes what can be resolved.
+
+    Not of `ShardedRows`: whoever has these decides on the host (`fit_knq_mesh`).
+    """
+    if num_levels == 1 or rows.length <= num_levels or isinstance(rows, ShardedRows):
         return Searched(rows, None, partition(rows, num_levels, keep_zero, dense_cuts))
 
     def searched(gaps: Gaps) -> Partition:
@@ -94,10 +100,16 @@ def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Sea
         found = chosen(worth, searched(gaps), found)
         return gaps, found, *next_gaps(rows, found, gaps, keep_zero), number + 1
 
-    shapes = jax.eval_shape(searched, gaps)
-    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    begin = gaps, nothing, gaps, jnp.ones(rows.size.shape, bool), jnp.int32(0)
-    gaps, found, *_ = lax.while_loop(again, once, begin)
+    def until_settled():
+        shapes = jax.eval_shape(searched, gaps)
+        nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        begin = gaps, nothing, gaps, jnp.ones(rows.size.shape, bool), jnp.int32(0)
+        return lax.while_loop(again, once, begin)[:2]
+
+    def at_once():  # XLA's compiler for TPUs does not take this loop
+        return gaps, partition(rows, num_levels, keep_zero, dense_cuts)
+
+    gaps, found = lax.platform_dependent(tpu=at_once, default=until_settled)
     return Searched(rows.with_values(gaps.narrow), gaps, found)
 
 
@@ -218,10 +230,10 @@ def _weights_beside(rows: Rows, cuts, keep_zero: bool):
 
 
 def _power_of_two(x):
-    """The largest power of two not above a number; 0 of 0."""
+    """The largest power of two not above a number; 0 of 0. By comparisons, as TPUs have no bits of float64."""
     xp = namespace(x)
-    mantissa, exponent = xp.frexp(x)
-    return xp.where(mantissa > 0, xp.ldexp(xp.ones_like(x), exponent - 1), 0.0)
+    place = xp.searchsorted(xp.asarray(_POWERS), x, side="right")
+    return xp.where(x > 0, xp.asarray(_POWERS)[xp.maximum(place - 1, 0)], 0.0)
 
 
 def _running_max(array):

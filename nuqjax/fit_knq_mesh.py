@@ -1,11 +1,12 @@
 """Rows on a mesh, fitted where they are.
 
-Without a proof all is one compiled programme (`fit_knq_part` on every device). The proof of longer rows runs on the
-host, and how it comes by a row depends on the row:
+Short rows, and most without a proof, are one compiled programme (`fit_knq_part` on every device). The proof of others
+runs on the host, and how it comes by a row depends on the row:
 
 - one of at most 65,536 values, or one that a device holds whole, is brought to the host, some rows at a time;
 - of one of 16-bit values come the counts by bit pattern;
-- of any other only what the proof asks (`fit_knq_proof_mesh`): no device, and not the host, ever holds it whole.
+- of any other only what the proof asks (`fit_knq_proof_mesh`): no device, and not the host, ever holds it whole. Also
+  without a proof the host decides whether such a row is searched again with narrower gaps.
 
 The levels are bit for bit those of the same rows on one device.
 """
@@ -376,7 +377,7 @@ def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
     known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
     narrowed, unit = held, known.unit
     for _ in range(SEARCHES - 1):
-        if not worth.any():
+        if not worth.any() or place.mesh.devices.flat[0].platform == "tpu":  # these have no bits of float64
             break
         gaps, unit = chosen(worth, narrower, gaps), np.ones_like(unit)
         narrowed, *others = _searched_again(held, gaps, place=place, task=to_search)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.optimality import level_rounding
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_gaps import next_gaps, no_gaps, search
 from nuqjax.fit_knq_long import sort_long_rows
@@ -98,16 +99,6 @@ def test_the_proof_holds_and_the_search_alone_finds_as_much(name, length, num_le
     sse, bound = (np.asarray(x, np.float64) for x in (proven.sse, proven.lower_bound))
     assert (sse - bound <= 1.2e-6 * sse + level_rounding(rows, weights, proven)).all()
     assert (np.asarray(searched.sse, np.float64) <= sse * (1 + 1e-6) + level_rounding(rows, weights, proven)).all()
-
-
-def level_rounding(rows, weights, fitted):
-    """`[R]` what rounding levels to float32 adds at most to `sse`, in its units."""
-    off = []
-    for r, row in enumerate(rows):
-        levels = np.asarray(fitted.levels[r], np.float64)
-        nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, row)] / float(fitted.scale[r])
-        off.append(np.sum((1 if weights is None else weights[r]) * (nearest * 2.0**-24) ** 2))
-    return np.array(off)
 
 
 @pytest.mark.parametrize(

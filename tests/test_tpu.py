@@ -1,4 +1,4 @@
-"""The lifted function compiles ahead of time for a TPU v5e, where libtpu is installed. No TPU is needed."""
+"""The lifted function and a fit compile ahead of time for a TPU v5e, where libtpu is installed. No TPU is needed."""
 
 import importlib.util
 import os
@@ -27,6 +27,9 @@ cparams = nuqjax.compress(model.init(jax.random.key(0), x, ids), bits=4, method=
 shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (cparams, x, ids))
 lifted = jax.jit(nuqjax.apply(model.apply), in_shardings=sharding, out_shardings=sharding)
 compiled = lifted.lower(*shapes).compile()
+rows = jax.ShapeDtypeStruct((8, 300), jnp.float32)
+fit = jax.jit(lambda rows: nuqjax.fit(rows, 16, tolerance=None), in_shardings=sharding, out_shardings=sharding)
+fit.lower(rows).compile()
 print("compiled", compiled.memory_analysis().temp_size_in_bytes)
 """
 
