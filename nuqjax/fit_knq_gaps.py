@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.fit_knq_long import ShardedRows
-from nuqjax.fit_knq_rows import take
+from nuqjax.fit_knq_rows import SortedRows, take
 from nuqjax.fit_knq_search import Partition, Rows, coarse_cuts, partition
 from nuqjax.rows import namespace
 
@@ -28,9 +28,9 @@ _RESOLVED = 2.0**-26  # of the largest square, times the number of values: round
 _LOST = 2.0**-40  # of the largest square, times the number of values: a price below may be rounding alone
 _SPREAD = 12  # cuts among which the widest gaps are looked for, a level
 _GAIN = 8.0  # by which the row must shrink for another search to be worth it
-SEARCHES = 8
-_STEPS = 2.0**45  # between stretches
-
+SEARCHES = 8  # of a row, at most
+_STEPS = 2.0**45  # in which the place of a stretch is counted from the last
+_FINEST = 2.0**-30  # of the longest step, a narrowed gap: all 256 stretches may be joined to one over such gaps
 _POWERS = np.ldexp(1.0, np.arange(-1022, 1024))
 
 
@@ -71,7 +71,7 @@ class Searched(NamedTuple):
 def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Searched:
     """Searches the best partition of rows, with their wide gaps narrowed where that changes what can be resolved.
 
-    Not of `ShardedRows`: whoever has these decides on the host (`fit_knq_mesh`).
+    Not of `ShardedRows`: `fit_knq_mesh` decides about these on the host, if that may ask all devices.
     """
     if num_levels == 1 or rows.length <= num_levels or isinstance(rows, ShardedRows):
         return Searched(rows, None, partition(rows, num_levels, keep_zero, dense_cuts))
@@ -88,7 +88,7 @@ def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Sea
                 break
             gaps, narrowed = chosen(worth, narrower, gaps), True
             found = chosen(worth, searched(gaps), found)
-        return Searched(rows.with_values(gaps.narrow), gaps, found) if narrowed else Searched(rows, None, found)
+        return Searched(_moved(rows, gaps), gaps, found) if narrowed else Searched(rows, None, found)
 
     def again(state):
         *_, worth, number = state
@@ -110,7 +110,17 @@ def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Sea
         return gaps, partition(rows, num_levels, keep_zero, dense_cuts)
 
     gaps, found = lax.platform_dependent(tpu=at_once, default=until_settled)
-    return Searched(rows.with_values(gaps.narrow), gaps, found)
+    return Searched(_moved(rows, gaps), gaps, found)
+
+
+def _moved(rows: Rows, gaps: Gaps) -> Rows:
+    """The rows with narrowed gaps; those without any as they were, also in how their sums were rounded."""
+    moved = rows.with_values(gaps.narrow)
+    if not isinstance(rows, SortedRows):
+        return moved
+    which, xp = gaps.factor > 1, namespace(rows.size)
+    square, slack = xp.where(which, moved.square, rows.square), xp.where(which, moved.slack, rows.slack)
+    return moved._replace(square=square, slack=slack)
 
 
 def no_gaps(rows: Rows, num_levels: int) -> Gaps:
@@ -135,23 +145,30 @@ def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool):
     xp = namespace(rows.size)
     cuts, most = found.cuts, _most(rows, found.cuts, keep_zero)
     if found.price is not None:
-        lost = found.price < rows.nominal * _LOST
+        lost = found.price < _count(rows, keep_zero) * _LOST
         if xp is jnp or lost.any():
             others = _cuts_at_wide_gaps(rows, cuts.shape[1])
             theirs = _most(rows, others, keep_zero)
             better = lost & (theirs < most)
             cuts, most = xp.where(better[:, None], others, cuts), xp.where(better, theirs, most)
-    unresolved = (most > 0) & (most * known.factor * known.factor < rows.nominal * _RESOLVED)
+    unresolved = (most > 0) & (most * known.factor * known.factor < _count(rows, keep_zero) * _RESOLVED)
     if xp is np and not unresolved.any():
         return known, unresolved
     gaps = _narrowed(rows, cuts, most * (cuts.shape[1] + 1), keep_zero)
     return gaps, unresolved & (gaps.factor >= _GAIN * known.factor)
 
 
+def _count(rows: Rows, keep_zero: bool) -> int:
+    """The number of values of a row, counted or not, without the zeros that were put there to be held."""
+    if not keep_zero or isinstance(rows, SortedRows):
+        return rows.nominal
+    return rows.nominal - (lax.axis_size(rows.axes) if isinstance(rows, ShardedRows) else 1)
+
+
 def _cuts_at_wide_gaps(rows: Rows, count: int):
     """`[R, count]` ascending cuts: of some spread over the row those with the widest gaps."""
     xp = namespace(rows.size)
-    cuts = coarse_cuts(rows, min(_SPREAD * (count + 1), rows.nominal))
+    cuts = coarse_cuts(rows, _SPREAD * (count + 1))
     gap = rows.value_at(cuts) - rows.value_at(cuts - 1)
     new = xp.concatenate([xp.zeros_like(cuts[:, :1]), cuts[:, :-1]], axis=1) < cuts
     widest = xp.argsort(xp.where(new & (cuts < rows.size[:, None]), -gap, 0.0), axis=1, stable=True)
@@ -180,7 +197,7 @@ def _most(rows: Rows, cuts, keep_zero: bool):
     below, through = (rows.sums_below(cuts)[0] for cuts in (begin, end))
     weight = (through - below).astype(xp.float64)
     if below.dtype != xp.int64:
-        weight = weight + rows.nominal * 2.0**-rows.frac  # what rounding may have taken
+        weight = weight + _count(rows, keep_zero) * 2.0**-rows.frac  # what rounding may have taken
     return xp.max(weight * width * width, axis=1)
 
 
@@ -192,11 +209,19 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
     below = xp.concatenate([first[:, :1], last[:, :-1]], axis=1)
     gap = xp.where((begin > 0) & (begin < rows.size[:, None]), first - below, 0.0)
     wide = xp.sqrt(error[:, None] / xp.where(beside > 0, beside, 1.0))
-    starts = (beside > 0) & (gap > wide) & (end > begin)
     every = xp.broadcast_to(xp.arange(begin.shape[1], dtype=xp.int64), begin.shape)
-    origin = take(first, _running_max(xp.where(starts, every, 0)))
+
+    def stretches(wide):
+        """Where stretches start, the first value of that to which each interval belongs, and the steps between."""
+        starts = (beside > 0) & (gap > wide) & (end > begin)
+        origin = take(first, _running_max(xp.where(starts, every, 0)))
+        before = xp.concatenate([origin[:, :1], origin[:, :-1]], axis=1)
+        return origin, xp.where(starts, wide + (below - before), 0.0)
+
+    _, step = stretches(wide)
+    wide = xp.maximum(wide, xp.max(step, axis=1, keepdims=True) * _FINEST)  # not lost beside the longest stretch
+    origin, step = stretches(wide)
     # Each stretch begins a narrowed gap behind the last one's end, in integers of a fine unit.
-    step = xp.where(starts, wide + (below - xp.concatenate([origin[:, :1], origin[:, :-1]], axis=1)), 0.0)
     unit = _power_of_two(xp.max(step, axis=1)) * (2.0 / _STEPS)
     unit = xp.where(unit > 0, unit, 1.0)[:, None]
     steps = xp.cumsum(xp.ceil(step / unit).astype(xp.int64), axis=1)
@@ -217,9 +242,9 @@ def _weights_beside(rows: Rows, cuts, keep_zero: bool):
     if here.dtype == xp.int64:
         above = below = xp.ones(cuts.shape)
     else:
-        below = here - rows.sums_below(xp.maximum(cuts - 1, 0))[0]
-        above = rows.sums_below(xp.minimum(cuts + 1, rows.size[:, None]))[0] - here
-        off = 2.0**-rows.frac + rows.nominal * 2.0**-52  # at most, by rounding
+        below = here - rows.sums_below(rows.before_ties(xp.maximum(cuts - 1, 0)))[0]
+        above = rows.sums_below(rows.after_ties(xp.minimum(cuts + 1, rows.size[:, None])))[0] - here
+        off = _count(rows, keep_zero) * (2.0**-rows.frac + 2.0**-52)  # at most, by rounding
         below, above = (xp.maximum(x - off, 0.0) for x in (below, above))
     both = above + below
     harmonic = above * below / xp.where(both > 0, both, 1.0)

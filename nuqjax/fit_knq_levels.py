@@ -83,10 +83,10 @@ def _proven(rows: Rows, found: Partition, bound: np.ndarray, task: Task, fitted:
     """
     assert task.tolerance is not None
     cuts, fitted = found.cuts, len(found.cuts) if fitted is None else fitted
-    unproven = np.ones(len(cuts), bool)
+    unproven = rows.size > task.num_levels  # others have no error
     if found.least is not None and rows.length <= SHORT:
         most = rows.square + found.least + rounding_of_sum(rows, task.num_levels)
-        unproven = (rows.size > task.num_levels) & (bound < most * (1 - task.tolerance))
+        unproven = unproven & (bound < most * (1 - task.tolerance))
     asked = np.flatnonzero(unproven[:fitted])
     if not len(asked):
         return cuts, bound

@@ -365,7 +365,7 @@ def _summed(rows: LongRows) -> LongRows:
     masses = None
     if shares is not None:
         mass = _masses(shares, frac)
-        off = off + jnp.sum(jnp.abs(heavy - mass.astype(jnp.float64) * 2.0**-frac), axis=1)
+        off = off + 4 * jnp.sum(jnp.abs(heavy - mass.astype(jnp.float64) * 2.0**-frac), axis=1)
         masses = _below_blocks(mass)
     square = jnp.sum(lax.optimization_barrier(scaled * scaled * heavy), axis=1)
     return rows._replace(masses=masses, moments=_below_blocks(exact), square=square, slack=4 * off)

@@ -302,11 +302,6 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
             counted = weights if mask is None else jnp.where(mask, weights, 0)
             heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
         known = Known(ordered.size, ordered.zero, unit, heaviest)
-        heaviest = jnp.ones(1)
-        if weights is not None:
-            counted = weights if mask is None else jnp.where(mask, weights, 0)
-            heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
-        known = Known(ordered.size, ordered.zero, unit, heaviest)
         found = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
         gaps = no_gaps(ordered, task.num_levels)
         return hold(ordered), known, gaps, found, next_gaps(ordered, found, gaps, task.keep_zero)
@@ -376,8 +371,9 @@ def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
     held, *others = _searched(arrays, np.int32(number), layout=layout, task=to_search)
     known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
     narrowed, unit = held, known.unit
+    on_tpu = place.mesh.devices.flat[0].platform == "tpu"  # these have no bits of float64 to look for ranks by
     for _ in range(SEARCHES - 1):
-        if not worth.any() or place.mesh.devices.flat[0].platform == "tpu":  # these have no bits of float64
+        if task.num_levels == 1 or not worth.any() or on_tpu:
             break
         gaps, unit = chosen(worth, narrower, gaps), np.ones_like(unit)
         narrowed, *others = _searched_again(held, gaps, place=place, task=to_search)

@@ -179,7 +179,7 @@ def sort_rows(
         assert shares is not None
         rounded = xp.rint(shares * 2.0**frac)
         masses, moments, heavy = rounded.astype(xp.int64), None, rounded * 2.0**-frac
-        off = 3 * xp.abs(shares - heavy)  # of the weight, and of its moment, as magnitudes are below 2
+        off = 4 * xp.abs(shares - heavy)  # no value is further than 4 from a level
     new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
     return _joined(
         values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, sizes, length

@@ -166,3 +166,13 @@ def test_values_that_stay_where_they_are_change_no_bit(length, weighted):
             (rows.value_at(cuts), *rows.sums_below(cuts)), (same.value_at(cuts), *same.sums_below(cuts)), strict=True
         ):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_level_at_zero_stays_there_beside_weights_that_are_rounded_away():
+    row = np.array([[-1, 1e-18, 1.00001e-18, 1000]], np.float32)
+    weights = np.array([[1e-20, 1, 1, 1]], np.float32)
+    for num_levels in (2, 3, 4):
+        for tolerance in (None, 1e-6):
+            fitted = fit_knq(row, num_levels, weights=weights, keep_zero=True, tolerance=tolerance)
+            assert (np.asarray(fitted.levels) == 0).any()
+            assert float(fitted.lower_bound[0]) <= float(fitted.sse[0])
