@@ -14,7 +14,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 LENGTHS = {64: 8, 1000: 2, 5000: 1}  # values in a row to rows
 cases = pytest.mark.parametrize(
     ("num_levels", "length", "weighted"),
-    [(16, 64, True), (16, 1000, False), (256, 5000, True)],
+    [(16, 64, True), (16, 1000, False), (16, 5000, True), (256, 5000, True)],
 )
 
 

@@ -87,7 +87,7 @@ def test_short_rows_are_optimal_and_proven(name, num_levels):
     # Levels are rounded to float32: that adds at most n·(2⁻²⁴ · 2)² to a sum of squares of magnitudes below 2.
     assert sse <= best * (1 + 1e-9) + 1000 * 2.0**-46
     assert float(fitted.lower_bound[0]) <= best * (1 + 1e-12)
-    assert sse - float(fitted.lower_bound[0]) <= 1e-6 * sse + 1000 * 2.0**-46 + sse * 2.0**-22
+    assert sse - float(fitted.lower_bound[0]) <= 1e-6 * sse + 1000 * 2.0**-46
 
 
 @pytest.mark.parametrize("num_levels", [4, 16, 64, 256])
@@ -142,10 +142,8 @@ def test_weighted_rows(keep_zero):
 PATHS = {"plain": (), "both": ("weights", "mask")}
 
 
-@pytest.mark.parametrize(
-    ("count", "length", "num_levels", "given_arrays"),
-    [(1, 1500, 4, "plain"), (1, 1500, 4, "both"), (20, 40, 5, "plain"), (20, 40, 5, "both"), (18, 300, 16, "both")],
-)
+@pytest.mark.parametrize("given_arrays", PATHS)
+@pytest.mark.parametrize(("count", "length", "num_levels"), [(1, 1500, 4), (20, 40, 5), (18, 300, 16)])
 def test_host_and_traced_paths_agree_bit_for_bit(given_arrays, count, length, num_levels):
     generator = np.random.default_rng(2)
     rows = jnp.asarray(generator.standard_t(3, (count, length)), jnp.float32)

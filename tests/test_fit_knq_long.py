@@ -34,7 +34,9 @@ def test_the_optimum_of_kmeans1d(degrees, num_levels):
             assert bound >= error * (1 - 1e-6 - 2.0**-22)
 
 
-@pytest.mark.parametrize(("num_levels", "options"), [(4, "mask"), (16, "plain"), (16, "all")])
+@pytest.mark.parametrize(
+    ("num_levels", "options"), [(4, "mask"), (4, "all"), (16, "plain"), (16, "weights"), (16, "all")]
+)
 def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
     generator = np.random.default_rng(num_levels)
     row = generator.standard_t(3, (1, LONG + 500)).astype(np.float32)
@@ -66,7 +68,7 @@ def test_sparser_sums_change_nothing(monkeypatch, weighted):
     jax.tree.map(np.testing.assert_array_equal, *fitted)
 
 
-@pytest.mark.parametrize(("num_levels", "distinct"), [(4, 1), (4, 700), (64, 40), (64, 5000)])
+@pytest.mark.parametrize(("num_levels", "distinct"), [(4, 1), (4, 700), (64, 40), (64, 700), (64, 5000)])
 def test_many_equal_values(num_levels, distinct):
     """Most of the row is zero, as in a pruned layer: as good as the distinct values with their counts for weights."""
     generator = np.random.default_rng(distinct)
