@@ -2,7 +2,8 @@
 
     python -m experiments.profile_fit --length 4608 --levels 16
 
-As many Student-t rows as are fitted at once are fitted a few times under Python's profiler, so on one thread.
+As many Student-t rows as are fitted at once (of long rows, one) are fitted a few times under Python's profiler, so on
+one thread.
 """
 
 import argparse
@@ -12,20 +13,25 @@ import pstats
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 import nuqjax
 from experiments.draws import student_t
+from nuqjax.fit_knq_rows import LONG
 
 _PACKAGE = Path(inspect.getfile(nuqjax)).parent
 _ROWS = 16
 _REPEATS = 20
 
 
-def profile(length: int, num_levels: int, tolerance: float | None) -> list[tuple[str, int, float]]:
+def profile(
+    length: int, num_levels: int, tolerance: float | None, dtype: str = "float32"
+) -> list[tuple[str, int, float]]:
     """Function, calls and milliseconds of a row, for every function of nuqjax; the longest first."""
-    rows = jax.device_put(student_t(5, (_ROWS, length)))
+    count = _ROWS if length <= LONG else 1
+    rows = jax.device_put(student_t(5, (count, length), jnp.dtype(dtype)))
 
     def fit():
         jax.block_until_ready(nuqjax.fit(rows, num_levels, tolerance=tolerance))
@@ -36,7 +42,7 @@ def profile(length: int, num_levels: int, tolerance: float | None) -> list[tuple
         profiler.runcall(fit)
     statistics: dict = pstats.Stats(profiler).stats  # pyright: ignore[reportAttributeAccessIssue]
     found = [
-        (f"{Path(file).stem}.{name}", calls // _REPEATS, cumulative / _REPEATS / _ROWS * 1e3)
+        (f"{Path(file).stem}.{name}", calls // _REPEATS, cumulative / _REPEATS / count * 1e3)
         for (file, _, name), (_, calls, _, cumulative, _) in statistics.items()
         if Path(file).is_relative_to(_PACKAGE)
     ]
@@ -49,8 +55,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4608, help="values of a row (default 4608)")
     parser.add_argument("--levels", type=int, default=16, help="K (default 16)")
     parser.add_argument("--tolerance", type=float, help="prove to within it; by default nothing is proven")
+    parser.add_argument("--dtype", default="float32", help="of the values (default float32)")
     options = parser.parse_args()
-    found = profile(options.length, options.levels, options.tolerance)
+    found = profile(options.length, options.levels, options.tolerance, options.dtype)
     total = found[0][2]
     table = Table("function, what it calls included", "calls", "ms a row", "share")
     for column in table.columns[1:]:
