@@ -2,8 +2,7 @@
 
     python -m experiments.profile_fit --length 4608 --levels 16
 
-As many Student-t rows as are fitted at once (of long rows, one) are fitted a few times under Python's profiler, so on
-one thread.
+Student-t rows (16, fewer of long ones) are fitted at once, a few times, under Python's profiler, so on one thread.
 """
 
 import argparse
@@ -19,10 +18,10 @@ from rich.table import Table
 
 import nuqjax
 from experiments.draws import student_t
-from nuqjax.fit_knq_rows import LONG
 
 _PACKAGE = Path(inspect.getfile(nuqjax)).parent
 _ROWS = 16
+_VALUES = 2**18
 _REPEATS = 20
 
 
@@ -30,7 +29,7 @@ def profile(
     length: int, num_levels: int, tolerance: float | None, dtype: str = "float32"
 ) -> list[tuple[str, int, float]]:
     """Function, calls and milliseconds of a row, for every function of nuqjax; the longest first."""
-    count = _ROWS if length <= LONG else 1
+    count = max(1, min(_ROWS, _VALUES // length))
     rows = jax.device_put(student_t(5, (count, length), jnp.dtype(dtype)))
 
     def fit():
