@@ -5,7 +5,9 @@ One pass over some cuts serves any number of levels, where the programme with a 
 best path has K intervals, and it is the best partition into K. The price is searched; an interval of weight n and
 weighted sum S costs −S²/n, which is its squared error but for what all partitions have in common.
 
-Rows come last inside, so that they fill the processor's lanes.
+The cut at which the best last interval begins never moves back (the error is a Monge cost). So a pass takes a block of
+cuts at a time: of the last one the best beginning is searched from that of the block before's last on, and those of the
+others lie between the two.
 """
 
 import functools
@@ -16,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 _LANES = 16  # rows handled at once
-_WIDTH = 128
-_TOGETHER = 4  # cuts to which the paths of a single row are settled at once
-_SPLITS = (2, 4, 6)  # eighths of an interval at which it is tried to part it
+_BLOCK = 16  # cuts settled at once
+_WIDTH = 32  # beginnings looked at together, for one end
+_NEAR = 8  # and for a block of ends
+_FAR = 2**30
 
 
 @functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
@@ -50,23 +53,23 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
 
     def run(group):
         count, total, zero, price = group
+        cuts = count.shape[1]
+        count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
         problem = _Problem(count, total, size, zero if pin else None)
-
         found, potential, places = _search(problem, price, trials, num_levels)
 
         def backwards():
-            problem_ = _backwards(problem)
-            return potential.T + _to_size(_potentials(problem_, found, _reaches(problem_, found)).T, size)
+            return potential + _to_size(_potentials(_backwards(problem), found)[0], size)
 
-        excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential.T))
-        return places, found, excess
+        excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential))
+        return places, found, excess[:, :cuts]
 
     found = lax.map(run, tuple(map(grouped, (count, total, zero, price))))
     return tuple(x.reshape(number + missing, *x.shape[2:])[:number] for x in found)
 
 
 class _Problem(NamedTuple):
-    """As the arguments of `priced_paths`; `zero` is None where no level is held."""
+    """As the arguments of `priced_paths`, with room for a window behind the cuts; `zero` only where one is held."""
 
     count: jax.Array
     total: jax.Array
@@ -93,13 +96,12 @@ def _search(problem: _Problem, price, trials, num_levels: int):
     steps = num_levels + num_levels // 4 + 1
 
     def attempt(price):
-        reaches = _reaches(problem, price)
-        potential = _potentials(problem, price, reaches)
-        return potential, *_traced_back(problem, price, potential, reaches, steps)
+        potential, firsts = _potentials(problem, price)
+        return potential, *_traced_back(problem, price, potential, firsts, steps)
 
     def error(price, potential, intervals):
         paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select between product and sum
-        return lax.dynamic_index_in_dim(potential, problem.size, keepdims=False) - paid
+        return lax.dynamic_index_in_dim(potential, problem.size, axis=1, keepdims=False) - paid
 
     def wrong(state):
         *_, intervals, trial = state
@@ -142,121 +144,111 @@ def _cost(potential, n, s, price, pinned):
     return reached if pinned is None else jnp.where(pinned, potential, reached)
 
 
-def _reaches(problem: _Problem, price):
-    """`[M + 1]` over how many times 128 cuts an interval of a best path may reach back from each cut.
-
-    If it pays to part an interval at some place, it pays to part every longer one there (the quadrangle inequality),
-    and no best path has it.
-    """
-    cuts = problem.count.shape[1]
-    count, total = (jnp.pad(x, ((0, 0), (cuts, 0)), mode="edge") for x in problem[:2])
-    place = jnp.arange(cuts, dtype=jnp.int32)
-
-    def before(distance):
-        return *(lax.dynamic_slice_in_dim(x, cuts - distance, cuts, axis=1) for x in (count, total)), place - distance
-
-    def whole(begin, end):
-        pinned = None
-        if problem.zero is not None:
-            pinned = (begin[2] <= problem.zero[:, None]) & (end[2] > problem.zero[:, None])
-        return _cost(0.0, end[0] - begin[0], end[1] - begin[1], price[:, None], pinned)
-
-    def parted(state):
-        pieces, reach, _ = state
-        begin, end = before(reach * _WIDTH), before(0)
-        middles = [before(reach * _WIDTH * eighths // 8) for eighths in _SPLITS]
-        alone = whole(begin, end)
-        pays = functools.reduce(jnp.logical_or, [whole(begin, m) + whole(m, end) < alone for m in middles])
-        still = ~jnp.all(pays, axis=0) & (place > reach * _WIDTH) & (place <= problem.size) & (pieces == reach)
-        longer = reach + (reach + 1) // 2
-        return jnp.where(still, longer, pieces), longer, jnp.any(still)
-
-    begin = jnp.ones_like(place), jnp.int32(1), jnp.bool_(True)
-    return lax.while_loop(lambda state: state[2], parted, begin)[0]
+def _pinned(problem: _Problem, begin, end):
+    """Whether intervals `[R, …]` hold the pinned zero; None without one."""
+    if problem.zero is None:
+        return None
+    zero = problem.zero.reshape(-1, *[1] * (begin.ndim - 1))
+    return (begin <= zero) & (end > zero)
 
 
-def _potentials(problem: _Problem, price, reaches):
-    """`[M + 1, R]` the cost of the shortest path to each cut.
+def _window(arrays, start, size: int):
+    """`[R, size]` of each of some arrays `[R, m]`, from a place `start [R]` of its own in each row."""
+    if start.shape[0] == 1:
+        return tuple(lax.dynamic_slice_in_dim(x, start[0], size, axis=1) for x in arrays)
+    own = jax.vmap(lambda row, place: lax.dynamic_slice_in_dim(row, place, size))
+    return tuple(own(x, start) for x in arrays)
 
-    A few cuts at a time: from those before all of them, searched at once, then from one another, written out.
-    """
-    number, cuts = problem.count.shape
-    together = _TOGETHER if number == 1 else 1  # many rows fill the lanes as they are
-    # Before the first cut there are as many at which no path can be, and behind the last some that fill a step.
-    count, total = (jnp.pad(x.T, ((cuts, 0), (0, 0))) for x in problem[:2])
-    count, total = (jnp.pad(x, ((0, together), (0, 0)), mode="edge") for x in (count, total))
-    potential = jnp.where(jnp.arange(2 * cuts + together) < cuts, jnp.inf, 0.0)[:, None] + jnp.zeros((1, number))
-    reaches = jnp.pad(reaches, (0, together))
-    place = jnp.arange(_WIDTH, dtype=jnp.int32)[:, None, None]
-    ahead = jnp.arange(together, dtype=jnp.int32)[:, None]
 
-    def pinned(begin, end):
-        return None if problem.zero is None else (begin <= problem.zero) & (end > problem.zero)
+def _first_least(costs, places):
+    """`[R, 1]` the least of `costs [R, m]`, and the first of the ascending `places` that has it."""
+    least = jnp.min(costs, axis=1, keepdims=True)
+    return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=1, keepdims=True)
 
-    def step(block, potential):
-        first = block * together + 1
-        ends = tuple(lax.dynamic_slice_in_dim(x, first + cuts, together) for x in (count, total))
+
+def _best_beginning(problem: _Problem, price, potential, first, end, last):
+    """`[R, 1]` where the best last interval to the cuts `end [R, 1]` begins, from `first [R, 1]` to `last [R, 1]`."""
+    n_end, s_end = (jnp.take_along_axis(x, end, axis=1) for x in problem[:2])
+
+    def compare(piece, found):
+        least, where = found
+        start = jnp.minimum(first + piece * _WIDTH, potential.shape[1] - _WIDTH)
+        n, s, begun = _window((*problem[:2], potential), start[:, 0], _WIDTH)
+        begin = start + jnp.arange(_WIDTH, dtype=jnp.int32)
+        reached = _cost(begun, n_end - n, s_end - s, price[:, None], _pinned(problem, begin, end))
+        here, at = _first_least(jnp.where(begin <= last, reached, jnp.inf), begin)
+        return jnp.minimum(here, least), jnp.where(here < least, at, where)
+
+    pieces = jnp.max(last - first) // _WIDTH + 1
+    return lax.fori_loop(0, pieces, compare, (jnp.full(end.shape, jnp.inf), end))[1]
+
+
+def _potentials(problem: _Problem, price):
+    """The cost `[R, m]` of the shortest path to each cut, and `[R, blocks + 1]` the first beginning for each block."""
+    count, total, size, _ = problem
+    lane = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
+    paid = price[:, None]
+
+    def settle(block, state):
+        potential, firsts = state
+        below = block * _BLOCK  # the cut before the block
+        first = lax.dynamic_slice_in_dim(firsts, block, 1, axis=1)
+        end = below + 1 + lane
+        n_end, s_end = (lax.dynamic_slice_in_dim(x, below + 1, _BLOCK, axis=1) for x in (count, total))
+        last = jnp.full_like(first, below + _BLOCK)
+        begun_last = _best_beginning(problem, price, potential, first, last, jnp.full_like(first, below))
 
         def compare(piece, best):
-            begin = first - (piece + 1) * _WIDTH
+            start = jnp.minimum(first + piece * _NEAR, potential.shape[1] - _NEAR)
+            n, s, begun = (x[:, :, None] for x in _window((count, total, potential), start[:, 0], _NEAR))
+            begin = (start + jnp.arange(_NEAR, dtype=jnp.int32))[:, :, None]
+            begun = jnp.where(begin <= begun_last[:, :, None], begun, jnp.inf)
+            pinned = _pinned(problem, begin, end[:, None])
+            reached = _cost(begun, n_end[:, None] - n, s_end[:, None] - s, paid[:, None], pinned)
+            return jnp.minimum(best, jnp.min(reached, axis=1))
 
-            def window(x):
-                return lax.dynamic_slice_in_dim(x, begin + cuts, _WIDTH)[:, None]
+        pieces = jnp.max(begun_last - first) // _NEAR + 1
+        best = lax.fori_loop(0, pieces, compare, jnp.full(n_end.shape, jnp.inf))
 
-            n, s = (x - window(y) for x, y in zip(ends, (count, total), strict=True))
-            reached = _cost(window(potential), n, s, price, pinned(begin + place, first + ahead))
-            return jnp.minimum(best, jnp.min(reached, axis=0))
+        def to_last(best):
+            return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _pinned(problem, end, last))
 
-        pieces = jnp.max(lax.dynamic_slice_in_dim(reaches, first, together))
-        pieces = jnp.minimum(pieces, (first + _WIDTH - 1) // _WIDTH)
-        reached = lax.fori_loop(0, pieces, compare, jnp.full((together, number), jnp.inf))
-        settled = []
-        for end in range(together):
-            best = reached[end]
-            for begin, before in enumerate(settled):
-                n, s = (x[end] - x[begin] for x in ends)
-                best = jnp.minimum(best, _cost(before, n, s, price, pinned(first + begin, first + end)))
-            settled.append(best)
-        return lax.dynamic_update_slice_in_dim(potential, jnp.stack(settled), first + cuts, 0)
+        # A beginning in the block that is better for any end in it than all before is so for the block's last too.
+        within = jnp.any(to_last(best) < best[:, -1:], axis=1, keepdims=True)
 
-    steps = (problem.size + together - 1) // together
-    return lax.fori_loop(jnp.int32(0), steps, step, potential)[cuts : 2 * cuts]
+        def from_within():
+            def one(place, best):
+                n, s = (lax.dynamic_slice_in_dim(x, place, 1, axis=1) for x in (n_end, s_end))
+                reached = _cost(best, n - n_end, s - s_end, paid, _pinned(problem, end, below + 1 + place))
+                least = jnp.min(jnp.where(lane < place, reached, jnp.inf), axis=1, keepdims=True)
+                return jnp.where((lane == place) & within, jnp.minimum(best, least), best)
+
+            settled = lax.fori_loop(1, _BLOCK, one, best)
+            return settled, jnp.where(within, _first_least(to_last(settled), end)[1], begun_last)
+
+        best, begun_last = lax.cond(jnp.any(within), from_within, lambda: (best, begun_last))
+        potential = lax.dynamic_update_slice_in_dim(potential, best, below + 1, axis=1)
+        return potential, lax.dynamic_update_slice_in_dim(firsts, begun_last, block + 1, axis=1)
+
+    unsettled = jnp.full(count.shape, jnp.inf).at[:, 0].set(0.0)
+    firsts = jnp.zeros((count.shape[0], count.shape[1] // _BLOCK + 1), jnp.int32)
+    blocks = (size + _BLOCK - 1) // _BLOCK
+    return lax.fori_loop(jnp.int32(0), blocks, settle, (unsettled, firsts))
 
 
-def _traced_back(problem: _Problem, price, potential, reaches, steps: int):
+def _traced_back(problem: _Problem, price, potential, firsts, steps: int):
     """The cuts of each path from its end, and how many intervals are priced."""
-    number, cuts = problem.count.shape
-    potential = jnp.concatenate([jnp.full_like(potential, jnp.inf), potential]).T
-    count, total = (jnp.pad(x, ((0, 0), (cuts, 0))) for x in problem[:2])
-    zero = None if problem.zero is None else problem.zero[:, None]
-    place = jnp.arange(_WIDTH, dtype=jnp.int32)
 
     def back(end, _):
-        def compare(piece, found):
-            least, before = found
-            begin = end - (piece + 1) * _WIDTH
-
-            def window(x):
-                return jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, _WIDTH))(x, begin + cuts)
-
-            n, s = (jnp.take_along_axis(x, end[:, None] + cuts, axis=1) - window(x) for x in (count, total))
-            here = begin[:, None] + place
-            pinned = None if zero is None else (here <= zero) & (end[:, None] > zero)
-            reached = _cost(window(potential), n, s, price[:, None], pinned)
-            nearest = jnp.min(reached, axis=1)
-            first = jnp.min(jnp.where(reached == nearest[:, None], here, end[:, None]), axis=1)
-            # Pieces go backwards, so that of equals the first cut is taken.
-            return jnp.minimum(least, nearest), jnp.where(nearest <= least, first, before)
-
-        pieces = jnp.max(jnp.minimum(reaches[end], (end + _WIDTH - 1) // _WIDTH))
-        _, before = lax.fori_loop(0, pieces, compare, (jnp.full(number, jnp.inf), end))
+        last = jnp.maximum(end - 1, 0)
+        first = jnp.take_along_axis(firsts, last // _BLOCK, axis=1)
         there = end > 0
-        before = jnp.where(there, before, 0)
-        free = there if problem.zero is None else there & ~((before <= problem.zero) & (end > problem.zero))
-        return before, (before, free)
+        before = jnp.where(there, _best_beginning(problem, price, potential, first, end, last), 0)
+        pinned = _pinned(problem, before, end)
+        return before, (before[:, 0], (there if pinned is None else there & ~pinned)[:, 0])
 
-    end = jnp.broadcast_to(problem.size, (number,))
+    end = jnp.full((price.shape[0], 1), problem.size, jnp.int32)
     at, (chain, free) = lax.scan(back, end, length=steps)
     intervals = jnp.sum(free, axis=0, dtype=jnp.int32)
-    intervals = jnp.where(at > 0, steps + 1, intervals)  # more than were followed
-    return jnp.concatenate([end[None], chain]).T, intervals
+    intervals = jnp.where(at[:, 0] > 0, steps + 1, intervals)  # more than were followed
+    return jnp.concatenate([end, chain.T], axis=1), intervals
