@@ -209,28 +209,44 @@ def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> 
     if num_levels == 1 or rows.length <= num_levels:
         return Partition(rows.every_cut(num_levels)[0][:, 1:-1])  # every value its own level
     if rows.length > count:
-        cuts, price = _priced(rows, num_levels, keep_zero)
-        return Partition(polish(rows, cuts, keep_zero), price=price)
+        path = _priced(rows, num_levels, keep_zero)
+        return Partition(polish(rows, path.cuts, keep_zero, path.reach), price=path.price)
     cuts = coarse_cuts(rows, count)
     found, least = dense_rows(*rows.sums_below(cuts), _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
     least = np.asarray(least) if xp is np else least
     return Partition(take(cuts, _like(found, xp)), least=least * 2.0 ** (-2 * rows.frac))
 
 
-def _priced(rows: Rows, num_levels: int, keep_zero: bool):
-    """`[R, K − 1]` the cuts of a path of K intervals through cells of ever more even share in the error; its price."""
+class _Path(NamedTuple):
+    """The shortest path of K intervals through some cuts.
+
+    Attributes:
+      cuts: `[R, K − 1]`.
+      reach: `[R, K − 1]` values to the next of those cuts, on the side where it is further.
+      price: `[R]` an interval's.
+      excess: `[R, m + 1]` by how much the best path through each of the cuts exceeds the best; unless it is final.
+    """
+
+    cuts: Any
+    reach: Any
+    price: Any
+    excess: Any
+
+
+def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
+    """The path through cells of ever more even share in the error."""
     length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
     cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
     cells = _CELLS if length <= LONG else _CELLS_OF_LONG
     if length <= cells * levels:  # room for every value
-        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)[:2]
-    best, price, _ = _path(rows, cuts, price, num_levels, keep_zero, final=True)
-    cuts = even_cuts(rows, best, cells * -(-levels // num_levels))
+        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)
+    path = _path(rows, cuts, price, num_levels, keep_zero, final=True)
+    cuts = even_cuts(rows, path.cuts, cells * -(-levels // num_levels))
     for parts in _narrowings(length / (cells * levels)):
-        _, price, excess = _path(rows, cuts, price, num_levels, keep_zero)
-        cuts = _narrower(rows, cuts, excess, parts, _KEPT * levels)
-    return _path(rows, cuts, price, num_levels, keep_zero, final=True)[:2]
+        path = _path(rows, cuts, path.price, num_levels, keep_zero)
+        cuts = _narrower(rows, cuts, path.excess, parts, _KEPT * levels)
+    return _path(rows, cuts, path.price, num_levels, keep_zero, final=True)
 
 
 def _narrowings(values: float) -> tuple[int, ...]:
@@ -282,11 +298,8 @@ def _first_price(rows: Rows, cuts, num_levels: int):
     return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
 
 
-def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool = False):
-    """The cuts `[R, K − 1]` of the shortest path with K intervals, and its price `[R]`, searched from `price`.
-
-    Unless it is the final one, also, for every cut `[R, m + 1]`, by how much the best path through it exceeds the best.
-    """
+def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool = False) -> _Path:
+    """The shortest path through `cuts [R, m + 1]`; its price is searched from `price [R]`."""
     xp = namespace(rows.size)
     zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
     size = cuts.shape[1] - 1
@@ -302,20 +315,27 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
         found, excess = np.asarray(found), np.asarray(excess)
     # Rounding is not to hide the path itself among those near it.
     excess = xp.where(_marked(places, room + 1) > 0, -xp.inf, excess)
-    return take(cuts, places), found / unit, excess[:, : size + 1]
+    here = take(cuts, places)
+    before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, room))
+    return _Path(here, xp.maximum(here - before, after - here), found / unit, excess[:, : size + 1])
 
 
 def _like(array: Any, xp):
     return np.asarray(array).astype(np.int64) if xp is np else array.astype(jnp.int64)
 
 
-def polish(rows: Rows, cuts, keep_zero: bool):
-    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better."""
+def polish(rows: Rows, cuts, keep_zero: bool, reach=None):
+    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better.
+
+    At first by so many values that the windows hold `reach [R, K − 1]` to each side, or half of the longer interval.
+    """
     xp = namespace(rows.size)
     size = rows.size[:, None]
-    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
-    sizes = whole[:, 1:] - whole[:, :-1]
-    step = xp.maximum(1, xp.maximum(sizes[:, 1:], sizes[:, :-1]) // (2 * _HALF))
+    if reach is None:
+        whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+        sizes = whole[:, 1:] - whole[:, :-1]
+        reach = xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
+    step = xp.maximum(1, -(-reach // _HALF))
     offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
     end_count, end_total = (x[:, 0] for x in rows.sums_below(size))
     end_above = _above(rows, rows.size, keep_zero)
