@@ -34,17 +34,17 @@ import numpy as np
 from nuqjax.fit_knq_path import nothing_yet, potentials
 from nuqjax.fit_knq_proof_rows import CHUNK, Row, merged, origin
 
-_BANDS = tuple(2**e for e in range(7, 40, 2))  # of a pass: few shapes to compile
+_BANDS = (2**7, *(2**e for e in range(9, 40)))  # of a pass: few shapes to compile
 _STRETCH = 2048  # cells of one call
 _TOGETHER = 8  # rows in one pass
 _ACTIVE = 64  # rows whose cells are held at once
 _COARSE = 16  # cells of an interval by rank, and as many by value, before they are graded
-_NARROWEST = 0.45  # of an interval over √tolerance: the cells at its ends
+_NARROWEST = 0.42  # of an interval over √tolerance: the cells at its ends
 _WIDENING = 1.3  # of the distance from its ends over K: the others
 _MOST_CELLS = 1536  # of an interval
 _ROUNDS = 12
 _TRIALS, _LAST_TRIALS = 10, 32  # of λ in a round, and in one whose cells are single values: there are no more
-_MARGIN = 1.1  # between the leaks assumed and those expected
+_MARGIN, _MARGIN_INSIDE = 1.1, 1.5  # between the leaks assumed and those expected: at boundaries, amid intervals
 _UNIT = 2.0**-53
 
 
@@ -226,8 +226,9 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
     for _ in range(_ROUNDS):
         inner = open_cells & (cells.greatest > cells.least)
         spread = np.where(inner, 2 * np.sqrt(cells.weight * cells.square), 0.0)
-        up = _MARGIN * spread * np.maximum(cells.greatest - np.interp(cells.least, left_places, left_level), 0.0)
-        down = _MARGIN * spread * np.maximum(np.interp(cells.greatest, right_places, right_level) - cells.least, 0.0)
+        margin = _margins(cells, whole)
+        up = margin * spread * np.maximum(cells.greatest - np.interp(cells.least, left_places, left_level), 0.0)
+        down = margin * spread * np.maximum(np.interp(cells.greatest, right_places, right_level) - cells.least, 0.0)
         band = _band(cells, whole)
         tangents: dict[float, tuple[float, int]] = {}
         for _ in range(_TRIALS if inner.any() else _LAST_TRIALS):
@@ -298,6 +299,18 @@ def _expected_levels(cells: _Cells, whole: np.ndarray) -> tuple[np.ndarray, np.n
     above = (places[1:] - mean) * (1 + share)  # the levels
     below = (mean - places[:-1]) * (1 + share[::-1])
     return places, places - np.append(above[0], above), places + np.append(below, below[-1])
+
+
+def _margins(cells: _Cells, whole: np.ndarray) -> np.ndarray:
+    """By how much each cell's leak is assumed greater than expected, lest a pass is repeated for a few that are.
+
+    Only those near the boundaries of the best partition lower the bound, and there levels are known best.
+    """
+    starts = cells.intervals(whole)
+    counts = np.diff(np.append(starts, len(cells.weight)))
+    low, high = (np.repeat(ends, counts) for ends in (cells.least[starts], cells.greatest[starts + counts - 1]))
+    width, middle = np.where(high > low, high - low, 1.0), cells.middles()
+    return _MARGIN + (_MARGIN_INSIDE - _MARGIN) * 4 * (middle - low) / width * (high - middle) / width
 
 
 def _levels(cells: _Cells, potential: np.ndarray) -> np.ndarray:

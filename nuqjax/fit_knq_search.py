@@ -7,8 +7,8 @@ makes Σ S²/n greatest. Programmes find it over the cuts that the one before le
 2. *priced* (other rows): the shortest path through cuts at a price per interval at which it has K of them
    (`fit_knq_priced`): over cuts spread over the whole row by rank, value and density, then over the intervals found,
    parted evenly into cells, then over the cells by which the best paths pass, parted further, the others joined.
-3. *windows*: each boundary may move by a few steps of its own; every combination. Steps shrink to single values, and a
-   boundary at the end of its window moves on, until nothing moves.
+3. *windows*: each boundary may move by a few steps of its own, at first over the cells beside it; every combination.
+   Steps shrink to single values, and a boundary at the end of its window moves on, until nothing moves.
 
 No product is followed by a sum that XLA could contract, so host and device, eager and jitted, decide alike.
 """
