@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax.fit_knq_rows import fraction_bits, search, take
+from nuqjax.fit_knq_rows import fraction_bits, places_of, search, take
 from nuqjax.rows import namespace
 
 _BLOCK, _BLOCK_OF_LONGEST = 16, 64  # values between two running sums
@@ -112,13 +112,15 @@ class LongRows(NamedTuple):
 
     def cut_below(self, wanted):
         """`[R, …]` the number of values below each of `wanted`."""
-        xp = namespace(self.values)
-        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length, xp)
+        if namespace(self.values) is np:
+            return places_of(self.values, self.size, wanted * _beside(self.unit, wanted), "left")
+        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def cut_above(self, wanted):
         """`[R, …]` the number of values not above each of `wanted`."""
-        xp = namespace(self.values)
-        return search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length, xp)
+        if namespace(self.values) is np:
+            return places_of(self.values, self.size, wanted * _beside(self.unit, wanted), "right")
+        return search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts):
         """The last cut, not above each of `cuts`, at which no two values are equal."""
@@ -208,7 +210,7 @@ class ShardedRows(NamedTuple):
         part = self.part
         before = jnp.less_equal if equal else jnp.less
         below = lambda middle: before(take(part.values, middle), wanted)  # noqa: E731
-        return search(below, wanted.shape, part.size, part.length, jnp)
+        return search(below, wanted.shape, part.size, part.length)
 
     def sums_below(self, cuts):
         """Of the values below each cut `[R, …]`, the weight and the sum of weight times value, in units of 2^−frac."""

@@ -9,7 +9,7 @@ The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CP
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,9 +93,8 @@ class SortedRows(NamedTuple):
         """`[R, m]` the number of distinct values below each of `wanted [R, m]`."""
         xp = namespace(self.values)
         if xp is np:
-            rows = zip(self.values, self.size, wanted, strict=True)
-            return np.stack([np.searchsorted(row[:size], here) for row, size, here in rows]).astype(np.int64)
-        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length, xp)
+            return places_of(self.values, self.size, wanted, "left")
+        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts):
         """The last cut, not above each of `cuts`, at which no two values are equal: here every cut is one."""
@@ -112,24 +111,31 @@ class SortedRows(NamedTuple):
         return every, self.size <= limit
 
 
-def search(below, shape, size, length: int, xp):
-    """`shape` the number of places, of the first `size [R]`, at which an ascending row is `below(places)`."""
-    low = xp.zeros(shape, xp.int64)
-    high = xp.broadcast_to(size.reshape(-1, *[1] * (len(shape) - 1)), shape)
+def search(below, shape, size, length: int):
+    """`shape` the number of places, of the first `size [R]`, at which an ascending JAX row is `below(places)`."""
+    low = jnp.zeros(shape, jnp.int64)
+    high = jnp.broadcast_to(size.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
     def halve(_, ends):
         low, high = ends
         middle = (low + high) >> 1
         more = below(middle) & (low < high)
-        return xp.where(more, middle + 1, low), xp.where(more, high, middle)
+        return jnp.where(more, middle + 1, low), jnp.where(more, high, middle)
 
-    steps = length.bit_length()
-    if xp is np:
-        for step in range(steps):
-            low, high = halve(step, (low, high))
-        return low
-    low, _ = lax.fori_loop(jnp.int32(0), jnp.int32(steps), halve, (low, high))
-    return low
+    return lax.fori_loop(jnp.int32(0), jnp.int32(length.bit_length()), halve, (low, high))[0]
+
+
+def places_of(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+    """`wanted.shape` the number of the first `size [R]` of ascending `values [R, n]` below each of `wanted [R, …]`.
+
+    Or, on the side "right", not above it. Compared in the dtype of the values, as a row of another would be converted.
+    """
+    with np.errstate(over="ignore"):
+        near = wanted.astype(values.dtype)
+    passed, beyond = (near < wanted, np.inf) if side == "left" else (near > wanted, -np.inf)
+    near = np.where(passed, np.nextafter(near, near.dtype.type(beyond)), near)
+    found = [np.searchsorted(row[:held], keys, side) for row, held, keys in zip(values, size, near, strict=True)]
+    return np.stack(found).astype(np.int64)
 
 
 def fraction_bits(length: int) -> int:
