@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _LANES = 16  # rows handled at once
@@ -94,6 +95,9 @@ def _search(problem: _Problem, price, trials, num_levels: int):
     """The price, the potentials, and the places."""
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
+    # By how much more a price should be that has so many intervals (Panter and Dite 1951); XLA does not divide by
+    # constants alike for one row and for many.
+    ratios = jnp.asarray((np.maximum(np.arange(steps + 2), 0.5) / free) ** 3)
 
     def attempt(price):
         potential, firsts = _potentials(problem, price)
@@ -112,7 +116,7 @@ def _search(problem: _Problem, price, trials, num_levels: int):
         here = price, error(price, potential, intervals), intervals
         low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
         high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
-        guess = price * _steeper((jnp.maximum(intervals, 0.5) / free) ** 3, trial - 2)  # Panter and Dite (1951)
+        guess = price * _steeper(ratios[intervals], trial - 2)
         bracketed = (low[0] > 0) & (high[0] < jnp.inf)
         # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
         equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)

@@ -88,6 +88,29 @@ def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin):
         assert paid <= least_cost(costs, num_levels) + rounding
 
 
+@pytest.mark.parametrize("pin", [False, True])
+def test_a_path_does_not_depend_on_the_rows_beside_it(pin):
+    size, room, num_levels = 700, 1026, 16
+    problems = [problem(kind, seed, size, room) for seed in range(3) for kind in sorted(KINDS)]
+    count, total, zero = (np.stack([np.ravel(x) for x in part]) for part in zip(*problems, strict=True))
+    zero, start = zero.ravel(), (total[:, -1].astype(float) ** 2 / size / num_levels + 2.0**40)
+
+    def paths(*rows):
+        return [
+            np.asarray(x)
+            for x in priced_paths(
+                count[*rows], total[*rows], np.int32(size), zero[*rows], start[*rows], TRIALS, True,
+                num_levels=num_levels, pin=pin,
+            )
+        ]  # fmt: skip
+
+    with jax.enable_x64(True):
+        together = paths(slice(None))  # 18 rows: one group of 16, and one that is filled up
+        alone = [paths(slice(r, r + 1)) for r in range(len(count))]
+    for found, single in zip(together, map(np.concatenate, zip(*alone, strict=True)), strict=True):
+        np.testing.assert_array_equal(found, single)
+
+
 # Family, seed, length, row, and number of levels, where a search with a fixed reach did not find the optimum.
 MISSED = [
     ("half zeros", 2, 1000, 96, 16),
