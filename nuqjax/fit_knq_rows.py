@@ -8,6 +8,7 @@ The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CP
 `LONG` have a form of their own with the same methods (`fit_knq_long`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -259,6 +260,7 @@ def join_counts(
     return _joined(values, there, there, masses, moments, heavy, off, None, frac, sizes, length)
 
 
+@functools.cache
 def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
     """The bit patterns of the finite values of a 16-bit dtype, and those values as float64, ascending; no −0."""
     patterns = np.arange(2**16, dtype=np.uint16)
