@@ -7,7 +7,8 @@ weighted sum S costs −S²/n, which is its squared error but for what all parti
 
 The cut at which the best last interval begins never moves back (the error is a Monge cost). So a pass takes a block of
 cuts at a time: of the last one the best beginning is searched from that of the block before's last on, and those of the
-others lie between the two.
+others lie between the two. Beginnings inside the block are looked at where one is better for its last cut: one that is
+better for any end in it is so for that one too.
 """
 
 import functools
@@ -41,8 +42,8 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
       pin: whether a level is held at 0.
 
     Returns:
-      `[R, K − 1]` int32 places among the cuts, `[R]` the price, and `[R, M + 1]` by how much the best path through each
-      cut exceeds the best (0 without `through`).
+      `[R, K − 1]` int32 places among the cuts, `[R]` the price, `[R]` whether a path at it has K intervals, and
+      `[R, M + 1]` by how much the best path through each cut exceeds the best (0 without `through`).
     """
     number = count.shape[0]
     lanes = min(_LANES, number)
@@ -57,13 +58,13 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
         cuts = count.shape[1]
         count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
         problem = _Problem(count, total, size, zero if pin else None)
-        found, potential, places = _search(problem, price, trials, num_levels)
+        found, exact, potential, places = _search(problem, price, trials, num_levels)
 
         def backwards():
             return potential + _to_size(_potentials(_backwards(problem), found)[0], size)
 
         excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential))
-        return places, found, excess[:, :cuts]
+        return places, found, exact, excess[:, :cuts]
 
     found = lax.map(run, tuple(map(grouped, (count, total, zero, price))))
     return tuple(x.reshape(number + missing, *x.shape[2:])[:number] for x in found)
@@ -92,7 +93,7 @@ def _backwards(problem: _Problem) -> _Problem:
 
 
 def _search(problem: _Problem, price, trials, num_levels: int):
-    """The price, the potentials, and the places."""
+    """The price, whether it is one of K intervals, the potentials, and the places."""
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
     # By how much more a price should be that has so many intervals (Panter and Dite 1951); XLA does not divide by
@@ -131,7 +132,7 @@ def _search(problem: _Problem, price, trials, num_levels: int):
     price, _, _, potential, chain, intervals, _ = lax.while_loop(wrong, again, begin)
     held = num_levels - free
     rank = jnp.arange(num_levels - 1, 0, -1, dtype=jnp.int32) * (intervals[:, None] + held) // num_levels
-    return price, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
+    return price, intervals == free, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
 
 
 def _steeper(ratio, times):
@@ -171,7 +172,10 @@ def _first_least(costs, places):
 
 
 def _best_beginning(problem: _Problem, price, potential, first, end, last):
-    """`[R, 1]` where the best last interval to the cuts `end [R, 1]` begins, from `first [R, 1]` to `last [R, 1]`."""
+    """`[R, 1]` where the best last interval to the cuts `end` begins, from `first` to `last`, all `[R, 1]`.
+
+    Of equals the first: the next block's beginnings are not before it.
+    """
     n_end, s_end = (jnp.take_along_axis(x, end, axis=1) for x in problem[:2])
 
     def compare(piece, found):

@@ -304,7 +304,8 @@ def _expected_levels(cells: _Cells, whole: np.ndarray) -> tuple[np.ndarray, np.n
 def _margins(cells: _Cells, whole: np.ndarray) -> np.ndarray:
     """By how much each cell's leak is assumed greater than expected, lest a pass is repeated for a few that are.
 
-    Only those near the boundaries of the best partition lower the bound, and there levels are known best.
+    One assumed too low anywhere lowers the bound. One assumed too high does so only where a good path has a boundary,
+    and there levels are known best.
     """
     starts = cells.intervals(whole)
     counts = np.diff(np.append(starts, len(cells.weight)))

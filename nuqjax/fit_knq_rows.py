@@ -127,14 +127,15 @@ def search(below, shape, size, length: int):
 
 
 def places_of(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
-    """`wanted.shape` the number of the first `size [R]` of ascending `values [R, n]` below each of `wanted [R, …]`.
+    """`wanted.shape` how many of the first `size [R]` of ascending `values [R, n]` are below each of `wanted [R, …]`.
 
-    Or, on the side "right", not above it. Compared in the dtype of the values, as a row of another would be converted.
+    With side "right", how many are not above it. `wanted` is rounded to the dtype of the values first, to the side that
+    changes no count: NumPy would convert the whole row otherwise.
     """
     with np.errstate(over="ignore"):
         near = wanted.astype(values.dtype)
-    passed, beyond = (near < wanted, np.inf) if side == "left" else (near > wanted, -np.inf)
-    near = np.where(passed, np.nextafter(near, near.dtype.type(beyond)), near)
+        passed, beyond = (near < wanted, np.inf) if side == "left" else (near > wanted, -np.inf)
+        near = np.where(passed, np.nextafter(near, near.dtype.type(beyond)), near)
     found = [np.searchsorted(row[:held], keys, side) for row, held, keys in zip(values, size, near, strict=True)]
     return np.stack(found).astype(np.int64)
 

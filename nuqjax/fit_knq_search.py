@@ -222,7 +222,8 @@ class _Path(NamedTuple):
 
     Attributes:
       cuts: `[R, K − 1]`.
-      reach: `[R, K − 1]` values to the next of those cuts, on the side where it is further.
+      reach: `[R, K − 1]` values to the next of those cuts, on the side where it is further; half of the longer interval
+        beside it where no path has K intervals.
       price: `[R]` an interval's.
       excess: `[R, m + 1]` by how much the best path through each of the cuts exceeds the best; unless it is final.
     """
@@ -273,7 +274,7 @@ def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
     cell = xp.minimum(cell, low.shape[1] - 1)
     low, high, parts, used = (take(x, cell) for x in (low, high, parts, used))
     inner = low + (high - low) * (slot - (used - parts - 1)) // xp.maximum(parts, 1)
-    spare = slot * rows.size[:, None] // room  # anywhere: many equal cuts would be too far to reach over
+    spare = slot * rows.size[:, None] // room  # anywhere: equal cuts would be of no use
     inner = rows.before_ties(xp.where(fits, xp.clip(inner, low, high), spare))
     return xp.sort(xp.concatenate([xp.zeros_like(cuts[:, :1]), inner, rows.size[:, None]], axis=1), axis=1)
 
@@ -306,22 +307,32 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
     room = next(room for room in _ROOMS if room >= size)
     cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
     (count, total), unit = rows.sums_below(cuts), 2.0 ** (2 * rows.frac)
-    places, found, excess = priced_paths(
+    places, found, exact, excess = priced_paths(
         count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
         num_levels=num_levels, pin=keep_zero,
     )  # fmt: skip
     places = _like(places, xp)
     if xp is np:
-        found, excess = np.asarray(found), np.asarray(excess)
+        found, exact, excess = np.asarray(found), np.asarray(exact), np.asarray(excess)
     # Rounding is not to hide the path itself among those near it.
     excess = xp.where(_marked(places, room + 1) > 0, -xp.inf, excess)
     here = take(cuts, places)
     before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, room))
-    return _Path(here, xp.maximum(here - before, after - here), found / unit, excess[:, : size + 1])
+    reach = xp.where(exact[:, None], xp.maximum(here - before, after - here), _half_of_longer(rows, here))
+    return _Path(here, reach, found / unit, excess[:, : size + 1])
 
 
 def _like(array: Any, xp):
     return np.asarray(array).astype(np.int64) if xp is np else array.astype(jnp.int64)
+
+
+def _half_of_longer(rows: Rows, cuts):
+    """`[R, K − 1]` half of the values of the longer of the intervals beside each of the cuts."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    sizes = whole[:, 1:] - whole[:, :-1]
+    return xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
 
 
 def polish(rows: Rows, cuts, keep_zero: bool, reach=None):
@@ -331,10 +342,7 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None):
     """
     xp = namespace(rows.size)
     size = rows.size[:, None]
-    if reach is None:
-        whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
-        sizes = whole[:, 1:] - whole[:, :-1]
-        reach = xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
+    reach = _half_of_longer(rows, cuts) if reach is None else reach
     step = xp.maximum(1, -(-reach // _HALF))
     offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
     end_count, end_total = (x[:, 0] for x in rows.sums_below(size))

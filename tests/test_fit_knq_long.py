@@ -1,14 +1,16 @@
 """Rows longer than 65,536 values, and long rows of 16-bit values: forms of their own, the same optimum."""
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import kmeans1d
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from nuqjax.fit_knq import fit_knq
-from nuqjax.fit_knq_rows import LONG
+from nuqjax.fit_knq_rows import LONG, places_of
 
 
 def squared_error(row, levels, weights=None):
@@ -128,3 +130,32 @@ def test_a_long_row_takes_little_more_memory_than_its_values():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.5 * row.nbytes
+
+
+@pytest.mark.parametrize("num_levels", [2, 16, 256])
+@pytest.mark.parametrize("distinct", [None, 5])
+def test_the_error_is_that_of_the_levels(num_levels, distinct):
+    # A level's values are in one of the stretches that are summed at once, or in several.
+    row = np.random.default_rng(num_levels).standard_t(3, 3 * LONG + 100).astype(np.float32)
+    row = row if distinct is None else np.rint(row).clip(0, distinct - 1)
+    fitted = fit_knq(row[None], num_levels)
+    scale = float(fitted.scale[0]) ** 2
+    np.testing.assert_allclose(float(fitted.sse[0]) * scale, squared_error(row, fitted.levels[0]), rtol=2.0**-22)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(data=st.data())
+def test_places_are_those_of_a_comparison_in_float64(data):
+    dtype = data.draw(st.sampled_from([np.float32, np.float64]))
+    some = st.floats(width=np.finfo(dtype).bits, allow_nan=False, allow_infinity=False)
+    row = np.sort(np.array(data.draw(st.lists(some, min_size=1, max_size=30)), dtype))
+    held = data.draw(st.integers(0, len(row)))
+    row[held:] = np.inf
+    there = row[:held].astype(np.float64)
+    with np.errstate(over="ignore"):
+        beside = np.concatenate([there, np.nextafter(there, np.inf), np.nextafter(there, -np.inf)])
+    more = data.draw(st.lists(st.floats(allow_nan=False)))
+    wanted = np.concatenate([beside, [0.0, -0.0, 1e-46, -1e-46, 1e39, -1e39], more])
+    for side, passed in (("left", np.less), ("right", np.less_equal)):
+        expected = passed(there[:, None], wanted).sum(axis=0)
+        np.testing.assert_array_equal(places_of(row[None], np.array([held]), wanted[None], side)[0], expected)

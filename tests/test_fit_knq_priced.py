@@ -1,4 +1,4 @@
-"""The priced search against plain dynamic programmes over all intervals, in NumPy: its reach misses none of them."""
+"""The priced search against plain dynamic programmes over all intervals, in NumPy: its blocks miss none of them."""
 
 import jax
 import numpy as np
@@ -59,16 +59,23 @@ def least_cost(costs, num_levels):
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     seed=st.integers(0, 2**32 - 1),
-    size=st.sampled_from([40, 130, 300, 700]),
+    size=st.sampled_from([40, 130, 304, 700, 1024, 1026]),
     num_levels=st.sampled_from([3, 16]),
     pin=st.booleans(),
+    repeated=st.booleans(),
+    dtype=st.sampled_from([np.int64, np.float64]),
 )
-def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin):
+def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin, repeated, dtype):
     room = 1026
     count, total, zero = problem(kind, seed, size, room)
+    if repeated:  # some cuts many times, others not at all
+        cuts = np.sort(np.random.default_rng(seed).integers(0, size + 1, room + 1))
+        cuts[0], cuts[size:] = 0, size
+        count, total, zero = count[:, cuts], total[:, cuts], np.searchsorted(cuts, zero, "right").astype(np.int32) - 1
+    count, total = count.astype(dtype), total.astype(dtype)
     start = np.array([float(total[0, -1]) ** 2 / size / num_levels + 2.0**40])
     with jax.enable_x64(True):
-        places, price, excess = (
+        places, price, _, excess = (
             np.asarray(x)[0]
             for x in priced_paths(
                 count, total, np.int32(size), zero[None], start, TRIALS, True, num_levels=num_levels, pin=pin
