@@ -10,7 +10,7 @@ import numpy as np
 from nuqjax.assign import Fit, working_dtype
 from nuqjax.fit_knq_error import nearest_errors
 from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_rows
-from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts
+from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts, places_of
 from nuqjax.fit_knq_search import Rows
 
 _SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of rows with few distinct values: few shapes to compile
@@ -126,11 +126,8 @@ def _host_error(rows: Rows, levels: np.ndarray, keep_zero: bool) -> np.ndarray:
     for r, row_levels in enumerate(levels):
         row = host_row(rows, r, keep_zero)
         size = len(row.values)
-        # No value lies between a midpoint and the float of the values' dtype below it.
         middle = (row_levels[1:] + row_levels[:-1]) / 2 * row.unit
-        below = middle.astype(row.values.dtype)
-        below = np.where(below > middle, np.nextafter(below, below.dtype.type(-np.inf)), below)
-        ends = np.concatenate([[0], np.searchsorted(row.values, below, side="right"), [size]])
+        ends = np.concatenate([[0], places_of(row.values, middle, "right"), [size]])
         if size <= _STRETCH:
             away = row.values / row.unit - np.repeat(row_levels, np.diff(ends))
             errors[r] = (away * away if row.weight is None else away * away * row.weight).sum()

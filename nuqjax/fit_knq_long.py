@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax.fit_knq_rows import fraction_bits, places_of, search, take
+from nuqjax.fit_knq_rows import fraction_bits, places_of_rows, search, take
 from nuqjax.rows import namespace
 
 _BLOCK, _BLOCK_OF_LONGEST = 16, 64  # values between two running sums
@@ -113,13 +113,13 @@ class LongRows(NamedTuple):
     def cut_below(self, wanted):
         """`[R, …]` the number of values below each of `wanted`."""
         if namespace(self.values) is np:
-            return places_of(self.values, self.size, wanted * _beside(self.unit, wanted), "left")
+            return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "left")
         return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def cut_above(self, wanted):
         """`[R, …]` the number of values not above each of `wanted`."""
         if namespace(self.values) is np:
-            return places_of(self.values, self.size, wanted * _beside(self.unit, wanted), "right")
+            return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "right")
         return search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.fit_knq_rows import first_least, windows
+
 
 class Carried(NamedTuple):
     """What one stretch of cells hands to the next: of the intervals from each of the last `band` cuts to here."""
@@ -118,7 +120,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
     place = jnp.arange(band, dtype=jnp.int32)
     lane = jnp.arange(block, dtype=jnp.int32)
     ahead = jnp.arange(window, dtype=jnp.int32)
-    infinite, far = jnp.inf, jnp.int32(2**30)
+    infinite = jnp.inf
     charge = price[:, None]
     running = _running(weight, mean, square, block)
 
@@ -127,11 +129,6 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
 
     def put(array, value, start):
         return lax.dynamic_update_slice_in_dim(array, value, start, axis=1)
-
-    def windows(array, start):
-        if count == 1:
-            return at(array, start[0], window)
-        return jax.vmap(lambda row, s: lax.dynamic_slice_in_dim(row, s, window))(array, start)
 
     def priced(error, one, two, a, b):
         """The cost of the interval (a, b) made of two parts; without a pin, less the price."""
@@ -142,10 +139,6 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         where = zero.reshape(count, *(1,) * (a.ndim - 1))
         paid = price.reshape(where.shape)
         return error + jnp.where((a <= where) & (b > where), _rounded(total * level * level), paid)
-
-    def least(value, a, axis):
-        low = jnp.min(value, axis=axis, keepdims=True)
-        return low, jnp.min(jnp.where(value == low, a, far), axis=axis, keepdims=True)
 
     def step(number, state):
         *known, start, first, enough, potential, before = state
@@ -158,18 +151,18 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         enough &= (first >= cut[0, 0]) | (here >= size)
         grown = _merged(known, whole)
         reached = start + priced(grown[3], known, whole, cut, below + block)
-        _, last = least(jnp.where(cut >= first[:, None], reached, infinite), cut, 1)
+        _, last = first_least(jnp.where(cut >= first[:, None], reached, infinite), cut, 1)
 
         def search(state):
             step, best, chosen = state
             begins = jnp.clip(first + step - cut[0, 0], 0, band - window)
             a = (begins[:, None] + cut[:, :1] + ahead)[:, :, None]
             valid = (a >= first[:, None, None]) & (a <= last[:, :, None])
-            one = tuple(windows(x, begins)[:, :, None] for x in known)
+            *one, begun = (x[:, :, None] for x in windows((*known, start), begins, window))
             two = tuple(x[:, None, :] for x in upward)
             b = (below + 1 + lane)[None, None]
-            begun = jnp.where(valid, windows(start, begins)[:, :, None], infinite)
-            low, where = least(begun + priced(_error(one, two), one, two, a, b), a, 1)
+            begun = jnp.where(valid, begun, infinite)
+            low, where = first_least(begun + priced(_error(one, two), one, two, a, b), a, 1)
             low, where = low[:, 0], where[:, 0]
             return step + window, jnp.minimum(low, best), jnp.where(low < best, where, chosen)
 
@@ -199,7 +192,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
                 value = value + jnp.where(held, _rounded(ring[0] * level * level), charge)
             else:
                 value = value + charge
-            low, where = least(jnp.where(begun, value, infinite), a, 1)
+            low, where = first_least(jnp.where(begun, value, infinite), a, 1)
             better = (lane[None] == i) & (low < best)
             return ring, jnp.where(better, low, best), jnp.where(better, where, chosen)
 

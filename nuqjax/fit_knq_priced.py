@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.fit_knq_rows import first_least, windows
+
 _LANES = 16  # rows handled at once
 _BLOCK = 16  # cuts settled at once
 _WIDTH = 32  # beginnings looked at together, for one end
 _NEAR = 8  # and for a block of ends
-_FAR = 2**30
 
 
 @functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
@@ -157,20 +158,6 @@ def _pinned(problem: _Problem, begin, end):
     return (begin <= zero) & (end > zero)
 
 
-def _window(arrays, start, size: int):
-    """`[R, size]` of each of some arrays `[R, m]`, from a place `start [R]` of its own in each row."""
-    if start.shape[0] == 1:
-        return tuple(lax.dynamic_slice_in_dim(x, start[0], size, axis=1) for x in arrays)
-    own = jax.vmap(lambda row, place: lax.dynamic_slice_in_dim(row, place, size))
-    return tuple(own(x, start) for x in arrays)
-
-
-def _first_least(costs, places):
-    """`[R, 1]` the least of `costs [R, m]`, and the first of the ascending `places` that has it."""
-    least = jnp.min(costs, axis=1, keepdims=True)
-    return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=1, keepdims=True)
-
-
 def _best_beginning(problem: _Problem, price, potential, first, end, last):
     """`[R, 1]` where the best last interval to the cuts `end` begins, from `first` to `last`, all `[R, 1]`.
 
@@ -181,10 +168,10 @@ def _best_beginning(problem: _Problem, price, potential, first, end, last):
     def compare(piece, found):
         least, where = found
         start = jnp.minimum(first + piece * _WIDTH, potential.shape[1] - _WIDTH)
-        n, s, begun = _window((*problem[:2], potential), start[:, 0], _WIDTH)
+        n, s, begun = windows((*problem[:2], potential), start[:, 0], _WIDTH)
         begin = start + jnp.arange(_WIDTH, dtype=jnp.int32)
         reached = _cost(begun, n_end - n, s_end - s, price[:, None], _pinned(problem, begin, end))
-        here, at = _first_least(jnp.where(begin <= last, reached, jnp.inf), begin)
+        here, at = first_least(jnp.where(begin <= last, reached, jnp.inf), begin, 1)
         return jnp.minimum(here, least), jnp.where(here < least, at, where)
 
     pieces = jnp.max(last - first) // _WIDTH + 1
@@ -208,7 +195,7 @@ def _potentials(problem: _Problem, price):
 
         def compare(piece, best):
             start = jnp.minimum(first + piece * _NEAR, potential.shape[1] - _NEAR)
-            n, s, begun = (x[:, :, None] for x in _window((count, total, potential), start[:, 0], _NEAR))
+            n, s, begun = (x[:, :, None] for x in windows((count, total, potential), start[:, 0], _NEAR))
             begin = (start + jnp.arange(_NEAR, dtype=jnp.int32))[:, :, None]
             begun = jnp.where(begin <= begun_last[:, :, None], begun, jnp.inf)
             pinned = _pinned(problem, begin, end[:, None])
@@ -232,7 +219,7 @@ def _potentials(problem: _Problem, price):
                 return jnp.where((lane == place) & within, jnp.minimum(best, least), best)
 
             settled = lax.fori_loop(1, _BLOCK, one, best)
-            return settled, jnp.where(within, _first_least(to_last(settled), end)[1], begun_last)
+            return settled, jnp.where(within, first_least(to_last(settled), end, 1)[1], begun_last)
 
         best, begun_last = lax.cond(jnp.any(within), from_within, lambda: (best, begun_last))
         potential = lax.dynamic_update_slice_in_dim(potential, best, below + 1, axis=1)

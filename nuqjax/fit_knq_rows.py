@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -19,6 +20,7 @@ from jax import lax
 from nuqjax.rows import namespace
 
 _STRETCH = 2**20  # 16-bit values counted at once: NumPy makes them 64 bits wide
+_FAR = np.int32(2**30)  # behind every place
 _BY_ROW = 1024  # longer rows on the host are sorted one after the other
 LONG = 2**16  # from here on rows are kept as `fit_knq_long.LongRows`
 
@@ -30,6 +32,20 @@ def take(array, index):
         return np.take_along_axis(array, flat, 1).reshape(index.shape)
     taken = jnp.take_along_axis(array, flat.astype(jnp.int32), axis=1, mode="promise_in_bounds")
     return taken.reshape(index.shape)
+
+
+def windows(arrays, start, size: int):
+    """`[R, size]` of each of some JAX arrays `[R, m]`, from a place `start [R]` of its own in each row."""
+    if start.shape[0] == 1:
+        return tuple(lax.dynamic_slice_in_dim(x, start[0], size, axis=1) for x in arrays)
+    own = jax.vmap(lambda row, place: lax.dynamic_slice_in_dim(row, place, size))
+    return tuple(own(x, start) for x in arrays)
+
+
+def first_least(costs, places, axis: int):
+    """The least of JAX `costs` along an axis, which stays, and the first of ascending int32 `places` that has it."""
+    least = jnp.min(costs, axis=axis, keepdims=True)
+    return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=axis, keepdims=True)
 
 
 class SortedRows(NamedTuple):
@@ -94,7 +110,7 @@ class SortedRows(NamedTuple):
         """`[R, m]` the number of distinct values below each of `wanted [R, m]`."""
         xp = namespace(self.values)
         if xp is np:
-            return places_of(self.values, self.size, wanted, "left")
+            return places_of_rows(self.values, self.size, wanted, "left")
         return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts):
@@ -126,18 +142,23 @@ def search(below, shape, size, length: int):
     return lax.fori_loop(jnp.int32(0), jnp.int32(length.bit_length()), halve, (low, high))[0]
 
 
-def places_of(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
-    """`wanted.shape` how many of the first `size [R]` of ascending `values [R, n]` are below each of `wanted [R, …]`.
+def places_of(row: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+    """`[m]` how many values of an ascending NumPy `row [n]` are below each of `wanted [m]`.
 
-    With side "right", how many are not above it. `wanted` is rounded to the dtype of the values first, to the side that
+    With side "right", how many are not above it. `wanted` is rounded to the dtype of the row first, to the side that
     changes no count: NumPy would convert the whole row otherwise.
     """
     with np.errstate(over="ignore"):
-        near = wanted.astype(values.dtype)
+        near = wanted.astype(row.dtype)
         passed, beyond = (near < wanted, np.inf) if side == "left" else (near > wanted, -np.inf)
         near = np.where(passed, np.nextafter(near, near.dtype.type(beyond)), near)
-    found = [np.searchsorted(row[:held], keys, side) for row, held, keys in zip(values, size, near, strict=True)]
-    return np.stack(found).astype(np.int64)
+    return np.searchsorted(row, near, side)
+
+
+def places_of_rows(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]):
+    """`wanted [R, …]` the same in the first `size [R]` of `values [R, n]`."""
+    rows = zip(values, size, wanted, strict=True)
+    return np.stack([places_of(row[:held], here, side) for row, held, here in rows]).astype(np.int64)
 
 
 def fraction_bits(length: int) -> int:

@@ -23,7 +23,7 @@ from jax import lax
 from nuqjax.fit_knq_dense import dense_rows
 from nuqjax.fit_knq_long import LongRows, ShardedRows
 from nuqjax.fit_knq_priced import priced_paths
-from nuqjax.fit_knq_rows import LONG, SortedRows, take
+from nuqjax.fit_knq_rows import LONG, SortedRows, first_least, take
 from nuqjax.rows import namespace
 
 _FEW_LEVELS = 12  # fewer have as many cells as these
@@ -105,11 +105,6 @@ def even_cuts(rows: Rows, cuts, cells: int):
     return xp.where(few[:, None], every, xp.sort(chosen, axis=1))
 
 
-def _first_least(costs, places):
-    """The first place of the least cost, along the first axis."""
-    return jnp.min(jnp.where(costs == jnp.min(costs, axis=0), places, places.shape[0] - 1), axis=0)
-
-
 def _gain(n, s):
     """S²/n, 0 for an empty interval."""
     return s * s / jnp.where(n > 0, n, 1.0)
@@ -168,12 +163,12 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
 
     last, bests = lax.scan(step, first, (lefts, rights, reference[1:-1], shift[1:]))
     end = end_count, end_total, end_above
-    chosen = _first_least(last + cost(tuple(x[-1] for x in here), end, reference[-1]), place)
+    chosen = first_least(last + cost(tuple(x[-1] for x in here), end, reference[-1]), place, 0)[1][0]
 
     def back(chosen, inputs):
         best, left, right, level = inputs
         right = tuple(jnp.take_along_axis(x, chosen[None], axis=0) for x in right)
-        before = _first_least(best + cost(left, right, level), place)
+        before = first_least(best + cost(left, right, level), place, 0)[1][0]
         return before, before
 
     _, before = lax.scan(back, chosen, (bests, lefts, rights, reference[1:-1]), reverse=True)
