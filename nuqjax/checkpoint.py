@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nuqjax.codebook_array import decode, is_codebook_array
+from nuqjax.codebook_array import is_codebook_array
 from nuqjax.rules import path_name
 from nuqjax.store import read_layout, shard_size
 from nuqjax.store_file import Bundle, Entry, Stored, open_bundle, replacing, write
@@ -183,7 +183,7 @@ def _open_saved(path: str, bundle: Bundle) -> Checkpoint:
 
         def read(entry=entry):
             leaf = entry.read(verify=True)
-            return np.asarray(decode(leaf)) if is_codebook_array(leaf) else leaf
+            return np.asarray(leaf) if is_codebook_array(leaf) else leaf
 
         shape, dtype = entry.shape_and_dtype() or (None, None)
         leaves.append(Leaf(entry.path, shape, None if dtype is None else np.dtype(dtype), read))

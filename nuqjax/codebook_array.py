@@ -15,6 +15,7 @@ import numpy as np
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
 from nuqjax.fixed_point import QFormat
+from nuqjax.host import flushed, on_host, to_numpy
 from nuqjax.rows import ChannelGroups, Granularity, InputGroups
 
 _LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_format", "scale_group")
@@ -116,7 +117,7 @@ class CodebookArray:
         if copy is False:
             raise ValueError("a CodebookArray has no dense array to share: np.asarray decodes it into a new one")
         convert = np.array if copy else np.asarray
-        return convert(np.asarray(decode(self)), dtype)
+        return convert(dense_on_host(self) if is_on_host(self) else np.asarray(decode(self)), dtype)
 
     def __repr__(self) -> str:
         try:
@@ -181,6 +182,21 @@ def decode(leaf: CodebookArray) -> jax.Array:
     if leaf.size == 0:
         return jnp.zeros(leaf.shape, leaf.dtype)
     return _over_stack(_decode_slice, leaf)(leaf)
+
+
+def is_on_host(leaf: CodebookArray) -> bool:
+    """Whether all arrays of a leaf are concrete and on the host."""
+    return on_host(leaf.levels, leaf.packed, leaf.scale)
+
+
+def dense_on_host(leaf: CodebookArray) -> np.ndarray:
+    """`decode` by NumPy, of a leaf that is on the host: the same bits, and nothing is compiled."""
+    arrays = {name: to_numpy(getattr(leaf, name)) for name in ("levels", "packed", "scale")}
+    leaf = replace(leaf, **arrays)
+    dense = np.zeros(leaf.shape, leaf.dtype)
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
+        dense[place] = _decode_slice(leaf[place])
+    return dense
 
 
 def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
@@ -249,23 +265,27 @@ def _over_stack(function, leaf):
     return function
 
 
-def _decoding_levels(leaf: CodebookArray) -> jax.Array:
+def _decoding_levels(leaf: CodebookArray) -> Any:
     """Levels in the dtype in which they are looked up: already the leaf's where nothing multiplies them."""
-    levels = level_values(leaf)
+    if leaf.codebook_format and isinstance(leaf.levels, np.ndarray):
+        levels: Any = fixed_point.decode_on_host(leaf.levels, leaf.codebook_format)
+    else:
+        levels = level_values(leaf)
     if leaf.scale is None:
         return levels.astype(leaf.dtype)
     return levels.astype(jnp.promote_types(jnp.float32, leaf.dtype))
 
 
-def _decode_slice(leaf: CodebookArray) -> jax.Array:
+def _decode_slice(leaf: CodebookArray) -> Any:
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs)
-    rows = rows_.to_rows(indices, leaf.granularity).astype(jnp.int32)
-    values = jnp.take_along_axis(_decoding_levels(leaf), rows, axis=-1, mode="promise_in_bounds")
+    values = rows_.look_up(_decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        factors = jnp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
-        values = values * factors.astype(values.dtype)
+        xp = rows_.namespace(values)
+        factors = xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
+        factors = factors.astype(values.dtype)
+        values = flushed(flushed(values) * flushed(factors)) if xp is np else values * factors
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
 
 

@@ -16,12 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax import fixed_point, packing, rows
-from nuqjax.assign import assign, distortion
-from nuqjax.codebook_array import CodebookArray, decode, is_codebook_array, level_values, with_levels
-from nuqjax.fit import fit
-from nuqjax.fit_grid import uniform_levels
+from nuqjax.assign import assign, assign_on_host, distortion, distortion_on_host
+from nuqjax.codebook_array import (
+    CodebookArray,
+    decode,
+    dense_on_host,
+    is_codebook_array,
+    is_on_host,
+    level_values,
+    with_levels,
+)
+from nuqjax.fit import fit, levels_on_host
 from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.fixed_point import AutoQFormat, QFormat
+from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy
 from nuqjax.plan import LeafPlan, plan_leaves, scale_groups
 from nuqjax.report import build_report
 from nuqjax.rules import Options, Rule, path_name
@@ -48,7 +56,8 @@ def compress(
 
     A leaf is compressed if it is floating, has two or more axes (stack axes not counted) and at least `min_size`
     values, and gets smaller; `plan` shows the choice, the report gives the reason for every leaf left dense, and a
-    `Rule` can overrule it. The input is never changed. Under `jit` (and `jax.eval_shape`) everything works but what
+    `Rule` can overrule it. The input is never changed. Leaves on the host, which NumPy holds or JAX on one CPU, are
+    compressed by NumPy, and nothing is compiled for them. Under `jit` (and `jax.eval_shape`) everything works but what
     needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
 
     Args:
@@ -120,7 +129,11 @@ def decompress(tree: Any) -> Any:
     >>> bool((dense["kernel"] == params["kernel"]).all())
     True
     """
-    return jax.tree.map(lambda x: decode(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
+    return jax.tree.map(lambda x: _dense(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
+
+
+def _dense(leaf: CodebookArray) -> jax.Array:
+    return to_jax(dense_on_host(leaf)) if is_on_host(leaf) else decode(leaf)
 
 
 def codebooks(tree: Any) -> Any:
@@ -186,6 +199,8 @@ def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codebook
     options = plan.options
     if 0 in plan.shape:
         return _empty_leaf(plan), 0.0 if options.method == "knq" and options.tolerance is not None else None
+    if isinstance(importance, jax.core.Tracer):
+        array = jnp.asarray(array)
     array = _on_host(array)
     _check_finite(array, plan.path)
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
@@ -197,7 +212,8 @@ def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codebook
         codebook_format = _choose_format(codebook_format, levels, view, plan)
     dtype = jnp.dtype(plan.dtype)
     stored, values = _round_levels(levels, codebook_format, dtype, scaled=view.factors is not None)
-    indices, factors = _assign(view.values, values), view.factors
+    nearest: Any = assign_on_host if isinstance(view.values, np.ndarray) else assign
+    indices, factors = nearest(view.values, values), view.factors
     del view  # as many bytes as the leaf
     if _in_own_order(array, options):
         back = partial(rows.to_channels, axes=plan.axes)
@@ -215,10 +231,15 @@ def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_forma
     stack = plan.shape[: options.stack_axes]
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     count, _ = rows.row_shape(outputs, inputs, options.granularity)
+
+    def stacked(array, *shape):
+        array = array.reshape(*stack, *shape)
+        return to_jax(array) if isinstance(array, np.ndarray) else array
+
     return CodebookArray(
-        levels=jnp.reshape(levels, (*stack, count, 2**options.bits)),
-        packed=jnp.reshape(packed, (*stack, outputs, packing.packed_size(inputs, options.bits))),
-        scale=None if factors is None else jnp.reshape(factors, (*stack, *factors.shape[1:])),
+        levels=stacked(levels, count, 2**options.bits),
+        packed=stacked(packed, outputs, packing.packed_size(inputs, options.bits)),
+        scale=None if factors is None else stacked(factors, *factors.shape[1:]),
         slice_shape=plan.slice_shape,
         dtype=jnp.dtype(plan.dtype),
         bits=options.bits,
@@ -239,21 +260,16 @@ def _empty_leaf(plan: LeafPlan) -> CodebookArray:
     codebook_format = options.codebook_format
     if isinstance(codebook_format, AutoQFormat):
         codebook_format = QFormat(codebook_format.word, 0, codebook_format.signed)
-    levels, _ = _round_levels(jnp.zeros((stack * count, 2**options.bits)), codebook_format, dtype, scaled=False)
-    packed = jnp.zeros((stack, outputs, packing.packed_size(inputs, options.bits)), jnp.uint8)
-    factors = jnp.zeros((stack, outputs, groups), dtype) if options.scale is not None else None
+    zeros = np.zeros((stack * count, 2**options.bits), np.float32)
+    levels, _ = _round_levels(zeros, codebook_format, dtype, scaled=False)
+    packed = np.zeros((stack, outputs, packing.packed_size(inputs, options.bits)), np.uint8)
+    factors = np.zeros((stack, outputs, groups), dtype) if options.scale is not None else None
     return _leaf(plan, levels, packed, factors, codebook_format)
 
 
 def _on_host(array: Any) -> Any:
-    """A NumPy view of an array that one CPU holds: moving data there compiles nothing. Others stay where they are."""
-    if isinstance(array, jax.core.Tracer):
-        return array
-    if isinstance(array, jax.Array):
-        devices = array.devices()
-        return np.asarray(array) if len(devices) == 1 and next(iter(devices)).platform == "cpu" else array
-    array = np.asarray(array)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    """A NumPy view of an array on the host. Others stay where they are."""
+    return to_numpy(array) if on_host(array) else array
 
 
 def _check_finite(array: Any, path: str) -> None:
@@ -317,41 +333,14 @@ def _view(array: Any, importance: Any, plan: LeafPlan) -> _Rows:
 
 
 def _flat_rows(grouped):
-    return grouped.reshape(-1, grouped.shape[-1])
-
-
-def _bucket(n: int) -> int:
-    """The least of a few sizes per octave that holds n, so that leaves of many shapes share executables."""
-    step = 1 << max(n - 1, 0).bit_length() >> 3 if n > 8 else 1
-    return -(-n // step) * step
-
-
-def _padded(array: Any, fill=0) -> Any:
-    """`[R, N]` padded to bucketed sizes."""
-    if array is None or isinstance(array, jax.core.Tracer):
-        return array
-    count, length = array.shape
-    widths = ((0, _bucket(count) - count), (0, _bucket(length) - length))
-    return array if widths == ((0, 0), (0, 0)) else rows.namespace(array).pad(array, widths, constant_values=fill)
+    flat = grouped.reshape(-1, grouped.shape[-1])
+    return row_by_row(flat) if isinstance(flat, np.ndarray) else flat
 
 
 @partial(jax.jit, static_argnames=("num_levels", "method", "keep_zero", "tolerance"))
 def _jit_levels(rows, num_levels, **options):
     """The levels alone: XLA leaves out what only their error would need."""
     return fit(rows, num_levels, **options).levels
-
-
-_jit_assign = jax.jit(assign)
-_jit_distortion = jax.jit(distortion)
-
-
-def _padded_view(view: _Rows) -> tuple[Any, Any, Any]:
-    """Values, weights and mask, padded alike."""
-    values = _padded(view.values)
-    mask = view.mask
-    if values.shape != view.values.shape and mask is None:
-        mask = np.ones(view.values.shape, bool)
-    return values, _padded(view.weights), _padded(mask, fill=False)
 
 
 def _fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array, float | None] | None:
@@ -369,19 +358,22 @@ def _fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array
     return fitted.levels, None if tolerance is None else _certificate(fitted)
 
 
-def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[jax.Array, float | None]:
-    """The levels `[S·R, K]`, and the leaf's certificate if one is asked for."""
-    traced = isinstance(view.values, jax.core.Tracer)
+def _fit(view: _Rows, num_levels: int, options: Options) -> tuple[Any, float | None]:
+    """The levels `[S·R, K]`, NumPy's where the rows are, and the leaf's certificate if one is asked for."""
+    values, traced = view.values, isinstance(view.values, jax.core.Tracer)
     tolerance = None if traced else options.tolerance  # a certificate is a number
     given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": tolerance}
     if options.method == "knq" or traced:
-        fitted = fit(view.values, num_levels, weights=view.weights, mask=view.mask, **given)
+        fitted = fit(values, num_levels, weights=view.weights, mask=view.mask, **given)
         proven = options.method == "knq" and tolerance is not None
-        return fitted.levels, _certificate(fitted) if proven else None
-    values, weights, mask = _padded_view(view)
-    if options.method == "uniform":  # compiled for a shape, not for every number of levels too
-        return uniform_levels(values, num_levels, weights=weights, mask=mask)[: view.values.shape[0]], None
-    return _jit_levels(values, num_levels, weights=weights, mask=mask, **given)[: view.values.shape[0]], None
+        levels = np.asarray(fitted.levels) if isinstance(values, np.ndarray) else fitted.levels
+        return levels, _certificate(fitted) if proven else None
+    if not isinstance(values, np.ndarray):
+        return _jit_levels(values, num_levels, weights=view.weights, mask=view.mask, **given), None
+    levels = levels_on_host(
+        values, num_levels, options.method, weights=view.weights, mask=view.mask, keep_zero=options.keep_zero
+    )
+    return levels, None
 
 
 def _certificate(fitted) -> float:
@@ -392,46 +384,52 @@ def _certificate(fitted) -> float:
     return (sse - bound) / sse if sse > 0 else 0.0
 
 
-def _round_levels(levels: jax.Array, codebook_format, dtype, scaled: bool) -> tuple[jax.Array, jax.Array]:
+def _round_levels(levels: Any, codebook_format, dtype, scaled: bool) -> tuple[Any, Any]:
     """Levels as they are stored, and the values that they decode to."""
     if isinstance(codebook_format, QFormat):
-        stored = fixed_point.encode(levels, codebook_format).astype(codebook_format.storage_dtype)
-        values = fixed_point.decode(stored, codebook_format)
+        encode: Any = fixed_point.encode
+        decode: Any = fixed_point.decode
+        if isinstance(levels, np.ndarray):
+            encode, decode = fixed_point.encode_on_host, fixed_point.decode_on_host
+        stored = encode(levels, codebook_format).astype(codebook_format.storage_dtype)
+        values = decode(stored, codebook_format)
     else:
         target = jnp.dtype(dtype if codebook_format is None else codebook_format)
-        largest = float(jnp.finfo(target).max)
-        stored = jnp.clip(levels, -largest, largest).astype(target)
+        largest = min(float(jnp.finfo(dtype).max) for dtype in (target, levels.dtype))
+        stored = rows.namespace(levels).clip(levels, -largest, largest).astype(target)
         values = stored
     working = jnp.promote_types(jnp.float32, levels.dtype)
     return stored, (values if scaled else values.astype(dtype)).astype(working)
 
 
-def _choose_format(auto: AutoQFormat, levels: jax.Array, view: _Rows, plan: LeafPlan) -> QFormat:
+def _choose_format(auto: AutoQFormat, levels: Any, view: _Rows, plan: LeafPlan) -> QFormat:
     """The `QFormat` whose fraction bits give the leaf the least squared error."""
     if isinstance(levels, jax.core.Tracer):
         raise ValueError(f"{plan.path}: {auto} chooses its fraction bits from values: under jit give a QFormat")
-    whole = max(math.frexp(float(jnp.max(jnp.abs(levels))))[1], -120)  # no level reaches 2^whole
-    values, weights, mask = _padded_view(view)
+    whole = max(math.frexp(float(abs(levels).max()))[1], -120)  # no level reaches 2^whole
     unit = np.float32(2.0 ** (1 - whole))
-    values = values.astype(np.float32) * unit
+    values, levels = (x.astype(np.float32, copy=False) for x in (view.values, levels))
     dtype = jnp.dtype(plan.dtype)
 
     def error_of(levels) -> float:
-        return float(np.asarray(_jit_distortion(values, levels, weights, mask), np.float64).sum())
+        return _error(values, levels, unit, view.weights, view.mask)
 
-    unrounded = _padded_levels(levels).astype(np.float32) * unit
-    unrounded_error = error_of(unrounded)
-    mass = _jit_mass(values, unrounded, weights, mask)
+    unrounded_error = error_of(levels)
+    mass = _mass(values, levels, unit, view.weights, view.mask)
     full = auto.word - auto.signed - whole  # the finest format that saturates no level
     best = math.inf, full
+
+    def is_worse(moved: float) -> bool:
+        """Whether a format that moves the levels' weights so far cannot be the best, by the triangle inequality."""
+        return max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2 * (1 - 1e-5) > best[0]
+
     # Down to the coarsest format that has not only zero for these levels; up to a range that few of them are inside.
     for frac in sorted(range(max(-whole, -512), min(full + _FINER, 512) + 1), key=lambda frac: abs(frac - full)):
-        _, rounded = _round_levels(levels, QFormat(auto.word, frac, auto.signed), dtype, view.factors is not None)
-        rounded = _padded_levels(rounded) * unit
-        # By the triangle inequality an error cannot be less than this: so most candidates are never tried.
-        moved = float(np.asarray(_jit_distortion(unrounded, rounded, mass), np.float64).sum())
-        least = max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2
-        if least * (1 - 1e-5) <= best[0]:
+        fixed = QFormat(auto.word, frac, auto.signed)
+        if is_worse(_moved_into_range(levels, fixed, dtype, unit, mass)):
+            continue
+        _, rounded = _round_levels(levels, fixed, dtype, view.factors is not None)
+        if not is_worse(_error(levels, rounded, unit, mass, None)):
             best = min(best, (error_of(rounded), frac))
     return QFormat(auto.word, best[1], auto.signed)
 
@@ -439,47 +437,58 @@ def _choose_format(auto: AutoQFormat, levels: jax.Array, view: _Rows, plan: Leaf
 _FINER = 24  # how many more fraction bits than `full` are tried: the range is then 2^−24 of the largest level
 
 
-def _mass(values, levels, weights, mask):
+def _moved_into_range(levels: Any, fixed: QFormat, dtype, unit: np.float32, mass: Any) -> float:
+    """How far at least a format moves the levels' weights, squared: those outside of its range, which no level leaves.
+
+    But for the rounding to the leaf's dtype.
+    """
+    least, largest = (end * (1 + float(jnp.finfo(dtype).eps)) for end in fixed.range)
+    exact = np.asarray(levels, np.float64)
+    moved = (exact - np.clip(exact, least, largest)) * float(unit)
+    return float((moved * moved * np.asarray(mass)).sum())
+
+
+def _error(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -> float:
+    """The squared error of a leaf's rows in units of `unit`."""
+    if isinstance(values, np.ndarray):
+        each = distortion_on_host(values, levels, weights, mask, unit)
+    else:
+        each = _jit_distortion(values * unit, levels * unit, weights, mask)
+    return float(np.asarray(each, np.float64).sum())
+
+
+_jit_distortion = jax.jit(distortion)
+
+
+def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -> Any:
     """`[R, K]` how much weight is nearest to each level."""
+    if not isinstance(values, np.ndarray):
+        return _jit_mass(values * unit, levels * unit, weights, mask)
+    count, num_levels = levels.shape
+    indices = assign_on_host(values, levels)
+    mass = np.zeros(levels.shape)
+
+    def block(some, columns):
+        place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * num_levels
+        each = None if weights is None else weights[some, columns]
+        if mask is not None:
+            each = mask[some, columns] if each is None else np.where(mask[some, columns], each, 0)
+        each = None if each is None else each.reshape(-1)
+        return some, np.bincount(place.reshape(-1), each, place.shape[0] * num_levels)
+
+    for some, part in over_blocks(block, count, values.shape[1]):
+        mass[some] += part.reshape(-1, num_levels)
+    return mass.astype(np.float32)
+
+
+@jax.jit
+def _jit_mass(values, levels, weights, mask):
+    """`_mass` of arrays that are not on the host, in units of their own."""
     with jax.enable_x64(True):
         each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)
         each = each if mask is None else jnp.where(mask, each, 0.0)
         place = jax.vmap(lambda index, each: jnp.zeros(levels.shape[-1], jnp.float64).at[index].add(each))
         return place(assign(values, levels), each).astype(jnp.float32)
-
-
-_jit_mass = jax.jit(_mass)
-
-
-def _padded_levels(levels: jax.Array) -> np.ndarray:
-    """`[R, K]` with as many rows as the padded values have."""
-    host = np.asarray(levels)
-    return np.pad(host, ((0, _bucket(host.shape[0]) - host.shape[0]), (0, 0)))
-
-
-_STRETCH = 2**22  # values assigned at a time on the host
-
-
-def _assign(values: Any, levels: jax.Array) -> Any:
-    """`[R, N]` uint8 indices; on the host if the values are there."""
-    if not isinstance(values, np.ndarray):
-        return assign(values, levels)
-    host = _padded_levels(levels)
-    width = 32 if host.shape[1] <= 32 else 256  # two executables for every number of levels
-    host = np.pad(host, ((0, 0), (0, width - host.shape[1])), mode="edge")  # of equal levels the first is taken
-    if values.size <= _STRETCH:
-        return np.asarray(_jit_assign(_padded(values), host))[: values.shape[0], : values.shape[1]]
-    indices = np.empty(values.shape, np.uint8)
-    count = max(1, _STRETCH // values.shape[1])  # rows, or of a long row values, at a time
-    length = min(values.shape[1], _STRETCH)
-    for row in range(0, values.shape[0], count):
-        for start in range(0, values.shape[1], length):
-            some = values[row : row + count, start : start + length]
-            padded = np.pad(some, ((0, count - some.shape[0]), (0, length - some.shape[1])))
-            some_levels = np.pad(host[row : row + count], ((0, max(0, row + count - len(host))), (0, 0)))
-            chosen = np.asarray(_jit_assign(padded, some_levels))
-            indices[row : row + count, start : start + length] = chosen[: some.shape[0], : some.shape[1]]
-    return indices
 
 
 def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:

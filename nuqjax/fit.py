@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nuqjax.assign import Fit
-from nuqjax.fit_enq import fit_enq
-from nuqjax.fit_grid import fit_dfp, fit_normal, fit_pow2, fit_quantile, fit_uniform, fit_uniform_pow2
+from nuqjax import fit_grid
+from nuqjax.assign import Fit, fit_by, with_zero
+from nuqjax.fit_enq import enq_levels
 from nuqjax.fit_knq import fit_knq
-from nuqjax.rows import namespace
+from nuqjax.host import flushed, on_host, row_by_row, to_numpy
 
-METHODS: dict[str, Callable[..., Fit]] = {
-    "knq": fit_knq,
-    "enq": fit_enq,
-    "uniform": fit_uniform,
-    "uniform_pow2": fit_uniform_pow2,
-    "dfp": fit_dfp,
-    "normal": fit_normal,
-    "quantile": fit_quantile,
-    "pow2": fit_pow2,
+_LEVELS: dict[str, Callable[..., Any]] = {
+    "enq": enq_levels,
+    "uniform": fit_grid.uniform_levels,
+    "uniform_pow2": fit_grid.uniform_pow2_levels,
+    "dfp": fit_grid.dfp_levels,
+    "normal": fit_grid.normal_levels,
+    "quantile": fit_grid.quantile_levels,
+    "pow2": fit_grid.pow2_levels,
 }
+METHODS: dict[str, Callable[..., Fit]] = {"knq": fit_knq} | {name: fit_by(levels) for name, levels in _LEVELS.items()}
 
 
 def check_method(method: str) -> None:
@@ -42,6 +42,9 @@ def fit(
     tolerance: float | None = 1e-6,
 ) -> Fit:
     """Fits `num_levels` levels to each row of values. Pure, and jittable with all but the arrays static.
+
+    Arrays on the host, which NumPy holds or JAX on one CPU, are fitted by NumPy, and nothing is compiled: the levels
+    are those of traced arrays, of float64 rows but for their last bits.
 
     Methods:
       - `"knq"`: the levels that minimise Σ wᵢ (xᵢ − level)² over all choices of levels: the global k-means optimum,
@@ -86,10 +89,8 @@ def fit(
     [2.5]
     """
     check_method(method)
-    if isinstance(rows, np.ndarray):  # not copied
-        rows = rows.astype(jax.dtypes.canonicalize_dtype(rows.dtype), copy=False)
-    else:
-        rows = jnp.asarray(rows)
+    host = on_host(rows, weights, mask)
+    rows = row_by_row(to_numpy(rows)) if host else jnp.asarray(rows)
     if rows.ndim != 2:
         raise ValueError(f"fit: rows of shape {rows.shape}, but [R, N] is wanted")
     if not jnp.issubdtype(rows.dtype, jnp.floating):
@@ -99,9 +100,26 @@ def fit(
     for name, array in (("weights", weights), ("mask", mask)):
         if array is not None and jnp.shape(array) != rows.shape:
             raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {rows.shape}")
-    asarray = namespace(rows).asarray
-    mask = None if mask is None else asarray(mask)
-    if weights is not None:
-        given: Any = asarray(weights)
-        weights, mask = given, given > 0 if mask is None else mask & (given > 0)
+    weights, mask = _counted(weights, mask, host)
     return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)
+
+
+def levels_on_host(
+    rows: np.ndarray, num_levels: int, method: str, *, weights: Any = None, mask: Any = None, keep_zero: bool = False
+) -> np.ndarray:
+    """The levels of `fit` alone, of NumPy's rows by any method but `"knq"`: their error is not computed."""
+    weights, mask = _counted(weights, mask, host=True)
+    levels = _LEVELS[method](rows, num_levels, weights=weights, mask=mask)
+    return with_zero(levels) if keep_zero else levels
+
+
+def _counted(weights: Any, mask: Any, host: bool) -> tuple[Any, Any]:
+    """Weights and a mask without the values of weight 0: NumPy's if they are on the host."""
+    asarray = (lambda array: row_by_row(to_numpy(array))) if host else jnp.asarray
+    mask = None if mask is None else asarray(mask).astype(bool)
+    if weights is None:
+        return None, mask
+    weights = asarray(weights)
+    if host and jnp.issubdtype(weights.dtype, jnp.floating):
+        weights = flushed(weights)
+    return weights, weights > 0 if mask is None else mask & (weights > 0)

@@ -4,7 +4,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nuqjax.assign import Fit, working_dtype
@@ -13,33 +12,24 @@ from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_row
 from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts, places_of
 from nuqjax.fit_knq_search import Rows
 
-_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of rows with few distinct values: few shapes to compile
+_LEAST, _MOST = 2**16, 2**18  # values of rows that are fitted together
 _STRETCH = 2**16  # values whose errors are held at once
 
 
 def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
     """Fits NumPy rows `[R, N]`, and `weights` and `mask` like them or None; a row's results do not depend on others."""
-    sizes = _sizes(task)
     scale = _host_scale(rows, mask, dtype)
     chunk = _chunk(rows.shape[0], rows.shape[1])
 
     def fit_from(start):
         here = slice(start, start + chunk)
-        fitted = min(chunk, rows.shape[0] - start)
-        fill = chunk - fitted
-
-        def part(array):
-            if array is None:
-                return None
-            return array[here] if not fill else np.pad(array[here], ((0, fill), (0, 0)), mode="edge")
-
-        heavy, counted = part(weights), part(mask)
-        unit = np.ldexp(1.0, np.pad(scale[here], (0, fill), mode="edge"))
+        some, heavy, counted = (None if x is None else x[here] for x in (rows, weights, mask))
+        unit = np.ldexp(1.0, scale[here])
         with jax.enable_x64(True):  # of this thread
-            ordered = ordered_rows(part(rows), dtype, unit, heavy, counted, task.keep_zero, sizes)
-            levels, error, bound = _levels_and_error(ordered, unit, task, dtype, fitted)
+            ordered = ordered_rows(some, dtype, unit, heavy, counted, task.keep_zero)
+            levels, error, bound = _levels_and_error(ordered, unit, task, dtype)
         if weights is not None:
-            heaviest = _heaviest(heavy, counted)[:fitted]
+            heaviest = _heaviest(heavy, counted)
             error, bound = error * heaviest, bound * heaviest
         return levels, error, bound
 
@@ -55,7 +45,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
 
 def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fit:
     """As `fit_on_host` for rows of `length` 16-bit values, from the counts `[R, 2¹⁶]` by bit pattern."""
-    dtype, sizes = working_dtype(values_dtype), _sizes(task)
+    dtype = working_dtype(values_dtype)
     parts, units = [], []
     for row in counts:
         there = np.flatnonzero(row).astype(np.uint16).view(values_dtype)
@@ -63,37 +53,33 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
         unit = np.ldexp(1.0, _host_scale(there[None], None, dtype))
         units.append(unit)
         with jax.enable_x64(True):
-            ordered = join_counts(row[None], values_dtype, length, unit, task.keep_zero, sizes)
-            parts.append(_levels_and_error(ordered, unit, task, dtype, 1))
+            ordered = join_counts(row[None], values_dtype, length, unit, task.keep_zero)
+            parts.append(_levels_and_error(ordered, unit, task, dtype))
     levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
     return rounded_fit(levels, error, bound, np.concatenate(units), dtype)
 
 
 def _chunk(count: int, size: int) -> int:
-    """Rows handled at once: one of few numbers, for few shapes to compile."""
-    if size <= SHORT:
-        return 64 if count <= 64 else 1024
-    return 1 if count == 1 or size > LONG else 64 if count > 64 else 16
+    """Rows handled at once: many, as one operation serves all, but some for each processor where there is work."""
+    if size > LONG:
+        return 1
+    each = -(-count // (os.cpu_count() or 1))
+    return min(max(each, _LEAST // size), max(_MOST // size, 1)) or 1
 
 
-def _sizes(task: Task) -> list[int]:
-    return [size for size in _SIZES if size <= task.dense_cuts]
-
-
-def _levels_and_error(ordered: Rows, unit: np.ndarray, task: Task, dtype, fitted: int):
-    """The levels of the first `fitted` rows, their error and the bound, for weights relative to the largest."""
-    levels, bound = fit_sorted(ordered, task, fitted)
+def _levels_and_error(ordered: Rows, unit: np.ndarray, task: Task, dtype):
+    """The levels, their error and the bound, for weights relative to the largest."""
+    levels, bound = fit_sorted(ordered, task)
     # Levels are rounded in the units of the rows, and their error is that of what was rounded.
-    levels = (levels[:fitted] * unit[:fitted, None]).astype(dtype)
-    error = _host_error(ordered, levels.astype(np.float64) / unit[:fitted, None], task.keep_zero)
-    return levels, error, bound[:fitted]
+    levels = (levels * unit[:, None]).astype(dtype)
+    return levels, _host_error(ordered, levels.astype(np.float64) / unit[:, None], task.keep_zero), bound
 
 
 def rounded_fit(levels: np.ndarray, error: np.ndarray, bound: np.ndarray, unit: np.ndarray, dtype) -> Fit:
     """A `Fit` of what was computed in float64, in the rows' working dtype."""
     below = np.nextafter(np.minimum(bound, error).astype(dtype), dtype.type(0))  # a bound stays one when it is rounded
     rounded = levels, error.astype(dtype), below, unit.astype(dtype)
-    return Fit(*(jnp.asarray(x) for x in rounded))
+    return Fit(*map(jax.device_put, rounded))  # which compiles nothing
 
 
 def _heaviest(weights, mask):

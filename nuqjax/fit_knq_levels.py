@@ -3,7 +3,6 @@
 import functools
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -12,7 +11,17 @@ from nuqjax.fit_knq_long import LongRows, sort_long_rows
 from nuqjax.fit_knq_proof import better_of, prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.fit_knq_rows import LONG, SortedRows, count_rows, sort_rows
-from nuqjax.fit_knq_search import Partition, Rows, bound_of_sum, polish, rounding_of_sum, squared_error_bound
+from nuqjax.fit_knq_search import (
+    Partition,
+    Rows,
+    bound_of_sum,
+    cost,
+    partition_of_every_cut,
+    polish,
+    rounding_of_sum,
+    some_rows,
+    squared_error_bound,
+)
 from nuqjax.rows import namespace
 
 _FEW_ROWS = 8
@@ -55,52 +64,63 @@ def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, sizes=(), ax
     return sort_rows(rows, unit, weights, mask, keep_zero, sizes)
 
 
-def fit_sorted(rows: Rows, task: Task, fitted: int | None = None):
+def fit_sorted(rows: Rows, task: Task):
     """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
     num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
     rows, gaps, found = search(rows, num_levels, keep_zero, dense_cuts)
-    cuts = found.cuts
-    if tolerance is None:
-        bound = xp.zeros(cuts.shape[0])
-    elif xp is jnp or rows.length <= SHORT:
-        if found.least is None:
-            bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
-        else:
-            bound = bound_of_sum(rows, found.least, num_levels)
-    else:
-        bound = np.zeros(len(cuts))
+    cuts, bound = found.cuts, xp.zeros(found.cuts.shape[0])
     if tolerance is not None and xp is np:
-        cuts, bound = _proven(rows, found, bound, task, fitted)
+        cuts, bound = _proven(rows, found, task)
+    elif tolerance is not None and found.least is None:
+        bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+    elif tolerance is not None:
+        bound = bound_of_sum(rows, found.least, num_levels)
     levels = interval_means(rows, cuts, keep_zero)
     return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
-def _proven(rows: Rows, found: Partition, bound: np.ndarray, task: Task, fitted: int | None):
-    """The cuts, better ones where a proof came upon them, and the bounds of the first `fitted` rows; on the host.
+def _proven(rows: Rows, found: Partition, task: Task):
+    """The cuts, better ones where a proof came upon them, and the bounds; on the host.
 
-    Short rows are proven where the dense programme's `bound [R]` does not do.
+    What the search knows of every cut mostly is the proof. Where it does not look at all, sorted rows are searched
+    through every cut; what is left, and longer rows, are proven by branch and bound.
     """
-    assert task.tolerance is not None
-    cuts, fitted = found.cuts, len(found.cuts) if fitted is None else fitted
-    unproven = rows.size > task.num_levels  # others have no error
-    if found.least is not None and rows.length <= SHORT:
-        most = rows.square + found.least + rounding_of_sum(rows, task.num_levels)
-        unproven = unproven & (bound < most * (1 - task.tolerance))
-    asked = np.flatnonzero(unproven[:fitted])
-    if not len(asked):
-        return cuts, bound
-    bound, better = bound.copy(), cuts.copy()
-    to_prove = {r: host_row(rows, r, task.keep_zero) for r in asked.tolist()}
-    price = None if found.price is None else found.price[asked]
-    better[asked], proven = prove(list(to_prove.values()), cuts[asked], task.num_levels, task.tolerance, price)
-    bound[asked] = np.maximum(bound[asked], proven)
-    changed = np.flatnonzero((better != cuts).any(axis=1)).tolist()
-    if changed:
-        polished = polish(rows, better, task.keep_zero)
-        for r in changed:  # the search knows values and weights by their rounded sums, the proof as they are
-            better[r] = better_of(to_prove[r], polished[r], better[r])
-    return better, bound
+    num_levels, keep_zero, tolerance, _ = task
+    assert tolerance is not None
+    cuts, least, price = found
+    if num_levels == 1 and isinstance(rows, SortedRows):  # there is but one partition
+        least = cost(rows, cuts, keep_zero)
+    bound = np.zeros(len(cuts)) if least is None else bound_of_sum(rows, least, num_levels)
+
+    def unproven() -> np.ndarray:
+        if not isinstance(rows, SortedRows):
+            return np.flatnonzero(rows.size > num_levels)
+        most = rows.square + cost(rows, cuts, keep_zero) + rounding_of_sum(rows, num_levels)
+        return np.flatnonzero((rows.size > num_levels) & (bound < most * (1 - tolerance)))  # others have no error
+
+    left = unproven()
+    if len(left) and least is None and price is not None and isinstance(rows, SortedRows):
+        cuts, bound = cuts.copy(), bound.copy()
+        some = some_rows(rows, left)
+        other = partition_of_every_cut(some, num_levels, keep_zero, price[left])
+        gained = cost(some, cuts[left], keep_zero) - cost(some, other.cuts, keep_zero)
+        better = gained > rounding_of_sum(some, num_levels)  # of equals the search's own, as where nothing is proven
+        cuts[left] = np.where(better[:, None], polish(some, other.cuts, keep_zero), cuts[left])
+        bound[left], price[left] = bound_of_sum(some, other.least, num_levels), other.price
+        left = unproven()
+    if len(left):
+        cuts, bound = cuts.copy(), bound.copy()
+        to_prove = [host_row(rows, r, keep_zero) for r in left.tolist()]
+        better, proven = prove(to_prove, cuts[left], num_levels, tolerance, None if price is None else price[left])
+        bound[left] = np.maximum(bound[left], proven)
+        changed = np.flatnonzero((better != cuts[left]).any(axis=1))
+        if len(changed):
+            polished = polish(some_rows(rows, left[changed]), better[changed], keep_zero)
+            for r, near in zip(changed.tolist(), polished, strict=True):
+                # The search knows values and weights by their rounded sums, the proof as they are.
+                cuts[left[r]] = better_of(to_prove[r], near, better[r])
+    return cuts, bound
 
 
 def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:

@@ -31,8 +31,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nuqjax import fit_knq_path_host
 from nuqjax.fit_knq_path import nothing_yet, potentials
-from nuqjax.fit_knq_proof_rows import CHUNK, Row, merged, origin
+from nuqjax.fit_knq_proof_rows import CHUNK, HostRow, Row, merged, origin
+from nuqjax.fit_knq_search import COMPILED
 
 _BANDS = (2**7, *(2**e for e in range(9, 40)))  # of a pass: few shapes to compile
 _STRETCH = 2048  # cells of one call
@@ -83,7 +85,8 @@ class _Cells(NamedTuple):
         return _distinct(np.searchsorted(self.cuts, whole[whole < self.cuts[-1]]))
 
 
-_Answer = tuple[np.ndarray, np.ndarray, int]  # φ at the cuts, the cut before on the best path to each, and the band
+# φ at the cuts, the cut before on the best path to each, the band, and how many parts an interval is merged of at most.
+_Answer = tuple[np.ndarray, np.ndarray, int, int]
 
 
 class _Request(NamedTuple):
@@ -93,6 +96,7 @@ class _Request(NamedTuple):
     leak: np.ndarray  # [m + 1] at each cut
     price: float
     band: int  # the cuts before a block that are looked at, a first guess
+    compiled: bool  # whether the pass is worth what compiling costs
 
 
 _Task = Generator[_Request, _Answer, tuple[np.ndarray, float]]
@@ -155,6 +159,11 @@ def better_of(row: Row, boundaries: np.ndarray, others: np.ndarray) -> np.ndarra
 
 def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
     """The answer to each row, from passes over many at once."""
+    for r, request in list(requests.items()):
+        if not request.compiled:
+            row = requests.pop(r).cells
+            arrays = row.weight, row.mean, row.square, request.leak
+            yield r, fit_knq_path_host.potentials(*arrays, request.price, row.zero, request.band)
     while requests:
         groups: dict[tuple[int, bool], list[int]] = {}
         for r, request in requests.items():
@@ -196,7 +205,10 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
         parts.append([np.asarray(x) for x in found])
     potential, before = (np.pad(np.concatenate(x, axis=1), ((0, 0), (1, 0))) for x in zip(*parts, strict=True))
     enough = np.asarray(carried.enough)
-    return [(potential[i, : m + 1], before[i, : m + 1], band) if enough[i] else None for i, m in enumerate(sizes)]
+    merges = band // block + 2 * block + 2
+    return [
+        (potential[i, : m + 1], before[i, : m + 1], band, merges) if enough[i] else None for i, m in enumerate(sizes)
+    ]
 
 
 def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, price: float) -> _Task:
@@ -207,6 +219,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
     if row.size <= num_levels:
         return boundaries, 0.0
     whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
+    compiled = not isinstance(row, HostRow) or row.size >= COMPILED
     pinned = row.pin is not None
     free = num_levels - pinned
     cells = _measured(row, _first_cuts(row, whole))
@@ -234,10 +247,10 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         for _ in range(_TRIALS if inner.any() else _LAST_TRIALS):
             price = proposed
             up = np.minimum(up, price / 2)
-            forward, before, band = yield _Request(cells, _at_cuts(up), price, band)
+            forward, before, band, merges = yield _Request(cells, _at_cuts(up), price, band, compiled)
             left_level, leak = _leaks(cells, spread, forward)
             more_up = _more(leak, up, price)
-            rounding = _rounding(row, cells, float(forward[-1]) + best, band, num_levels, moment)
+            rounding = _rounding(row, cells, float(forward[-1]) + best, merges, num_levels, moment)
             without = forward[-1] - free * price - rounding  # more
             bound = max(bound, without - free * more_up)
             whole, best, found = _better(cells, before, whole, best, free)
@@ -256,8 +269,8 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         if bound >= enough:
             break
         mirror, down = cells.reversed(), np.minimum(down, price / 2)
-        backward, _, band = yield _Request(mirror, _at_cuts(down[::-1]), price, band)
-        rounding = max(rounding, _rounding(row, cells, float(backward[-1]) + best, band, num_levels, moment))
+        backward, _, band, merges = yield _Request(mirror, _at_cuts(down[::-1]), price, band, compiled)
+        rounding = max(rounding, _rounding(row, cells, float(backward[-1]) + best, merges, num_levels, moment))
         right_level, leak = _leaks(mirror, spread[::-1], backward)
         more_down = _more(leak, down[::-1], price)
         right_level, backward = -right_level[::-1], backward[::-1]
@@ -273,9 +286,8 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
     return whole[1:-1], max(min(bound, best), 0.0)
 
 
-def _rounding(row: Row, cells: _Cells, top: float, band: int, num_levels: int, moment: float) -> float:
+def _rounding(row: Row, cells: _Cells, top: float, merges: int, num_levels: int, moment: float) -> float:
     """What rounding can do to a bound; `top` is at least φ plus the best error (docs/knq.md, part 6)."""
-    merges = band // _block(band) + 2 * _block(band) + 2
     each = 6 * 40 * merges**1.5 + 8 * num_levels + 8 * CHUNK
     measured = row.slack(cells.cuts, cells.weight, cells.greatest - cells.least, top)
     return _UNIT * (each * top + 128 * math.sqrt(top * moment)) + (128 * _UNIT) ** 2 * moment + measured

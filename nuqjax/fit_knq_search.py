@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax import fit_knq_dense_host, fit_knq_priced_host
 from nuqjax.fit_knq_dense import dense_rows
 from nuqjax.fit_knq_long import LongRows, ShardedRows
 from nuqjax.fit_knq_priced import priced_paths
 from nuqjax.fit_knq_rows import LONG, SortedRows, first_least, take
+from nuqjax.fit_knq_windows_host import windows_rows
 from nuqjax.rows import namespace
 
 _FEW_LEVELS = 12  # fewer have as many cells as these
@@ -35,7 +37,9 @@ _NARROWINGS = 2
 _NEARLY_SINGLE = 6  # values of a cell, on average, from which it is parted into single values,
 _FINEST_PARTS = 32  # which are so many where the row is dense
 _TRIALS = 24  # of a price
-_ROOMS = tuple(2**e + 2 for e in range(10, 40, 2))  # of the arrays of cuts: few shapes to compile
+_EVERY = 1280  # cuts, all of which the path is searched through at once
+_ROOMS = (2**10 + 2, _EVERY + 2, *(2**e + 2 for e in range(12, 40, 2)))  # of the arrays of cuts: few to compile
+COMPILED = 2**19  # from here on a row on the host is worth what compiling costs
 _HALF = 16  # steps of a window to each side
 _ROUNDS = 64
 _LANES = 16  # rows handled at once
@@ -188,13 +192,37 @@ class Partition(NamedTuple):
 
     Attributes:
       cuts: `[R, K − 1]`, of which some are equal where values are few.
-      least: `[R]` minus Σ S²/n, where the dense programme held every value, so that it is the least; else None.
+      least: `[R]` at most minus Σ S²/n of any partition into K intervals; None where not every cut was looked at.
       price: `[R]` an interval's, at which the shortest path has K of them; None where no path was searched.
     """
 
     cuts: Any
     least: Any = None
     price: Any = None
+
+
+def some_rows(rows: Rows, which: np.ndarray) -> Rows:
+    """Those at places `which` of rows on the host."""
+    return rows._replace(**{name: x[which] for name, x in rows._asdict().items() if isinstance(x, np.ndarray)})
+
+
+def cost(rows: Rows, cuts, keep_zero: bool) -> np.ndarray:
+    """`[R]` minus Σ S²/n of partitions of rows on the host."""
+    size = rows.size[:, None]
+    whole = np.concatenate([np.zeros_like(size), cuts, size], axis=1)
+    n, s = (np.diff(x, axis=1).astype(np.float64) for x in rows.sums_below(whole))
+    gain = s * s / np.where(n > 0, n, 1.0)
+    if keep_zero:
+        above = _above(rows, whole, True)
+        above[:, -1] = True
+        gain[~above[:, :-1] & above[:, 1:]] = 0.0
+    return -gain.sum(axis=1) * 2.0 ** (-2 * rows.frac)
+
+
+def partition_of_every_cut(rows: Rows, num_levels: int, keep_zero: bool, price) -> Partition:
+    """The best partition of rows on the host through every cut, at once, its price searched from `price [R]`."""
+    path = _path(rows, rows.every_cut(rows.length)[0], price, num_levels, keep_zero, final=True)
+    return Partition(path.cuts, path.least, path.price)
 
 
 def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Partition:
@@ -205,11 +233,18 @@ def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> 
         return Partition(rows.every_cut(num_levels)[0][:, 1:-1])  # every value its own level
     if rows.length > count:
         path = _priced(rows, num_levels, keep_zero)
-        return Partition(polish(rows, path.cuts, keep_zero, path.reach), price=path.price)
+        return Partition(polish(rows, path.cuts, keep_zero, path.reach, path.best), path.least, path.price)
     cuts = coarse_cuts(rows, count)
-    found, least = dense_rows(*rows.sums_below(cuts), _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
-    least = np.asarray(least) if xp is np else least
-    return Partition(take(cuts, _like(found, xp)), least=least * 2.0 ** (-2 * rows.frac))
+    sums = rows.sums_below(cuts)
+    if xp is np:
+        unit = 2.0 ** (2 * rows.frac)
+        zero = rows.zero if keep_zero else None
+        price = _first_price(rows, cuts, num_levels) * unit
+        found, least = fit_knq_dense_host.dense_rows(*sums, rows.size, zero, price, num_levels=num_levels)
+    else:
+        found, least = dense_rows(*sums, _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
+        found = found.astype(jnp.int64)
+    return Partition(take(cuts, found), least * 2.0 ** (-2 * rows.frac))
 
 
 class _Path(NamedTuple):
@@ -221,28 +256,34 @@ class _Path(NamedTuple):
         beside it where no path has K intervals.
       price: `[R]` an interval's.
       excess: `[R, m + 1]` by how much the best path through each of the cuts exceeds the best; unless it is final.
+      best: `[R]` whether the path is the best of K intervals through all cuts that there are.
+      least: `[R]` at most the cost of any path of K intervals, without their prices; of rows on the host.
     """
 
     cuts: Any
     reach: Any
     price: Any
     excess: Any
+    best: Any
+    least: Any
 
 
 def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
     """The path through cells of ever more even share in the error."""
+    xp = namespace(rows.size)
     length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
     cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
     cells = _CELLS if length <= LONG else _CELLS_OF_LONG
-    if length <= cells * levels:  # room for every value
-        return _path(rows, rows.every_cut(length)[0], price, num_levels, keep_zero, final=True)
+    if length <= max(cells * levels, _EVERY):
+        return _path(rows, rows.every_cut(min(length, rows.length))[0], price, num_levels, keep_zero, final=True)
     path = _path(rows, cuts, price, num_levels, keep_zero, final=True)
     cuts = even_cuts(rows, path.cuts, cells * -(-levels // num_levels))
     for parts in _narrowings(length / (cells * levels)):
         path = _path(rows, cuts, path.price, num_levels, keep_zero)
         cuts = _narrower(rows, cuts, path.excess, parts, _KEPT * levels)
-    return _path(rows, cuts, path.price, num_levels, keep_zero, final=True)
+    path = _path(rows, cuts, path.price, num_levels, keep_zero, final=True)
+    return path._replace(best=xp.zeros_like(path.best), least=None)  # of some cuts
 
 
 def _narrowings(values: float) -> tuple[int, ...]:
@@ -298,23 +339,28 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
     """The shortest path through `cuts [R, m + 1]`; its price is searched from `price [R]`."""
     xp = namespace(rows.size)
     zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
-    size = cuts.shape[1] - 1
-    room = next(room for room in _ROOMS if room >= size)
-    cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
-    (count, total), unit = rows.sums_below(cuts), 2.0 ** (2 * rows.frac)
-    places, found, exact, excess = priced_paths(
-        count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
-        num_levels=num_levels, pin=keep_zero,
-    )  # fmt: skip
-    places = _like(places, xp)
-    if xp is np:
-        found, exact, excess = np.asarray(found), np.asarray(exact), np.asarray(excess)
+    size, unit, least = cuts.shape[1] - 1, 2.0 ** (2 * rows.frac), None
+    if xp is np and rows.length < COMPILED:
+        places, found, exact, excess, cost = fit_knq_priced_host.priced_paths(
+            *rows.sums_below(cuts), size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, pin=keep_zero
+        )
+        least = (cost - (num_levels - keep_zero) * found) / unit
+    else:
+        room = next(room for room in _ROOMS if room >= size)
+        cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
+        places, found, exact, excess = priced_paths(
+            *rows.sums_below(cuts), np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
+            num_levels=num_levels, pin=keep_zero,
+        )  # fmt: skip
+        places, excess = _like(places, xp), excess[:, : size + 1]
+        if xp is np:
+            found, exact, excess = np.asarray(found), np.asarray(exact), np.asarray(excess)
     # Rounding is not to hide the path itself among those near it.
-    excess = xp.where(_marked(places, room + 1) > 0, -xp.inf, excess)
+    excess = xp.where(_marked(places, size + 1) > 0, -xp.inf, excess)
     here = take(cuts, places)
-    before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, room))
+    before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, size))
     reach = xp.where(exact[:, None], xp.maximum(here - before, after - here), _half_of_longer(rows, here))
-    return _Path(here, reach, found / unit, excess[:, : size + 1])
+    return _Path(here, reach, found / unit, excess, exact, least)
 
 
 def _like(array: Any, xp):
@@ -330,46 +376,23 @@ def _half_of_longer(rows: Rows, cuts):
     return xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
 
 
-def polish(rows: Rows, cuts, keep_zero: bool, reach=None):
+def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
     """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better.
 
     At first by so many values that the windows hold `reach [R, K − 1]` to each side, or half of the longer interval.
+    Rows of which `best [R]` says that nothing is better stay as they are.
     """
     xp = namespace(rows.size)
-    size = rows.size[:, None]
     reach = _half_of_longer(rows, cuts) if reach is None else reach
     step = xp.maximum(1, -(-reach // _HALF))
-    offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
-    end_count, end_total = (x[:, 0] for x in rows.sums_below(size))
-    end_above = _above(rows, rows.size, keep_zero)
-    if keep_zero:
-        end_above = xp.ones_like(end_above)
-
-    def move(cuts, step):
-        places = xp.clip(cuts[:, :, None] + step[:, :, None] * offsets, 0, size[:, :, None])
-        lower, higher = rows.before_ties(places[:, :, :_HALF]), rows.after_ties(places[:, :, _HALF + 1 :])
-        places = xp.concatenate([lower, cuts[:, :, None], higher], axis=2)
-        count, total = rows.sums_below(places)
-        whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
-        n, s = rows.sums_below(whole)
-        n, s = n[:, 1:] - n[:, :-1], s[:, 1:] - s[:, :-1]
-        reference = s.astype(xp.float64) / xp.where(n > 0, n, 1)
-        if total.dtype == xp.int64:
-            reference = xp.rint(reference).astype(xp.int64)
-        spacing = (reference[:, 1:] - reference[:, :-1]).astype(xp.float64)
-        chosen = _windows_rows(
-            count, total, _above(rows, places, keep_zero), end_count, end_total, end_above, reference, spacing
-        )  # fmt: skip
-        chosen = _like(chosen, xp)
-        new = xp.take_along_axis(places, chosen[:, :, None], axis=2)[:, :, 0]
-        at_end = ((chosen == 0) | (chosen == 2 * _HALF)) & (new != cuts)
-        settled = xp.all((new == cuts) & (step == 1))
-        return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
-
     if xp is np:
-        for _ in range(_ROUNDS):
-            cuts, step, settled = move(cuts, step)
-            if settled:
+        moving = np.arange(len(cuts)) if best is None else np.flatnonzero(~best)
+        cuts, step = cuts.copy(), step[moving]
+        for _ in range(_ROUNDS if len(moving) else 0):
+            some = rows if len(moving) == len(cuts) else some_rows(rows, moving)
+            cuts[moving], step, settled = _moved(some, cuts[moving], step, keep_zero)
+            moving, step = moving[~settled], step[~settled]
+            if not len(moving):
                 break
         return cuts
 
@@ -379,9 +402,44 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None):
 
     def once(state):
         cuts, step, _, number = state
-        return (*move(cuts, step), number + 1)
+        new, step, settled = _moved(rows, cuts, step, keep_zero)
+        if best is None:
+            return new, step, jnp.all(settled), number + 1
+        return jnp.where(best[:, None], cuts, new), step, jnp.all(settled | best), number + 1
 
-    return lax.while_loop(again, once, (cuts, step, jnp.zeros((), bool), jnp.int32(0)))[0]
+    done = jnp.zeros((), bool) if best is None else jnp.all(best)
+    return lax.while_loop(again, once, (cuts, step, done, jnp.int32(0)))[0]
+
+
+def _moved(rows: Rows, cuts, step, keep_zero: bool):
+    """The cuts moved once, by at most 16 steps each, the next steps, and `[R]` whether nothing moves any more."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
+    end_count, end_total = (x[:, 0] for x in rows.sums_below(size))
+    end_above = _above(rows, rows.size, keep_zero)
+    if keep_zero:
+        end_above = xp.ones_like(end_above)
+    places = xp.clip(cuts[:, :, None] + step[:, :, None] * offsets, 0, size[:, :, None])
+    lower, higher = rows.before_ties(places[:, :, :_HALF]), rows.after_ties(places[:, :, _HALF + 1 :])
+    places = xp.concatenate([lower, cuts[:, :, None], higher], axis=2)
+    count, total = rows.sums_below(places)
+    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    n, s = rows.sums_below(whole)
+    n, s = n[:, 1:] - n[:, :-1], s[:, 1:] - s[:, :-1]
+    reference = s.astype(xp.float64) / xp.where(n > 0, n, 1)
+    if total.dtype == xp.int64:
+        reference = xp.rint(reference).astype(xp.int64)
+    spacing = (reference[:, 1:] - reference[:, :-1]).astype(xp.float64)
+    best_of = windows_rows if xp is np and rows.length < COMPILED else _windows_rows
+    chosen = best_of(
+        count, total, _above(rows, places, keep_zero), end_count, end_total, end_above, reference, spacing
+    )  # fmt: skip
+    chosen = _like(chosen, xp)
+    new = xp.take_along_axis(places, chosen[:, :, None], axis=2)[:, :, 0]
+    at_end = ((chosen == 0) | (chosen == 2 * _HALF)) & (new != cuts)
+    settled = xp.all((new == cuts) & (step == 1), axis=1)
+    return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
 
 
 def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int):

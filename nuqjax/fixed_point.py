@@ -19,9 +19,11 @@ Overflow modes: `saturate` (AP_SAT, Saturate), `saturate_symmetric` (AP_SAT_SYM:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nuqjax.fixed_point_words import (
@@ -30,6 +32,8 @@ from nuqjax.fixed_point_words import (
     rounding_divide_by_power_of_two,
     saturating_rounding_doubling_high_mul,
 )
+from nuqjax.host import flushed, on_host, to_jax
+from nuqjax.rows import namespace
 
 __all__ = [
     "OVERFLOW",
@@ -142,9 +146,16 @@ def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow:
     [2, 4, -8]
     """
     check_modes(rounding, overflow)
+    if on_host(x):
+        return to_jax(encode_on_host(np.asarray(x), fmt, rounding, overflow))
     with jax.enable_x64(True):
         whole = _round(_scaled(x, fmt), rounding)
         return lax.convert_element_type(_overflow(whole, fmt, overflow), jnp.int32)
+
+
+def encode_on_host(x: np.ndarray, fmt: QFormat, rounding: str = "half_even", overflow: str = "saturate") -> np.ndarray:
+    """`encode` by NumPy."""
+    return _overflow(_round(_scaled_on_host(x, fmt), rounding), fmt, overflow).astype(np.int32)
 
 
 def overflows(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even") -> jax.Array:
@@ -155,6 +166,9 @@ def overflows(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even") -> jax
     [False, True, False]
     """
     check_modes(rounding, "saturate")
+    if on_host(x):
+        whole = _round(_scaled_on_host(np.asarray(x), fmt), rounding)
+        return to_jax((whole < fmt.least) | (whole > fmt.largest))
     with jax.enable_x64(True):
         whole = _round(_scaled(x, fmt), rounding)
         return (whole < fmt.least) | (whole > fmt.largest)
@@ -165,6 +179,13 @@ def _scaled(x: jax.Array, fmt: QFormat) -> jax.Array:
     return lax.convert_element_type(x, jnp.float64) * 2.0**fmt.frac
 
 
+def _scaled_on_host(x: np.ndarray, fmt: QFormat) -> np.ndarray:
+    """`_scaled` by NumPy, with zeros for subnormal values as in XLA."""
+    x = flushed(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    with np.errstate(over="ignore"):
+        return flushed(x.astype(np.float64) * 2.0**fmt.frac)
+
+
 def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:
     """The real values of raw integers, float32: exact for words of up to 24 bits, else rounded once.
 
@@ -172,8 +193,16 @@ def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:
     >>> decode(jnp.array([-8, 3]), QFormat(4, 2)).tolist()
     [-2.0, 0.75]
     """
+    if on_host(raw):
+        return to_jax(decode_on_host(np.asarray(raw), fmt))
     with jax.enable_x64(True):
         return lax.convert_element_type(lax.convert_element_type(raw, jnp.float64) * 2.0**-fmt.frac, jnp.float32)
+
+
+def decode_on_host(raw: np.ndarray, fmt: QFormat) -> np.ndarray:
+    """`decode` by NumPy."""
+    with np.errstate(over="ignore"):
+        return flushed((raw.astype(np.float64) * 2.0**-fmt.frac).astype(np.float32))
 
 
 def requantize(
@@ -212,17 +241,18 @@ def requantize(
         return lax.convert_element_type(kept, dtype)
 
 
-def _round(scaled: jax.Array, rounding: str) -> jax.Array:
+def _round(scaled: Any, rounding: str) -> Any:
     """Float64 values to whole numbers."""
-    magnitude, negative = jnp.abs(scaled), scaled < 0
-    below = jnp.floor(magnitude)
+    xp = namespace(scaled)
+    magnitude, negative = xp.abs(scaled), scaled < 0
+    below = xp.floor(magnitude)
     rest = magnitude - below  # exact, because of the magnitude's own digits
     half = rest == 0.5
     match rounding:
         case "floor":
             up = negative & (rest > 0)
         case "toward_zero":
-            up = jnp.zeros_like(negative)
+            up = xp.zeros_like(negative)
         case "half_up":
             up = (rest > 0.5) | (half & ~negative)
         case "half_down":
@@ -232,22 +262,23 @@ def _round(scaled: jax.Array, rounding: str) -> jax.Array:
         case "half_toward_zero":
             up = rest > 0.5
         case _:
-            up = (rest > 0.5) | (half & (lax.rem(below, 2.0) != 0))
+            up = (rest > 0.5) | (half & (xp.fmod(below, 2.0) != 0))
     whole = below + up
-    return jnp.where(negative, -whole, whole)
+    return xp.where(negative, -whole, whole)
 
 
-def _overflow(whole: jax.Array, fmt: QFormat, overflow: str) -> jax.Array:
+def _overflow(whole: Any, fmt: QFormat, overflow: str) -> Any:
     """Whole float64 values into the format's range."""
+    xp = namespace(whole)
     least, largest = float(fmt.least), float(fmt.largest)
     match overflow:
         case "saturate":
-            return jnp.clip(whole, least, largest)
+            return xp.clip(whole, least, largest)
         case "saturate_symmetric":
-            return jnp.clip(whole, -largest if fmt.signed else 0.0, largest)
+            return xp.clip(whole, -largest if fmt.signed else 0.0, largest)
         case "saturate_zero":
-            return jnp.where((whole < least) | (whole > largest), 0.0, whole)
+            return xp.where((whole < least) | (whole > largest), 0.0, whole)
     span = 2.0**fmt.word
-    wrapped = lax.rem(whole, span)  # exact, of the sign of `whole`
-    wrapped = jnp.where(wrapped < least, wrapped + span, wrapped)
-    return jnp.where(wrapped > largest, wrapped - span, wrapped)
+    wrapped = xp.fmod(whole, span)  # exact, of the sign of `whole`
+    wrapped = xp.where(wrapped < least, wrapped + span, wrapped)
+    return xp.where(wrapped > largest, wrapped - span, wrapped)

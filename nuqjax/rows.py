@@ -18,6 +18,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from nuqjax.host import over_blocks
+
 
 @dataclass(frozen=True)
 class ChannelGroups:
@@ -62,8 +64,8 @@ _INT32_MAX = 2**31 - 1
 
 
 def namespace(array: Any) -> Any:
-    """`numpy` for a NumPy array, else `jax.numpy`."""
-    return np if isinstance(array, np.ndarray) else jnp
+    """`numpy` for a NumPy array or number, else `jax.numpy`."""
+    return np if isinstance(array, np.ndarray | np.generic) else jnp
 
 
 def on_mesh(array: Any) -> bool:
@@ -185,3 +187,17 @@ def row_of(output: jax.Array, input: jax.Array, inputs: int, granularity: Granul
         case InputGroups(size):
             return output * -(-inputs // size) + input // min(size, _INT32_MAX)
     raise ValueError(f"unknown granularity {granularity!r}")
+
+
+def look_up(levels: Any, indices: Any) -> Any:
+    """`[R, N]` the level of each index: of levels `[R, K]` and uint8 indices `[R, N]`."""
+    if not isinstance(levels, np.ndarray):
+        return jnp.take_along_axis(levels, indices.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    found = np.empty(indices.shape, levels.dtype)
+
+    def block(some, columns):
+        place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * levels.shape[-1]
+        found[some, columns] = levels[some].reshape(-1)[place]
+
+    over_blocks(block, *indices.shape)
+    return found

@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from nuqjax.codebook_array import is_codebook_array
+from nuqjax.host import to_jax
 from nuqjax.report import Report
 from nuqjax.rules import path_name
 from nuqjax.shardings import shardings
@@ -348,7 +348,7 @@ def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
     if not kept:
         return np.array(array)
     if place is None:
-        return jnp.asarray(np.array(array))
+        return to_jax(np.array(array))
     return jax.make_array_from_callback(array.shape, place, lambda index: np.array(array[index]))
 
 

@@ -16,6 +16,7 @@ from nuqjax import packing, store_entropy
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray, check_structure, is_codebook_array
 from nuqjax.fixed_point import QFormat
+from nuqjax.host import to_jax
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.store_file import Bundle, check_shape
 
@@ -376,7 +377,7 @@ class Entry:
         if self.kind == "array":
             return arrays["data"]
         if self.kind == "key":
-            return jax.random.wrap_key_data(jnp.asarray(np.array(arrays["data"])), impl=self.layout["impl"])
+            return jax.random.wrap_key_data(to_jax(np.array(arrays["data"])), impl=self.layout["impl"])
         if "coded" in arrays:
             rows = math.prod(self._packed_shape[:-1])
             try:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import assign
-from nuqjax.assign import _binary_search, distortion, finish, row_scale, thresholds, working_dtype
+from nuqjax.assign import _binary_search, _count_by_table, distortion, finish, row_scale, thresholds, working_dtype
 
 TINY, HUGE = np.finfo(np.float32).tiny, np.finfo(np.float32).max
 FIRST, LAST = TINY.view(np.int32).item(), HUGE.view(np.int32).item()
@@ -65,7 +65,27 @@ def adversarial_levels(draw, count: int) -> np.ndarray:
 def test_nearest_level_and_ties_are_exact(num_levels, data):
     levels = data.draw(adversarial_levels(num_levels))
     values = near_ties(levels, 256)
-    np.testing.assert_array_equal(jit_assign(values[None], levels[None])[0], exact_assign(values, levels))
+    wanted = exact_assign(values, levels)
+    np.testing.assert_array_equal(jit_assign(values[None], levels[None])[0], wanted)
+    np.testing.assert_array_equal(assign(values[None], levels[None])[0], wanted)  # by NumPy
+    by_table = np.empty(256, np.uint8)
+    _count_by_table(values, thresholds(levels), by_table)
+    np.testing.assert_array_equal(by_table, wanted)
+
+
+@pytest.mark.parametrize(("count", "num_levels"), [(3, 5), (3, 100), (200, 5), (200, 100), (2**16, 100)])
+def test_on_the_host_subnormal_values_count_as_zero_as_they_do_in_xla(count, num_levels):
+    """By comparing, by halving and by a table, along short rows and long ones."""
+    rng = np.random.default_rng(count)
+    pool = np.float32([0, 0.3, 0.6, 0.9, 1, 1.5, 2, 3, 2.0**30]) * TINY
+    levels, rows = (
+        rng.choice(pool, size=(2, n)) * rng.choice(np.float32([-1, 1]), size=(2, n)) for n in (num_levels, count)
+    )
+    levels = np.sort(np.where(np.abs(levels) < TINY, 0, levels))
+    found = assign(rows, levels)
+    assert isinstance(found, jax.Array)
+    np.testing.assert_array_equal(found, jit_assign(rows, levels))
+    np.testing.assert_array_equal(found, assign(jnp.asarray(rows), jnp.asarray(levels)))
 
 
 @pytest.mark.parametrize("num_levels", [2, 33])
@@ -116,6 +136,8 @@ def test_every_number_of_levels(num_levels):
     indices = jit_assign(rows, levels)
     assert indices.dtype == jnp.uint8
     np.testing.assert_array_equal(indices, distance.argmin(axis=-1))
+    np.testing.assert_array_equal(assign(rows, levels), indices)
+    np.testing.assert_array_equal(assign(rows[:, :10], levels), indices[:, :10])
     np.testing.assert_array_equal(jit_assign(levels, levels), np.broadcast_to(np.arange(num_levels), levels.shape))
 
 
@@ -138,6 +160,8 @@ def test_narrow_dtypes_are_compared_as_float32(dtype):
     np.testing.assert_array_equal(jit_assign(rows, levels), jit_assign(rows.astype(jnp.float32), levels))
     narrow = levels.astype(dtype)
     np.testing.assert_array_equal(jit_assign(rows, narrow), jit_assign(rows, narrow.astype(jnp.float32)))
+    np.testing.assert_array_equal(assign(rows, levels), jit_assign(rows, levels))
+    np.testing.assert_array_equal(assign(rows, narrow), jit_assign(rows, narrow))
 
 
 @pytest.mark.parametrize("num_levels", [4, 40])
@@ -151,6 +175,8 @@ def test_x64(num_levels):
         np.testing.assert_array_equal(jit_assign(values[None], levels)[0], exact_assign(values, levels[0]))
         # float32 values and float64 levels meet in float64.
         np.testing.assert_array_equal(jit_assign(single, levels)[0], exact_assign(single[0], levels[0]))
+        np.testing.assert_array_equal(assign(values[None], levels)[0], exact_assign(values, levels[0]))
+        np.testing.assert_array_equal(assign(single, levels)[0], exact_assign(single[0], levels[0]))
         in_x64 = jit_assign(single, levels.astype(np.float32))
     np.testing.assert_array_equal(in_x64, jit_assign(single, levels.astype(np.float32)))
 
@@ -158,9 +184,9 @@ def test_x64(num_levels):
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
 @pytest.mark.parametrize("num_levels", [1, 4, 40])
 def test_zero_size_rows(shape, num_levels):
-    indices = jit_assign(jnp.zeros(shape), jnp.zeros((shape[0], num_levels)))
-    assert indices.shape == shape
-    assert indices.dtype == jnp.uint8
+    for indices in (function(jnp.zeros(shape), jnp.zeros((shape[0], num_levels))) for function in (jit_assign, assign)):
+        assert indices.shape == shape
+        assert indices.dtype == jnp.uint8
 
 
 def test_more_levels_than_an_index_counts():
@@ -172,6 +198,7 @@ def test_more_levels_than_an_index_counts():
 def test_row_scale_is_the_power_of_two_below_the_largest_magnitude(values, counted):
     rows, mask = np.float32([values]), np.array([counted])
     scale = float(jit_row_scale(rows, mask)[0])
+    assert row_scale(rows, mask).tolist() == [scale]  # by NumPy
     largest = float(np.abs(rows[mask]).max(initial=0))
     assert np.frexp(scale)[0] == 0.5
     assert np.frexp(1 / np.float32(scale))[0] == 0.5
@@ -206,15 +233,16 @@ def test_distortion_is_the_weighted_squared_error(num_levels):
     square = ((rows[..., None].astype(np.float64) - levels[:, None, :]) ** 2).min(axis=-1)
     for w, m in ((None, None), (weights, None), (None, mask), (weights, mask)):
         wanted = np.sum(square * (1 if w is None else w.astype(np.float64)) * (1 if m is None else m), axis=-1)
-        got = jax.jit(distortion)(rows, levels, w, m)
-        assert got.dtype == jnp.float32
-        # Summed in float64 (relative error at most 500·2^-53 for terms of one sign), then rounded once.
-        np.testing.assert_allclose(got, wanted, rtol=2.0**-24 * (1 + 2.0**-10))
+        for got in (jax.jit(distortion)(rows, levels, w, m), distortion(rows, levels, w, m)):
+            assert got.dtype == jnp.float32
+            # Summed in float64 (relative error at most 500·2^-53 for terms of one sign), then rounded once.
+            np.testing.assert_allclose(got, wanted, rtol=2.0**-24 * (1 + 2.0**-10))
 
 
 def test_distortion_ignores_whatever_is_masked():
     rows, mask = np.float32([[0.25, 3e38, 1]]), np.array([[True, False, True]])
-    assert distortion(rows, np.float32([[0, 1]]), None, mask).tolist() == [0.0625]
+    for function in (jax.jit(distortion), distortion):
+        assert function(rows, np.float32([[0, 1]]), None, mask).tolist() == [0.0625]
 
 
 def test_keep_zero_moves_the_nearest_level_to_zero():
@@ -230,3 +258,5 @@ def test_keep_zero_moves_the_nearest_level_to_zero():
     levels = jnp.array(list(moved), jnp.float32)
     fitted = jax.jit(finish, static_argnums=4)(jnp.ones((len(moved), 4)), levels, None, None, True)
     assert fitted.levels.tolist() == list(moved.values())
+    host = finish(np.ones((len(moved), 4), np.float32), np.asarray(levels), None, None, True)
+    assert host.levels.tolist() == list(moved.values())

@@ -33,6 +33,15 @@ def same(first: Fit, second: Fit) -> None:
         np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+def same_on_the_host(method: str, rows, fitted: Fit, **options) -> None:
+    """What is fitted by NumPy: the same scales and, but for the last bits of float64, the same levels and error."""
+    host = fit(np.asarray(rows), K, method, **options)
+    double = fitted.levels.dtype == jnp.float64
+    np.testing.assert_allclose(host.levels, fitted.levels, rtol=0, atol=2.0**-46 * np.abs(rows).max() if double else 0)
+    np.testing.assert_array_equal(host.scale, fitted.scale)
+    np.testing.assert_allclose(host.sse, fitted.sse, rtol=2.0**-22)
+
+
 def check(fitted: Fit, rows, num_levels, weights=None, mask=None) -> None:
     """Shapes, order, and the squared error of the returned levels on the data, in float64."""
     rows = np.asarray(rows, np.float64)
@@ -59,6 +68,7 @@ def test_contract(method):
     for keep_zero in (False, True):
         fitted = jit_fit(rows, K, method, keep_zero=keep_zero)
         check(fitted, rows, K)
+        same_on_the_host(method, rows, fitted, keep_zero=keep_zero)
         assert all(x.dtype == jnp.float32 for x in fitted)
         assert not keep_zero or (fitted.levels == 0).any(axis=-1).all()
         assert method == "knq" or not fitted.lower_bound.any()
@@ -67,7 +77,9 @@ def test_contract(method):
 @pytest.mark.parametrize(("method", "dtype"), [*((method, jnp.bfloat16) for method in BASELINES), ("enq", jnp.float16)])
 def test_narrow_rows_are_fitted_as_float32(method, dtype):
     rows = jnp.asarray(sample() + 0.3, dtype)
-    same(jit_fit(rows, K, method), jit_fit(rows.astype(jnp.float32), K, method))
+    fitted = jit_fit(rows, K, method)
+    same(fitted, jit_fit(rows.astype(jnp.float32), K, method))
+    same_on_the_host(method, rows, fitted)
 
 
 @baselines
@@ -76,6 +88,7 @@ def test_float64_rows_are_fitted_in_float64(method):
     with jax.enable_x64(True):
         fitted = jit_fit(rows, K, method)
         assert all(x.dtype == jnp.float64 for x in fitted)
+        same_on_the_host(method, rows, fitted)
     check(fitted, rows, K)
     single = jit_fit(rows.astype(np.float32), K, method)
     # The same levels but for the rounding of the values to float32 (2^-24) and of the levels again.
@@ -89,7 +102,9 @@ def test_weights_and_masks(method, rows, seed):
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.1, 9, rows.shape).astype(np.float32)
     mask = rng.uniform(size=rows.shape) < 0.8
-    check(jit_fit(rows, K, method, weights=weights, mask=mask), rows, K, weights, mask)
+    fitted = jit_fit(rows, K, method, weights=weights, mask=mask)
+    check(fitted, rows, K, weights, mask)
+    same_on_the_host(method, rows, fitted, weights=weights, mask=mask)
 
 
 @all_methods
@@ -111,7 +126,9 @@ def test_the_order_of_the_values_changes_nothing(method, rows, seed):
 def test_the_order_of_many_values_changes_nothing(method):
     rows = sample(3, (1, 5000))
     order = np.random.default_rng(0).permutation(rows.size)
-    np.testing.assert_array_equal(jit_fit(rows, 8, method).levels, jit_fit(rows[:, order], 8, method).levels)
+    levels = jit_fit(rows, 8, method).levels
+    for other in (jit_fit(rows[:, order], 8, method), fit(rows, 8, method), fit(rows[:, order], 8, method)):
+        np.testing.assert_array_equal(other.levels, levels)
 
 
 @all_methods
@@ -129,9 +146,10 @@ def test_a_power_of_two_scales_levels_exactly(method, rows, exponent):
 @baselines
 def test_a_row_is_fitted_by_itself(method):
     rows = sample(5)
-    together = jit_fit(rows, K, method)
-    for r in range(R):
-        np.testing.assert_array_equal(jit_fit(rows[r : r + 1], K, method).levels[0], together.levels[r])
+    for function in (jit_fit, fit):
+        together = function(rows, K, method)
+        for r in range(R):
+            np.testing.assert_array_equal(function(rows[r : r + 1], K, method).levels[0], together.levels[r])
 
 
 @all_methods
@@ -189,7 +207,10 @@ def test_rows_without_values(method):
     check(nothing, np.zeros((2, 0)), K)
     assert not nothing.sse.any()
     assert jit_fit(jnp.zeros((0, 5)), K, method).levels.shape == (0, K)
+    assert fit(np.zeros((0, 5), np.float32), K, method).levels.shape == (0, K)
+    same_on_the_host(method, np.zeros((2, 0), np.float32), nothing)
     masked = jit_fit(sample(), K, method, mask=np.zeros((R, N), bool))
+    same_on_the_host(method, sample(), masked, mask=np.zeros((R, N), bool))
     assert np.isfinite(masked.levels).all()
     assert (np.diff(masked.levels) >= 0).all()
     assert not masked.sse.any()
@@ -201,6 +222,7 @@ def test_rows_without_values(method):
 def test_the_ends_of_float32(method, magnitude):
     rows = np.float32([np.linspace(-1, 0.9, N) * magnitude] * R)
     fitted = jit_fit(rows, K, method)
+    same_on_the_host(method, rows, fitted)
     levels = np.asarray(fitted.levels)
     assert np.isfinite(levels).all()
     assert (np.diff(levels) >= 0).all()

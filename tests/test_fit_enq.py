@@ -34,6 +34,7 @@ def described(row, num_levels: int, weights=None) -> tuple[np.ndarray, np.ndarra
 
 
 def assert_described(levels, rows, num_levels, weights=None):
+    assert np.array_equal(fit_enq(rows, num_levels, weights=weights).levels, levels)  # by NumPy
     levels = np.asarray(levels, np.float64)
     for r, row in enumerate(rows):
         wanted, slack = described(row, num_levels, None if weights is None else weights[r])
@@ -96,7 +97,7 @@ def test_float64_rows():
     with jax.enable_x64(True):
         fitted = jit_enq(rows, 16)
         assert fitted.levels.dtype == jnp.float64
-    assert_described(fitted.levels, rows, 16)
+        assert_described(fitted.levels, rows, 16)
 
 
 def test_masks_and_weights_of_numpy_are_not_changed():
@@ -106,3 +107,18 @@ def test_masks_and_weights_of_numpy_are_not_changed():
     assert fit_enq(rows, 1, weights=weights, mask=mask).levels.tolist() == [[2]]
     np.testing.assert_array_equal(mask, mask_before)
     np.testing.assert_array_equal(weights, weights_before)
+
+
+def test_nasty_rows_have_the_same_levels_traced_and_on_the_host():
+    """Subnormal values, the ends of float32, values on inner ends, zeros of both signs, very unequal weights."""
+    rng, tiny = np.random.default_rng(3), float(np.finfo(np.float32).tiny)
+    row, steps = rng.normal(size=N), np.arange(N) - N // 2
+    rows = [
+        row * tiny, row * tiny / 1000, np.clip(row, -1, 1) * 3.4e38, steps / 4, steps * np.float32(0.3),
+        np.copysign(0.0, row), row + 1000, rng.standard_cauchy(N), np.where(row > 1, 3e38, tiny),
+    ]  # fmt: skip
+    weights = rng.choice([0, 1e-30, 0.5, 1, 3e10], size=(1, N)).astype(np.float32)
+    for row in np.float32(rows):
+        for some in (None, weights):
+            same = fit_enq(row[None], 7, weights=some)
+            np.testing.assert_array_equal(same.levels, jit_enq(row[None], 7, weights=some).levels)

@@ -24,7 +24,19 @@ N = 24
 
 
 def jitted(method):
-    return jax.jit(method, static_argnames=("num_levels", "keep_zero"))
+    """The method compiled, which gives what it gives of NumPy's rows by NumPy: levels bit for bit."""
+    compiled = jax.jit(method, static_argnames=("num_levels", "keep_zero"))
+
+    def both(rows, num_levels, **options):
+        fitted, host = compiled(rows, num_levels, **options), method(np.asarray(rows), num_levels, **options)
+        for name in ("levels", "scale"):
+            traced, here = getattr(fitted, name), getattr(host, name)
+            assert traced.dtype == here.dtype
+            np.testing.assert_array_equal(here, traced, err_msg=name)
+        np.testing.assert_allclose(host.sse, fitted.sse, rtol=2.0**-22)
+        return fitted
+
+    return both
 
 
 uniform, uniform_pow2, dfp = jitted(fit_uniform), jitted(fit_uniform_pow2), jitted(fit_dfp)
@@ -316,3 +328,22 @@ def test_constant_rows(method, value):
     if method is not dfp or value <= 0:  # Ristretto's rule saturates a positive power of two
         nearest = levels[np.abs(levels - np.float32(value)).argmin()]
         assert nearest == pytest.approx(np.float32(value), rel=2.0**-22 if value != 1e-30 or method is uniform else 0.5)
+
+
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize("method", [uniform, uniform_pow2, dfp, normal, quantile, pow2])
+def test_nasty_rows_have_the_same_levels_traced_and_on_the_host(method):
+    """The comparison is in `jitted`: subnormal values, the ends of float32, ties, zeros of both signs, far values."""
+    rng = np.random.default_rng(3)
+    normal_row, steps = rng.normal(size=N), np.arange(N) - N // 2
+    rows = [
+        normal_row * TINY, normal_row * TINY / 1000, normal_row * 1e-30, np.clip(normal_row, -1, 1) * HUGE, steps / 4,
+        steps * np.float32(0.3), np.copysign(0.0, normal_row), normal_row + 1000, rng.standard_cauchy(N),
+        np.where(normal_row > 1, HUGE, TINY), np.round(rng.laplace(size=N)) * 0.7, np.full(N, -1e-38),
+    ]  # fmt: skip
+    weights = rng.choice([0, 1e-30, 0.5, 1, 3e10], size=(1, N)).astype(np.float32)
+    for row in np.float32(rows):
+        method(row[None], 8, weights=np.ones_like(weights))
+        method(row[None], 8, weights=weights)

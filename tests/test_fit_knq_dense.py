@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nuqjax import fit_knq_dense_host
 from nuqjax.fit_knq_dense import dense_rows
 
 ROUNDING = 2.0**-52
@@ -75,14 +76,30 @@ def solve(arrays, num_levels, penalty=None, reach=None):
         return np.asarray(cuts), np.asarray(best)
 
 
+def assert_the_same_on_the_host(arrays, num_levels, cuts, best):
+    """Of the cuts that are equal to the last, the first ends the row; a pinned zero is not among them."""
+    count, total, above = arrays
+    pinned = above.any()
+    zero = np.argmax(above, axis=1) - 1 if pinned else None
+    last = np.argmax((count == count[:, -1:]) & (total == total[:, -1:]), axis=1)
+    last = last if zero is None else np.maximum(last, zero + 1)
+    start = np.maximum(total[:, -1].astype(float) ** 2, 1.0) / count.shape[1]
+    found, least = fit_knq_dense_host.dense_rows(count, total, last, zero, start, num_levels=num_levels)
+    several = last > num_levels  # of others every value is its own level
+    np.testing.assert_array_equal(found[several], np.minimum(cuts, last[:, None])[several])
+    np.testing.assert_array_equal(least[several], best[several])
+
+
 def row_of(arrays, r):
     return [x[r] for x in arrays]
 
 
 def assert_optimal(arrays, num_levels, penalty=None, reach=None):
-    """The cost is the least there is, and that of the cuts."""
+    """The cost is the least there is, and that of the cuts; on the host both are the same."""
     cuts, best = solve(arrays, num_levels, penalty, reach)
     size = arrays[0].shape[1]
+    if penalty is None and 1 < num_levels < size:
+        assert_the_same_on_the_host(arrays, num_levels, cuts, best)
     assert cuts.shape == (len(best), num_levels - 1)
     for r in range(len(best)):
         bound = () if penalty is None or reach is None else (penalty[r], row_of(reach, r))

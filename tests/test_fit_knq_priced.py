@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.optimality import FAMILIES
-from nuqjax import fit
+from nuqjax import fit, fit_knq_priced_host
 from nuqjax.fit_knq_priced import priced_paths
 
 TRIALS = np.int32(32)
@@ -75,17 +75,24 @@ def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin, repeat
     count, total = count.astype(dtype), total.astype(dtype)
     start = np.array([float(total[0, -1]) ** 2 / size / num_levels + 2.0**40])
     with jax.enable_x64(True):
-        places, price, _, excess = (
+        places, price, exact, excess = (
             np.asarray(x)[0]
             for x in priced_paths(
                 count, total, np.int32(size), zero[None], start, TRIALS, True, num_levels=num_levels, pin=pin
             )
         )
+    on_host = fit_knq_priced_host.priced_paths(
+        count, total, size, zero[None], start, int(TRIALS), True, num_levels=num_levels, pin=pin
+    )
+    for one, other in zip((places, price, exact), on_host, strict=False):
+        np.testing.assert_array_equal(one, other[0])
     pinned = int(zero) if pin else None
     costs = interval_costs(count[0, : size + 1], total[0, : size + 1], pinned, price)
     forward, backward = potentials(costs), potentials(costs[::-1, ::-1].T)[::-1]
     rounding = 2.0**-48 * np.abs(forward).max() * num_levels
     np.testing.assert_allclose(excess[: size + 1], forward + backward, atol=rounding, rtol=0)
+    np.testing.assert_allclose(on_host[3][0], forward + backward, atol=rounding, rtol=0)
+    assert on_host[4][0] == pytest.approx(forward[-1], abs=rounding, rel=0)
     # At the price of a path of K intervals that path is the best of K; where no price has one, it need not be.
     chosen = np.concatenate([[0], places, [size]])
     chosen = chosen[np.concatenate([[True], chosen[1:] > chosen[:-1]])]
@@ -116,6 +123,35 @@ def test_a_path_does_not_depend_on_the_rows_beside_it(pin):
         alone = [paths(slice(r, r + 1)) for r in range(len(count))]
     for found, single in zip(together, map(np.concatenate, zip(*alone, strict=True)), strict=True):
         np.testing.assert_array_equal(found, single)
+
+
+@pytest.mark.parametrize("num_levels", [4, 16, 100])
+@pytest.mark.parametrize("pin", [False, True])
+def test_the_host_finds_the_same_paths_for_many_rows(pin, num_levels):
+    """More rows than are handled together, of values that differ; intervals of few cells and of many, and weights."""
+    size, room = 700, 1026
+    problems = [problem(kind, seed, size, room) for seed in range(50) for kind in ("t3", "log-normal", "two far apart")]
+    count, total, zero = (np.stack([np.ravel(x) for x in part]) for part in zip(*problems, strict=True))
+    zero = zero.ravel()
+    weights = np.random.default_rng(0).exponential(size=(len(count), room))
+    for weighted in (False, True):
+        if weighted:
+            values = np.diff(total, axis=1)
+            masses = np.where(np.diff(count, axis=1) > 0, weights, 0.0)
+            count, total = (
+                np.concatenate([np.zeros((len(count), 1)), np.cumsum(x, axis=1)], axis=1)
+                for x in (masses, masses * values)
+            )
+        start = total[:, -1].astype(float) ** 2 / size / num_levels + 2.0**40
+        with jax.enable_x64(True):
+            traced = priced_paths(
+                count, total, np.int32(size), zero, start, TRIALS, False, num_levels=num_levels, pin=pin
+            )  # fmt: skip
+        on_host = fit_knq_priced_host.priced_paths(
+            count, total, size, zero, start, int(TRIALS), False, num_levels=num_levels, pin=pin
+        )
+        for one, other in zip(traced[:3], on_host, strict=False):
+            np.testing.assert_array_equal(np.asarray(one), other)
 
 
 # Family, seed, length, row, and number of levels, where a search with a fixed reach did not find the optimum.

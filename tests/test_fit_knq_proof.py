@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nuqjax import fit_knq_path_host
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_path import nothing_yet, potentials
 from nuqjax.fit_knq_proof import prove
@@ -267,3 +268,10 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
         held = zero[r] if pin else None
         expected = shortest_path(weight[r], mean[r], square[r], from_below[r], price[r], held)
         np.testing.assert_allclose(potential, expected[1:], rtol=1e-11)
+        paid = np.concatenate([[0.0], leak[r]])
+        on_host, before, widest, _ = fit_knq_path_host.potentials(
+            weight[r], mean[r], square[r], paid, price[r], None if held is None else int(held), block * 8
+        )
+        np.testing.assert_allclose(on_host, expected, rtol=1e-11)
+        assert (before[1:] < np.arange(1, size + 1)).all()
+        assert 0 < widest <= size

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import AutoQFormat, QFormat
-from nuqjax.fixed_point import OVERFLOW, ROUNDING, check_modes, decode, encode, requantize
+from nuqjax.fixed_point import OVERFLOW, ROUNDING, check_modes, decode, encode, overflows, requantize
 
 jit_encode = jax.jit(encode, static_argnames=("fmt", "rounding", "overflow"))
 jit_decode = jax.jit(decode, static_argnames="fmt")
+jit_overflows = jax.jit(overflows, static_argnames="fmt")
 jit_requantize = jax.jit(requantize, static_argnames=("source", "target", "rounding", "overflow"))
 MODES = list(itertools.product(ROUNDING, OVERFLOW))
 APYTYPES_ROUNDING = {
@@ -100,10 +101,13 @@ def requantize_words(raw):
     return [requantize(raw, SOURCE, f, rounding=r, overflow=o) for f, (r, o) in itertools.product(TARGETS, MODES)]
 
 
-@pytest.fixture(scope="module", params=["encode", "requantize"])
+@pytest.fixture(scope="module", params=["encode", "encode on the host", "requantize"])
 def encoded_words(request):
     keys = [(f, *modes) for f, modes in itertools.product(TARGETS, MODES)]
-    words = encode_words(np.float32(WORDS / 64)) if request.param == "encode" else requantize_words(WORDS)
+    if request.param == "requantize":
+        words = requantize_words(WORDS)
+    else:  # what jit wraps is NumPy's on the host
+        words = (encode_words if request.param == "encode" else encode_words.__wrapped__)(np.float32(WORDS / 64))
     return dict(zip(keys, jax.device_get(words), strict=True))
 
 
@@ -250,13 +254,13 @@ def encode_any(x):
 
 
 def check_any(values):
-    """All modes on the given values, of float32 or float64, against exact arithmetic."""
-    got = jax.device_get(encode_any(values))
-    for (fmt, (rounding, overflow)), raw in zip(itertools.product(FORMATS, MODES), got, strict=True):
+    """All modes on the given values, of float32 or float64, traced and on the host, against exact arithmetic."""
+    traced, host = jax.device_get((encode_any(values), encode_any.__wrapped__(values)))
+    for (fmt, (rounding, overflow)), raw, same in zip(itertools.product(FORMATS, MODES), traced, host, strict=True):
         exact = [Fraction(float(v)) * Fraction(2) ** fmt.frac for v in values]
         wanted = [in_range(rounded(v, rounding), fmt.word, fmt.signed, overflow) for v in exact]
-        assert raw.dtype == np.int32
-        assert raw.tolist() == wanted, (fmt, rounding, overflow)
+        assert raw.dtype == same.dtype == np.int32
+        assert raw.tolist() == same.tolist() == wanted, (fmt, rounding, overflow)
 
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
@@ -310,6 +314,18 @@ def test_decode_rounds_long_words_once():
     for frac in (0, 31, -20):
         wanted = (words.astype(np.float64) * 2.0**-frac).astype(np.float32)
         np.testing.assert_array_equal(jit_decode(jnp.asarray(words), QFormat(32, frac)), wanted)
+
+
+def test_traced_and_on_the_host_the_bits_are_the_same():
+    """Subnormal values count as zero, and values that would be subnormal are zero."""
+    tiny = np.finfo(np.float32).tiny
+    x = np.append(np.random.default_rng(0).normal(size=50), [0, -0.0, tiny, 0.9 * tiny, -0.9 * tiny, 3e38, -3e38])
+    for fmt in (QFormat(8, 6), QFormat(16, 140), QFormat(31, -110, signed=False)):
+        raw = encode(np.float32(x), fmt)
+        assert raw.dtype == jnp.int32
+        np.testing.assert_array_equal(raw, jit_encode(np.float32(x), fmt))
+        np.testing.assert_array_equal(overflows(np.float32(x), fmt), jit_overflows(np.float32(x), fmt))
+        np.testing.assert_array_equal(decode(raw, fmt), jit_decode(raw, fmt))
 
 
 def test_the_same_bits_with_x64_on():

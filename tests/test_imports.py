@@ -17,24 +17,25 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # `fit_knq` stands for fit_knq.py and its parts fit_knq_*.py, which may import one another.
 ARRAYS = {"jax", "numpy"}
 FITS = {"fit_knq", "fit_enq", "fit_grid"}
-LEAF = {"rows", "packing", "fixed_point", "codebook_array"}
+LEAF = {"host", "rows", "packing", "fixed_point", "codebook_array"}
 EMULATION = {"emulate", "calibrate", "fold"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"jax"}),
-    "rows": (set(), ARRAYS),
-    "assign": (set(), ARRAYS),
-    "fit_knq": ({"assign", "rows"}, ARRAYS),
-    "fit_enq": ({"assign"}, ARRAYS),
-    "fit_grid": ({"assign"}, ARRAYS),
-    "fit": ({"assign", "rows", *FITS}, ARRAYS),
+    "host": (set(), ARRAYS),
+    "rows": ({"host"}, ARRAYS),
+    "assign": ({"host", "rows"}, ARRAYS),
+    "fit_knq": ({"assign", "host", "rows"}, ARRAYS),
+    "fit_enq": ({"assign", "host", "rows"}, ARRAYS),
+    "fit_grid": ({"assign", "host", "rows"}, ARRAYS),
+    "fit": ({"assign", "host", *FITS}, ARRAYS),
     "fit_mesh": ({"assign", "rows", "fit_knq"}, ARRAYS),
-    "fixed_point": (set(), ARRAYS),
+    "fixed_point": ({"host", "rows"}, ARRAYS),
     "packing": ({"rows"}, ARRAYS),
-    "codebook_array": ({"rows", "packing", "fixed_point"}, ARRAYS),
+    "codebook_array": ({"host", "rows", "packing", "fixed_point"}, ARRAYS),
     "plot": (LEAF, {*ARRAYS, "matplotlib"}),
     "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
     "plan": ({"rules", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "compress": ({"rules", "assign", "fit", "fit_grid", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "compress": ({"rules", "assign", "fit", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
     "interpret": (set(), ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
     # `emulate` stands for emulate.py and its parts emulate_*.py, too.
