@@ -5,14 +5,18 @@ sorted row into K intervals (Wu 1991; Grønlund et al., arXiv 1701.07204). `fit_
 values with exact running sums (`fit_knq_long` a long one, `count_rows` one of 16-bit values), `fit_knq_search` finds a
 partition, `fit_knq_gaps` narrows gaps that would keep sums from resolving it, `fit_knq_proof` bounds from below what
 any other could cost, and in `fit_knq_levels` it becomes levels: each the mean of its interval, rounded once. Where rows
-are decides who does it: `fit_knq_host`, `fit_knq_traced` or `fit_knq_mesh`.
+are decides who does it: `fit_knq_host`, `fit_knq_traced` or `fit_knq_mesh`. On the host the kernels are NumPy's
+(`fit_knq_priced_host`, `fit_knq_dense_host`, `fit_knq_windows_host`, `fit_knq_path_host`), and nothing is compiled but
+for rows of 10⁶ values and more.
 
 A row with no more distinct values than the dense programme has cuts (512, or 1024 if it is no longer than that; 256
-where there are more than eight rows) is solved exactly. Another is searched from coarse cells down to single values,
-wherever a best path may still pass; `python -m experiments.optimality` compares that with the proof. With a `tolerance`
-the proof follows, by branch and bound, until the levels are known to be within it of the optimum, and takes better ones
-where it comes upon them; of a row that is distributed over a mesh it asks the devices for what it needs. Under `jit`
-the levels are the same, but the bound of a long row is one round only, as coarse as some hundred cells.
+where there are more than eight rows) is solved exactly, and so is one of up to 1280 where a price has a path of K
+intervals. Another is searched from coarse cells down to single values, wherever a best path may still pass;
+`python -m experiments.optimality` compares that with the proof. With a `tolerance` the proof follows, by a path through
+every cut or, in rows longer than 65,536 values, by branch and bound, until the levels are known to be within it of the
+optimum, and takes better ones where it comes upon them; of a row that is distributed over a mesh it asks the devices
+for what it needs. Under `jit` the levels are the same, but the bound of a long row is one round only, as coarse as some
+hundred cells.
 """
 
 from typing import Any
@@ -41,8 +45,9 @@ def fit_knq(
 ) -> Fit:
     """Fits to each row the levels that minimise Σ wᵢ (xᵢ − level)² over all choices of levels.
 
-    Concrete arrays on a CPU are sorted by NumPy, others by XLA; both ways give the same bits. With a `tolerance` those
-    on one other device come to the host, where the proof runs; those on a mesh are left to `fit_on_mesh`.
+    Concrete arrays on a CPU are fitted by NumPy, others by XLA; both ways give the same bits, except of `lower_bound`,
+    which is closer on the host. With a `tolerance` arrays on one other device come to the host, where the proof runs;
+    those on a mesh are left to `fit_on_mesh`.
 
     Args:
       rows: `[R, N]` finite values of any floating dtype; denormal values may count as zero.

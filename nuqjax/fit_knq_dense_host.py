@@ -87,8 +87,8 @@ def _among(count, total, near, size, zero, num_levels: int) -> np.ndarray:
     cuts[:, 0] = 0
     cuts[row, 1 + np.arange(len(row)) - np.repeat(np.cumsum(number) - number, number)] = cut
     above = np.zeros(cuts.shape, bool) if zero is None else cuts > zero[:, None]
-    arrays = [np.take_along_axis(x, cuts, axis=1) for x in (count, total)]
-    return np.take_along_axis(cuts, _partition(*(np.ascontiguousarray(x.T) for x in (*arrays, above)), num_levels), 1)
+    n, s = (np.ascontiguousarray(np.take_along_axis(x, cuts, axis=1).T) for x in (count, total))
+    return np.take_along_axis(cuts, _partition(n, s, np.ascontiguousarray(above.T), num_levels), 1)
 
 
 def _partition(count, total, above, num_levels: int) -> np.ndarray:

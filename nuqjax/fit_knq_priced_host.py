@@ -7,7 +7,7 @@ of it serves all cuts of the block (`_wide_path`).
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,8 +65,8 @@ class _Problem(NamedTuple):
 
     count: np.ndarray
     total: np.ndarray
-    zero: np.ndarray | None
-    gains: np.ndarray | None
+    zero: Any
+    gains: Any
     weighty: bool  # whether every cell weighs something
     block: int  # cuts settled at once, at most
 
@@ -81,8 +81,8 @@ class _Path(NamedTuple):
     """
 
     potential: np.ndarray
-    block: np.ndarray | None
-    firsts: np.ndarray | None
+    block: Any
+    firsts: Any
 
 
 def _problem(count, total, size: int, zero, width: int | None, num_levels: int) -> _Problem:
@@ -107,7 +107,7 @@ def _with_gains(problem: _Problem, width: int) -> _Problem:
 
 def _backwards(problem: _Problem) -> _Problem:
     """The problem of the row from its end."""
-    count, total, zero, gains, *rest = problem
+    count, total, zero, gains, weighty, block = problem
     if gains is not None:  # the interval that begins at a cut and has W − w cells ends as many cuts later
         width, length, number = gains.shape
         padded = np.concatenate([gains, np.zeros((width, width, number))], axis=1)
@@ -115,7 +115,7 @@ def _backwards(problem: _Problem) -> _Problem:
         from_each = np.lib.stride_tricks.as_strided(padded[:, width:], (width, length, number), (w - cut, cut, row))
         gains = from_each[:, ::-1]
     count, total = (x[-1] - x[::-1] for x in (count, total))
-    return _Problem(count, total, None if zero is None else len(count) - 2 - zero, gains, *rest)
+    return _Problem(count, total, None if zero is None else len(count) - 2 - zero, gains, weighty, block)
 
 
 def _search(problem: _Problem, price, trials: int, num_levels: int):
@@ -168,8 +168,8 @@ def _search(problem: _Problem, price, trials: int, num_levels: int):
 
 
 def _of_rows(problem: _Problem, rows: np.ndarray) -> _Problem:
-    some = (None if x is None else np.ascontiguousarray(x[..., rows]) for x in problem[:4])
-    return _Problem(*some, *problem[4:])
+    count, total, zero, gains = (None if x is None else np.ascontiguousarray(x[..., rows]) for x in problem[:4])
+    return problem._replace(count=count, total=total, zero=zero, gains=gains)
 
 
 def _path(problem: _Problem, price) -> tuple[_Problem, _Path]:
@@ -221,7 +221,8 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
 
     As the best beginning never moves back, no best interval is wider if none to the cut before is as wide.
     """
-    zero, gains = problem.zero, problem.gains
+    zero: Any = problem.zero
+    gains = problem.gains
     width, length, number = gains.shape
     lag = np.arange(width, 0, -1)[:, None]
     potential = np.full((width + length, number), np.inf)  # behind what stands for cuts before the first
@@ -372,7 +373,7 @@ def _settle(problem: _Problem, price, window, begin, low, high, start, stop, bel
 
 def _path_of_one(problem: _Problem, price) -> _Path:
     """As `_wide_path` for one row, of which windows are slices."""
-    count, total, zero = problem.count[:, 0], problem.total[:, 0], None if problem.zero is None else problem.zero[0]
+    count, total, zero = problem.count[:, 0], problem.total[:, 0], -1 if problem.zero is None else int(problem.zero[0])
     weighty, length, paid = problem.weighty, len(count), price[0]
     potential = np.full(length, np.inf)
     potential[0] = 0.0
@@ -384,17 +385,15 @@ def _path_of_one(problem: _Problem, price) -> _Path:
         if s.dtype != np.float64:
             (s,) = _floats(s - s[below - first])
         begins = below - first + 1
-        crossed = zero is not None and first <= zero < last
-        held = begin = None
-        if crossed:
-            begin = np.arange(first, below + 1)
-            held = begin <= zero
+        crossed = first <= zero < last  # by intervals that hold the pinned zero
+        begin = np.arange(first, below + 1)
+        held: Any = begin <= zero if crossed else None
         gain = _gain(n[:begins], s[:begins], n[-1], s[-1], weighty)
         at = int(np.argmin(_reached(potential[first : below + 1], gain, paid, held)))
         near, end = slice(at + 1), slice(begins, None)
         gain = _gain(n[near, None], s[near, None], n[end], s[end], weighty)
         if crossed:
-            held = (begin[near, None] <= zero) & (np.arange(below + 1, last + 1) > zero)
+            held = held[near, None] & (np.arange(below + 1, last + 1) > zero)
         potential[below + 1 : last + 1] = _least(potential[first : first + at + 1, None], gain, paid, held)
         firsts[block + 1] = first + at
         if last - below > 1:

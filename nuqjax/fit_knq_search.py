@@ -39,7 +39,7 @@ _FINEST_PARTS = 32  # which are so many where the row is dense
 _TRIALS = 24  # of a price
 _EVERY = 1280  # cuts, all of which the path is searched through at once
 _ROOMS = (2**10 + 2, _EVERY + 2, *(2**e + 2 for e in range(12, 40, 2)))  # of the arrays of cuts: few to compile
-COMPILED = 2**19  # from here on a row on the host is worth what compiling costs
+COMPILED = 10**6  # values of a row on the host from which on compiled kernels win by more than they cost to compile
 _HALF = 16  # steps of a window to each side
 _ROUNDS = 64
 _LANES = 16  # rows handled at once
@@ -228,21 +228,21 @@ def partition_of_every_cut(rows: Rows, num_levels: int, keep_zero: bool, price) 
 def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Partition:
     """Searches the best partition; runs on NumPy or JAX arrays, where 64-bit types are enabled."""
     xp = namespace(rows.size)
-    count = min(dense_cuts, rows.length)
+    most = min(dense_cuts, rows.length)
     if num_levels == 1 or rows.length <= num_levels:
         return Partition(rows.every_cut(num_levels)[0][:, 1:-1])  # every value its own level
-    if rows.length > count:
+    if rows.length > most:
         path = _priced(rows, num_levels, keep_zero)
         return Partition(polish(rows, path.cuts, keep_zero, path.reach, path.best), path.least, path.price)
-    cuts = coarse_cuts(rows, count)
-    sums = rows.sums_below(cuts)
+    cuts = coarse_cuts(rows, most)
+    count, total = rows.sums_below(cuts)
     if xp is np:
         unit = 2.0 ** (2 * rows.frac)
         zero = rows.zero if keep_zero else None
         price = _first_price(rows, cuts, num_levels) * unit
-        found, least = fit_knq_dense_host.dense_rows(*sums, rows.size, zero, price, num_levels=num_levels)
+        found, least = fit_knq_dense_host.dense_rows(count, total, rows.size, zero, price, num_levels=num_levels)
     else:
-        found, least = dense_rows(*sums, _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
+        found, least = dense_rows(count, total, _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
         found = found.astype(jnp.int64)
     return Partition(take(cuts, found), least * 2.0 ** (-2 * rows.frac))
 
@@ -341,15 +341,18 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
     zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
     size, unit, least = cuts.shape[1] - 1, 2.0 ** (2 * rows.frac), None
     if xp is np and rows.length < COMPILED:
-        places, found, exact, excess, cost = fit_knq_priced_host.priced_paths(
-            *rows.sums_below(cuts), size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, pin=keep_zero
+        count, total = rows.sums_below(cuts)
+        places, found, exact, excess, whole = fit_knq_priced_host.priced_paths(
+            count, total, size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, pin=keep_zero
         )
-        least = (cost - (num_levels - keep_zero) * found) / unit
+        least = (whole - (num_levels - keep_zero) * found) / unit
     else:
-        room = next(room for room in _ROOMS if room >= size)
+        most = max(size, _KEPT * max(num_levels, _FEW_LEVELS) + 2)  # one shape for all the paths of so many levels
+        room = next(room for room in _ROOMS if room >= most)
         cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
+        count, total = rows.sums_below(cuts)
         places, found, exact, excess = priced_paths(
-            *rows.sums_below(cuts), np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
+            count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
             num_levels=num_levels, pin=keep_zero,
         )  # fmt: skip
         places, excess = _like(places, xp), excess[:, : size + 1]

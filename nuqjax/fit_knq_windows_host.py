@@ -74,7 +74,7 @@ def _windows(count, total, left_above, right_above, end_count, end_total, refere
     if left_above is not None:
         pins = left_above[:, :1, :1], right_above[:, :1]
     first = costs(slice(0, 1), nothing, (count[:, :1], total[:, :1]), *pins)[:, 0, 0] + shift[:, 0]
-    inner = None
+    inner = np.empty(0)
     if boundaries > 1:
         if left_above is not None:
             pins = left_above[:, 1:-1], right_above[:, 1:-1]
