@@ -4,16 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test doctest lint types clean
+.PHONY: demo test quick doctest lint types clean
 .DEFAULT_GOAL := test
 
-# Most of the demo's time is compilation, which JAX's own cache saves the second time.
 demo: $(VENV)/demo.stamp
-	JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2 \
 	$(BIN)/python -m experiments.digits
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# While editing: all but the tests that take long, and fewer damaged files.
+quick: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" --fuzz 1000
 
 doctest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q nuqjax README.md

@@ -221,15 +221,14 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
 
     As the best beginning never moves back, no best interval is wider if none to the cut before is as wide.
     """
-    zero: Any = problem.zero
-    gains = problem.gains
+    zero, gains = problem.zero, problem.gains
     width, length, number = gains.shape
     lag = np.arange(width, 0, -1)[:, None]
     potential = np.full((width + length, number), np.inf)  # behind what stands for cuts before the first
     potential[width] = 0.0
     widest = np.empty((length, number))
-    pinned_from = 0 if zero is None else int(zero.min()) + 1
-    pinned_to = 0 if zero is None else int(zero.max()) + 1 + width
+    zero = np.zeros(0, np.int64) if zero is None else zero
+    pinned_from, pinned_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
     reached, least = np.empty((width, number)), np.empty(number)
     for end in range(1, length):
         begun = potential[end : end + width]
@@ -238,13 +237,13 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
             reached += price
             np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
             np.minimum.reduce(reached, axis=0, out=potential[end + width])
-            widest[end] = reached[0] - price
+            widest[end] = reached[0]
         else:
             np.minimum.reduce(reached, axis=0, out=least)
             np.add(least, price, out=potential[end + width])
-            widest[end] = reached[0]
+            np.add(reached[0], price, out=widest[end])
     inner = slice(width, length - 1)
-    if (widest[inner] + price <= potential[width:][inner]).any():
+    if (widest[inner] <= potential[width:][inner]).any():
         return None
     return _Path(potential[width:], None, None)
 

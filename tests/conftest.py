@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,26 @@ from hypothesis import settings
 settings.register_profile("nuqjax", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("nuqjax")
+
+
+def pytest_configure(config):
+    """What is compiled stays in a new folder until the end of the run, so that the same program is compiled once.
+
+    Many tests compile what another has compiled, by a function of their own or in a process of their own. Each worker
+    has a folder to itself: JAX does not write these files at a stroke.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="nuqjax-compiled-")
+    config.add_cleanup(folder.cleanup)
+    options = {"jax_compilation_cache_dir": folder.name, "jax_persistent_cache_min_compile_time_secs": 0.1}
+    for name, value in options.items():
+        os.environ[name.upper()] = str(value)
+        if "jax" in sys.modules:  # by a plug-in
+            sys.modules["jax"].config.update(name, value)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that take long begin first, or they would be left to one worker in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_addoption(parser):

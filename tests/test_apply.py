@@ -14,6 +14,7 @@ from jax.extend import core
 
 import nuqjax
 from nuqjax import ChannelGroups, CodebookArray, InputGroups, Rule
+from tests import draws
 
 EPS = 2.0**-24  # unit roundoff of float32
 
@@ -45,8 +46,8 @@ def assert_near(got, expected, terms=64):
         assert difference <= max(4 * terms * EPS, 2 * eps) * largest
 
 
-IMAGE = jax.random.normal(jax.random.key(1), (2, 8, 8, 6))
-SEQUENCE = jax.random.normal(jax.random.key(2), (2, 10, 12))
+IMAGE = draws.normal(1, 2, 8, 8, 6)
+SEQUENCE = draws.normal(2, 2, 10, 12)
 
 LINEAR = {
     "Conv": (nn.Conv(12, (3, 3)), IMAGE),
@@ -67,7 +68,7 @@ LINEAR = {
 def test_linear_layers(name):
     """Bit for bit eagerly; under jit within twice the bound of a dot product, γ_K Σ|x||w|."""
     model, x = LINEAR[name]
-    cparams = small(model.init(jax.random.key(0), x))
+    cparams = small(draws.variables(model.init, x))
     assert any(map(is_leaf, jax.tree.leaves(cparams, is_leaf=is_leaf)))
     params = nuqjax.decompress(cparams)
     expected = model.apply(params, x)
@@ -96,7 +97,7 @@ def test_linear_layers(name):
 )
 def test_every_layout(options):
     model = nn.Conv(12, (3, 3))
-    cparams = small(model.init(jax.random.key(0), IMAGE), **options)
+    cparams = small(draws.variables(model.init, IMAGE), **options)
     expected = model.apply(nuqjax.decompress(cparams), IMAGE)
     assert_same(nuqjax.apply(model.apply)(cparams, IMAGE), expected)
     assert_near(jax.jit(nuqjax.apply(model.apply))(cparams, IMAGE), expected)
@@ -141,7 +142,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     model, x = MODELS[name]
-    cparams = small(model.init(jax.random.key(0), x))
+    cparams = small(draws.variables(model.init, x))
     expected = model.apply(nuqjax.decompress(cparams), x)
     same = assert_near if name == "LSTM" else assert_same  # a loop is compiled, also when it is run eagerly
     same(nuqjax.apply(model.apply)(cparams, x), expected)
@@ -150,9 +151,9 @@ def test_models(name):
 
 def test_static_arguments_and_mutable_collections():
     model = Classifier()
-    variables = model.init(jax.random.key(0), IMAGE)
+    variables = draws.variables(model.init, IMAGE)
     cvariables = small(variables)
-    options = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)})
+    options = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3, impl="rbg")})
     got = nuqjax.apply(model.apply)(cvariables, IMAGE, **options)
     assert_same(got, model.apply(nuqjax.decompress(cvariables), IMAGE, **options))
     assert set(got[1]) == {"batch_stats"}
@@ -179,7 +180,7 @@ class Stack(nn.Module):
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_over_stacked_layers(remat):
     model, x = Stack(remat), SEQUENCE[0, :2].repeat(4, axis=-1)[:, :32]
-    cparams = small(model.init(jax.random.key(0), x), rules=[Rule("kernel", stack_axes=1)])
+    cparams = small(draws.variables(model.init, x), rules=[Rule("kernel", stack_axes=1)])
     lifted = nuqjax.apply(model.apply)
     assert_near(lifted(cparams, x), model.apply(nuqjax.decompress(cparams), x))
 
@@ -217,7 +218,7 @@ def subjaxprs(eqn):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_look_up_decodes_only_its_rows(axis, granularity, scale, bits):
     vocabulary, features = 512, 64
-    table = {"embedding": jax.random.normal(jax.random.key(0), (vocabulary, features))}
+    table = {"embedding": draws.normal(0, vocabulary, features)}
     ctable = small(table, axis=axis, granularity=granularity, scale=scale, bits=bits)
     ids = jnp.array([[3, 511, 0], [7, 7, 100]])
 
@@ -234,7 +235,7 @@ def test_a_look_up_decodes_only_its_rows(axis, granularity, scale, bits):
 
 @pytest.mark.parametrize("mode", ["fill", "clip", "promise_in_bounds"])
 def test_look_ups_out_of_bounds(mode):
-    table = small({"w": jax.random.normal(jax.random.key(0), (20, 16))})
+    table = small({"w": draws.normal(0, 20, 16)})
     ids = jnp.array([0, 15] if mode == "promise_in_bounds" else [-1, -21, 0, 19, 20, 99])
     for look_up in (lambda w: w.at[ids].get(mode=mode), lambda w: w.at[:, ids].get(mode=mode)):
         fn = lambda p: look_up(p["w"])  # noqa: E731, B023
@@ -268,7 +269,7 @@ SLICES = {
 @pytest.mark.parametrize("name", SLICES)
 def test_slices_and_shapes(name):
     fn = lambda p, i: SLICES[name](p["w"], i)  # noqa: E731
-    cparams = small({"w": jax.random.normal(jax.random.key(0), (24, 16))})
+    cparams = small({"w": draws.normal(0, 24, 16)})
     assert_same(nuqjax.apply(fn)(cparams, 5), fn(nuqjax.decompress(cparams), 5))
     got = jax.jit(nuqjax.apply(fn))(cparams, jnp.int32(5))
     assert_near(got, fn(nuqjax.decompress(cparams), jnp.int32(5)))
@@ -293,7 +294,7 @@ STACK_SLICES = {
 @pytest.mark.parametrize("name", STACK_SLICES)
 def test_stack_axes(name):
     fn = lambda p, i: STACK_SLICES[name](p["w"], i)  # noqa: E731
-    cparams = small({"w": jax.random.normal(jax.random.key(0), (4, 16, 16))}, rules=[Rule("w", stack_axes=1)])
+    cparams = small({"w": draws.normal(0, 4, 16, 16)}, rules=[Rule("w", stack_axes=1)])
     expected = fn(nuqjax.decompress(cparams), 2)
     same = assert_near if "scan" in name else assert_same
     same(nuqjax.apply(fn)(cparams, 2), expected)
@@ -303,7 +304,7 @@ def test_stack_axes(name):
 @pytest.mark.parametrize("name", ["static index", "computed index", "scan"])
 def test_a_slice_of_the_stack_is_decoded_alone(name):
     fn = lambda p, i: STACK_SLICES[name](p["w"], i)  # noqa: E731
-    cparams = small({"w": jax.random.normal(jax.random.key(0), (4, 16, 16))}, rules=[Rule("w", stack_axes=1)])
+    cparams = small({"w": draws.normal(0, 4, 16, 16)}, rules=[Rule("w", stack_axes=1)])
     stored = max(leaf.size for leaf in jax.tree.leaves(cparams))
     assert largest_intermediate(nuqjax.apply(fn), cparams, jnp.int32(2)) <= max(16 * 16, stored)
     assert stored < 4 * 16 * 16
@@ -313,7 +314,7 @@ def test_tied_weights():
     def fn(p, x):
         return jnp.tanh(x @ p["w"]) @ p["w"].T
 
-    cparams, x = small({"w": jax.random.normal(jax.random.key(0), (12, 40))}), SEQUENCE
+    cparams, x = small({"w": draws.normal(0, 12, 40)}), SEQUENCE
     assert_same(nuqjax.apply(fn)(cparams, x), fn(nuqjax.decompress(cparams), x))
 
 
@@ -330,8 +331,9 @@ class NNXNet(nnx.Module):
 
 
 def test_nnx_module_and_state():
-    model, ids = NNXNet(nnx.Rngs(0)), jnp.array([3, 31])
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(nnx.eval_shape(lambda: NNXNet(nnx.Rngs(0))))
+    state, ids = draws.filled(state), jnp.array([3, 31])
+    model = nnx.merge(graph, state)
     of_state = lambda state, x, ids: nnx.merge(graph, state)(x, ids)  # noqa: E731
     of_module = lambda module, x, ids: module(x, ids)  # noqa: E731
     for fn, params in ((of_state, state), (of_module, model)):
@@ -342,14 +344,14 @@ def test_nnx_module_and_state():
 
 
 def test_equinox_module():
-    model = eqx.nn.MLP(12, 10, 32, 2, key=jax.random.key(0))
+    model = eqx.nn.MLP(12, 10, 32, 2, key=jax.random.key(0, impl="rbg"))
     cmodel = small(model, axis=0)  # [out, in]
     fn = lambda model, x: jax.vmap(jax.vmap(model))(x)  # noqa: E731
     assert_same(nuqjax.apply(fn)(cmodel, SEQUENCE), fn(nuqjax.decompress(cmodel), SEQUENCE))
 
 
 def test_numbers_and_functions_are_static():
-    params = {"w": jax.random.normal(jax.random.key(0), (12, 40)), "power": 2, "act": jnp.tanh, "none": None}
+    params = {"w": draws.normal(0, 12, 40), "power": 2, "act": jnp.tanh, "none": None}
 
     def fn(p, x, *, double):
         assert isinstance(p["power"], int)
@@ -362,7 +364,7 @@ def test_numbers_and_functions_are_static():
 
 
 def test_without_compressed_leaves_and_with_dense_outputs():
-    params = {"w": jax.random.normal(jax.random.key(0), (12, 40))}
+    params = {"w": draws.normal(0, 12, 40)}
     assert_same(nuqjax.apply(lambda p, x: x @ p["w"])(params, SEQUENCE), SEQUENCE @ params["w"])
     cparams = small(params)
     assert_same(nuqjax.apply(lambda p: p)(cparams), nuqjax.decompress(cparams))
@@ -374,7 +376,7 @@ def test_custom_vjp_keeps_its_rule():
         return x @ w
 
     product.defvjp(lambda w, x: (x @ w, (w, x)), lambda res, g: (3 * res[1].T @ g, g @ res[0].T))
-    cparams, x = small({"w": jax.random.normal(jax.random.key(0), (12, 40))}), SEQUENCE[0]
+    cparams, x = small({"w": draws.normal(0, 12, 40)}), SEQUENCE[0]
     lifted = nuqjax.apply(lambda p, x: product(p["w"], x))
     assert_same(lifted(cparams, x), product(nuqjax.decompress(cparams)["w"], x))
     by_level = jax.grad(lambda levels: lifted(nuqjax.with_codebooks(cparams, levels), x).sum())(
@@ -385,9 +387,9 @@ def test_custom_vjp_keeps_its_rule():
 
 
 def test_vmap_over_examples_decodes_once():
-    cparams = small({"w": jax.random.normal(jax.random.key(0), (12, 40))})
+    cparams = small({"w": draws.normal(0, 12, 40)})
     fn = jax.vmap(nuqjax.apply(lambda p, x: jnp.tanh(x @ p["w"])), in_axes=(None, 0))
-    x = jax.random.normal(jax.random.key(1), (16, 12))
+    x = draws.normal(1, 16, 12)
     assert_near(fn(cparams, x), jnp.tanh(x @ nuqjax.decompress(cparams)["w"]))
     jitted = jax.jit(fn)
     assert largest_intermediate(jitted, cparams, x) <= max(12 * 40, 16 * 40)
@@ -395,7 +397,7 @@ def test_vmap_over_examples_decodes_once():
 
 
 def test_vmap_over_stacked_trees():
-    trees = [small({"w": jax.random.normal(jax.random.key(k), (12, 40))}) for k in range(3)]
+    trees = [small({"w": draws.normal(k, 12, 40)}) for k in range(3)]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *trees)
     lifted = nuqjax.apply(lambda p, x: x @ p["w"])
     got = jax.vmap(lifted, in_axes=(0, None))(stacked, SEQUENCE)
@@ -405,7 +407,7 @@ def test_vmap_over_stacked_trees():
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_exports_for_every_platform(axis):
     model = Embedder()
-    cparams = small(model.init(jax.random.key(0), IDS), axis=axis)
+    cparams = small(draws.variables(model.init, IDS), axis=axis)
     lifted = jax.jit(nuqjax.apply(model.apply))
     exported = jax.export.export(lifted, platforms=["cpu", "cuda", "tpu"])(cparams, IDS)
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
@@ -414,7 +416,7 @@ def test_exports_for_every_platform(axis):
 
 def test_convolutions_export():
     model = Classifier()
-    variables = small(model.init(jax.random.key(0), IMAGE), granularity="channel", bits=5)
+    variables = small(draws.variables(model.init, IMAGE), granularity="channel", bits=5)
     exported = jax.export.export(jax.jit(nuqjax.apply(model.apply)), platforms=["cpu", "cuda", "tpu"])(variables, IMAGE)
     assert_near(exported.call(variables, IMAGE), nuqjax.apply(model.apply)(variables, IMAGE), terms=256)
 
@@ -429,10 +431,7 @@ def test_the_tree_is_an_argument_of_the_program():
         return x @ p["w"]
 
     jitted = jax.jit(nuqjax.apply(fn))
-    trees = [
-        small({"w": jax.random.normal(jax.random.key(k), (12, 40))}, method=method)
-        for k, method in enumerate(("normal", "enq"))
-    ]
+    trees = [small({"w": draws.normal(k, 12, 40)}, method=method) for k, method in enumerate(("normal", "enq"))]
     for tree in trees:
         assert_near(jitted(tree, SEQUENCE), SEQUENCE @ nuqjax.decompress(tree)["w"])
     assert traces == 1

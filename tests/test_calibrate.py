@@ -14,15 +14,15 @@ import nuqjax
 from nuqjax import Accumulator, AutoQFormat, CodebookArray, QFormat, calibrate, emulate
 from nuqjax.calibrate import PRESETS, format_for
 from nuqjax.fixed_point import encode
+from tests import draws
 from tests.fixed_point_oracle import Format, Oracle, encoded
 
-KEYS = iter(jax.random.split(jax.random.key(0), 20))
 PARAMS = {
-    "first": {"kernel": jax.random.normal(next(KEYS), (12, 16)), "bias": jax.random.normal(next(KEYS), (16,))},
-    "second": {"kernel": 5 * jax.random.normal(next(KEYS), (16, 16)), "bias": jax.random.normal(next(KEYS), (16,))},
-    "third": {"kernel": jax.random.normal(next(KEYS), (16, 4)) / 9, "bias": 20 * jax.random.normal(next(KEYS), (4,))},
+    "first": {"kernel": draws.normal(0, 12, 16), "bias": draws.normal(1, 16)},
+    "second": {"kernel": 5 * draws.normal(2, 16, 16), "bias": draws.normal(3, 16)},
+    "third": {"kernel": draws.normal(4, 16, 4) / 9, "bias": 20 * draws.normal(5, 4)},
 }
-X = jax.random.normal(next(KEYS), (64, 12))
+X = draws.normal(6, 64, 12)
 CPARAMS = nuqjax.compress(PARAMS, bits=4, min_size=0)
 
 
@@ -163,7 +163,7 @@ def squared_errors(formats, params, x):
 
 def test_by_error_the_squared_error_is_never_larger_than_by_range():
     """But for the rounding of a float32 sum; and heavy tails are cut where that pays."""
-    x = X * jnp.where(jax.random.uniform(jax.random.key(9), X.shape) < 0.01, 8.0, 1.0)
+    x = X * np.where(np.random.default_rng(9).uniform(size=X.shape) < 0.01, np.float32(8), np.float32(1))
     for word in (3, 6):
         options = {"word": word, "weight_word": 4}
         chosen = {choose: calibrate(predict, CPARAMS, x, choose=choose, **options) for choose in ("range", "error")}
@@ -233,7 +233,7 @@ def test_weights_keep_the_format_that_was_chosen_for_their_codebook():
 
 def test_unsigned_words_after_a_rectifier_and_bounds_of_relu6():
     params = {"kernel": jnp.linspace(-4.0, 4.0, 12).reshape(4, 3)}
-    x = jax.random.normal(jax.random.key(2), (50, 4))
+    x = draws.normal(2, 50, 4)
     outputs = {}
     for name, activation in {
         "none": lambda y: y,

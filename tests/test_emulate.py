@@ -28,6 +28,7 @@ from nuqjax.fixed_point import (
     rounding_divide_by_power_of_two,
     saturating_rounding_doubling_high_mul,
 )
+from tests import draws
 from tests.fixed_point_oracle import Oracle, same_padding
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -761,14 +762,13 @@ def plain(params, x):
     return x.reshape(x.shape[0], -1) @ params["last"]["kernel"] + params["last"]["bias"]
 
 
-IMAGES = jax.random.normal(jax.random.key(3), (4, 5, 5, 4))
+IMAGES = draws.normal(3, 4, 5, 5, 4)
 
 
 def small_network():
     """The linen model's compressed variables, biases not zero."""
-    variables = Linen().init(jax.random.key(0), IMAGES)
-    keys = iter(jax.random.split(jax.random.key(1), 9))
-    params = jax.tree.map(lambda leaf: leaf if leaf.ndim > 1 else jax.random.normal(next(keys), leaf.shape), variables)
+    variables = draws.variables(Linen().init, IMAGES)
+    params = jax.tree.map(lambda leaf: leaf if leaf.ndim > 1 else draws.normal(1, *leaf.shape), variables)
     return nuqjax.compress(params, bits=4, min_size=0)
 
 
@@ -799,7 +799,7 @@ def test_linen_nnx_and_a_plain_function_give_the_same_words():
 def test_the_words_do_not_depend_on_jit_nor_x64_nor_the_batch():
     cparams = small_network()
     formats = calibrate(Linen().apply, cparams, IMAGES, word=12)
-    many = jax.random.normal(jax.random.key(9), (32, *IMAGES.shape[1:]))
+    many = draws.normal(9, 32, *IMAGES.shape[1:])
     run = emulate(Linen().apply, formats, output="raw", trace=[""])
     expected, trace = jax.jit(run)(cparams, many)
     eager, others = run(cparams, many)
@@ -827,7 +827,7 @@ def test_the_words_do_not_depend_on_jit_nor_x64_nor_the_batch():
 
 def test_decoded_outputs_are_the_raw_ones_scaled():
     params = {"kernel": jnp.linspace(-2.0, 3.0, 12).reshape(4, 3), "bias": jnp.array([0.25, -1.0, 3.0])}
-    x = jax.random.normal(jax.random.key(5), (7, 4))
+    x = draws.normal(5, 7, 4)
     formats = calibrate(dense, params, x)
     words, _ = raw(dense, formats, params, x)
     values = jax.jit(emulate(dense, formats))(params, x)
@@ -836,9 +836,8 @@ def test_decoded_outputs_are_the_raw_ones_scaled():
 
 
 def test_a_scan_over_stacked_layers_gives_the_words_of_the_unrolled_layers():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"kernel": jax.random.normal(keys[0], (3, 8, 8)) / 3, "bias": jax.random.normal(keys[1], (3, 8))}
-    x = jax.random.normal(keys[2], (5, 8))
+    params = {"kernel": draws.normal(0, 3, 8, 8) / 3, "bias": draws.normal(1, 3, 8)}
+    x = draws.normal(2, 5, 8)
 
     def layer(x, leaves):
         x = jax.nn.relu(x @ leaves["kernel"] + leaves["bias"])
@@ -914,7 +913,7 @@ def test_two_devices_give_the_same_words():
 
 def test_a_trace_is_saved_as_arrays_and_as_hexadecimal_text(tmp_path):
     params = {"a": jnp.linspace(-1, 1, 12).reshape(4, 3), "b": jnp.linspace(-2, 2, 6).reshape(3, 2)}
-    x = jax.random.normal(jax.random.key(0), (5, 4))
+    x = draws.normal(0, 5, 4)
     fn = lambda params, x: jax.nn.relu(x @ params["a"]) @ params["b"]  # noqa: E731
     formats = calibrate(fn, params, x).replace("a", output=QFormat(11, 7, signed=False))
     formats = formats.replace("b", output=QFormat(5, 0))
@@ -966,7 +965,7 @@ def test_an_operation_without_an_exact_rule_is_named():
 
 def test_what_has_no_exact_rule_runs_in_floats_where_that_is_asked_for():
     params = {"w": jnp.linspace(-1, 1, 12).reshape(4, 3), "v": jnp.linspace(-1, 1, 6).reshape(3, 2)}
-    x = jax.random.normal(jax.random.key(0), (5, 4))
+    x = draws.normal(0, 5, 4)
 
     def fn(params, x):
         with jax.named_scope("block"):

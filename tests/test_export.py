@@ -22,6 +22,7 @@ import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, Rule
 from nuqjax.export import by_name
 from nuqjax.store_layout import _AS_BYTES, _AS_INTEGERS, _AS_PAIRS, _CODES, to_part
+from tests import draws
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
 _, LOADER, FLOAT8_LOADER, *_ = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -53,21 +54,21 @@ VECTORS = np.random.default_rng(2).normal(size=(5, 32)).astype(np.float32)
 
 def linen(**options):
     model = Network()
-    variables = model.init(jax.random.key(0), IMAGES)
+    variables = draws.variables(model.init, IMAGES)
     return functools.partial(model.apply, train=False), nuqjax.compress(variables, **options), IMAGES
 
 
 def nnx_state(**options):
-    graph, state = nnx.split(NNXNetwork(nnx.Rngs(0)))
-    return lambda state, ids: nnx.merge(graph, state)(ids), nuqjax.compress(state, **options), IDS
+    graph, state = nnx.split(nnx.eval_shape(lambda: NNXNetwork(nnx.Rngs(0))))
+    return lambda state, ids: nnx.merge(graph, state)(ids), nuqjax.compress(draws.filled(state), **options), IDS
 
 
 def nested_dicts(**options):
     """A scanned stack of layers, and leaves of other kinds: a number, a random key, integers, a function."""
-    layers = jax.random.normal(jax.random.key(3), (3, 32, 32), options.pop("dtype", jnp.float32))
+    layers = draws.normal(3, 3, 32, 32, dtype=options.pop("dtype", jnp.float32))
     tree = {
         "stack": {"kernel": layers},
-        "head": [jax.random.normal(jax.random.key(4), (32, 16)), jnp.zeros(16)],
+        "head": [draws.normal(4, 32, 16), jnp.zeros(16)],
         "temperature": 0.7,
         "key": jax.random.key(5),
         "order": jnp.arange(15, -1, -1, dtype=jnp.int4),
@@ -166,19 +167,19 @@ def test_one_program_for_any_batch(tmp_path):
 
 
 def test_an_embedding_of_any_length():
-    table = jax.random.normal(jax.random.key(0), (100, 16))
+    table = draws.normal(0, 100, 16)
     cparams = nuqjax.compress({"table": table}, bits=3, axis=0)
     rows, columns = jax.export.symbolic_shape("rows, columns")
     ids = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
     program = nuqjax.export(lambda params, ids: params["table"][ids], cparams, ids).program
     weights = {"table.levels": cparams["table"].levels, "table.packed": cparams["table"].packed}
     for shape in ((1, 1), (2, 5)):
-        ids = jax.random.randint(jax.random.key(1), shape, 0, 100)
+        ids = jnp.asarray(np.random.default_rng(1).integers(0, 100, shape), jnp.int32)
         np.testing.assert_array_equal(program.call(weights, ids), nuqjax.decompress(cparams)["table"][ids])
 
 
 def test_no_weight_is_in_the_program():
-    params = {"kernel": jax.random.normal(jax.random.key(0), (1024, 512)), "bias": jnp.arange(512.0)}
+    params = {"kernel": draws.normal(0, 1024, 512), "bias": jnp.arange(512.0)}
     cparams = nuqjax.compress(params, bits=4)
     exported = nuqjax.export(lambda params, x: x @ params["kernel"] + params["bias"], cparams, jnp.ones((1, 1024)))
     leaf = cparams["kernel"]

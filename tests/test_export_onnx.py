@@ -16,6 +16,7 @@ import nuqjax
 from experiments import images, networks
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups
 from nuqjax.codebook_array import level_values
+from tests import draws
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def assert_same_up_to_order(found, expected, layers, terms):
 )
 def test_a_cnn(onnx, onnxruntime, options, tmp_path):
     model, x = Network(), np.random.default_rng(0).normal(size=(2, 10, 10, 3)).astype(np.float32)
-    params = jax.jit(model.init)(jax.random.key(0), x)
+    params = draws.variables(model.init, x)
     cparams = nuqjax.compress(params, **options)
     nuqjax.export_onnx(model.apply, cparams, x, tmp_path / "model.onnx")
     [found] = outputs(onnxruntime, tmp_path / "model.onnx", x)
@@ -84,7 +85,7 @@ def test_a_resnet(onnx, onnxruntime, tmp_path):
         folder = images.data_folder()
     except FileNotFoundError:
         x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-        variables = jax.jit(network.trained.init)(jax.random.key(0), x)
+        variables = draws.variables(network.trained.init, x)
     else:
         x = network.preprocess(images.load_images(network, folder, 4).pixels)
         variables = networks.load_features(network, folder)
@@ -101,7 +102,7 @@ def test_a_resnet(onnx, onnxruntime, tmp_path):
 
 
 def test_dense_leaves_numbers_and_several_outputs(onnx, onnxruntime, tmp_path):
-    params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "b": jnp.arange(32.0), "factor": 0.5}
+    params = {"w": draws.normal(0, 64, 32), "b": jnp.arange(32.0), "factor": 0.5}
 
     def forward(params, x, y):
         return {"sum": (x + y) @ params["w"] * params["factor"], "bias": jnp.tanh(y[:, :32]) + params["b"]}

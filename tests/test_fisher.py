@@ -1,11 +1,11 @@
 """The Fisher diagonal, against gradients worked out by hand."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nuqjax
+from tests import draws
 
 
 def loss(params, batch):
@@ -42,8 +42,8 @@ def test_mean_squared_gradient(problem, per_example):
 
 
 def test_goes_into_compress():
-    params = {"w": jax.random.normal(jax.random.key(0), (16, 32))}
-    x = jax.random.normal(jax.random.key(1), (8, 16)) * jnp.linspace(0.01, 3, 16)
+    params = {"w": draws.normal(0, 16, 32)}
+    x = draws.normal(1, 8, 16) * jnp.linspace(0.01, 3, 16)
     sensitivity = nuqjax.fisher(lambda p, x: jnp.mean(jnp.tanh(x @ p["w"])), params, [x[None, i] for i in range(8)])
     weighted = nuqjax.compress(params, bits=2, sensitivity=sensitivity)
     plain = nuqjax.compress(params, bits=2)

@@ -19,10 +19,12 @@ import nuqjax
 
 assert jax.device_count() == 8
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "v": jax.random.normal(jax.random.key(1), (32, 16))}
+rng = np.random.default_rng(0)
+shapes = {"w": (64, 32), "v": (32, 16)}
+params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 specs = {"w": P(None, "model"), "v": P("model", None)}
 placed = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-x = jax.device_put(jax.random.normal(jax.random.key(2), (8, 64)), NamedSharding(mesh, P("data", None)))
+x = jax.device_put(rng.normal(size=(8, 64)).astype(np.float32), NamedSharding(mesh, P("data", None)))
 lifted = jax.jit(nuqjax.apply(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]))
 for options in (dict(granularity="channel"), dict(), dict(scale="channel")):
     cparams = nuqjax.compress(params, bits=4, method="normal", **options)

@@ -37,6 +37,7 @@ from nuqjax import (
     store_file,
 )
 from nuqjax.codebook_array import is_codebook_array
+from tests import draws
 
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 DTYPES = [
@@ -258,29 +259,27 @@ class Net(nnx.Module):
         self.first, self.second = nnx.Linear(16, 32, rngs=rngs), nnx.Linear(32, 4, rngs=rngs)
 
 
-def other_trees():
-    params = nn.Dense(32).init(jax.random.key(0), jnp.ones((1, 16)))
-    return {
-        "frozen": FrozenDict(params),
-        "named tuple": Point(jnp.ones(3), {"z": Point(1, None)}),
-        "nnx state": nnx.state(Net(nnx.Rngs(0))),
-        "nnx module": Net(nnx.Rngs(0)),
-        "equinox": eqx.nn.MLP(16, 4, 32, 2, key=jax.random.key(0)),
-    }
+OTHER_TREES = {
+    "frozen": lambda: FrozenDict(draws.variables(nn.Dense(32).init, jnp.ones((1, 16)))),
+    "named tuple": lambda: Point(jnp.ones(3), {"z": Point(1, None)}),
+    "nnx state": lambda: nnx.state(Net(nnx.Rngs(0))),
+    "nnx module": lambda: Net(nnx.Rngs(0)),
+    "equinox": lambda: eqx.nn.MLP(16, 4, 32, 2, key=jax.random.key(0, impl="rbg")),
+}
 
 
-@pytest.mark.parametrize("name", other_trees())
+@pytest.mark.parametrize("name", OTHER_TREES)
 def test_other_nodes_come_from_a_template(name, tmp_path):
-    tree = nuqjax.compress(other_trees()[name], bits=3, method="normal")
+    tree = nuqjax.compress(OTHER_TREES[name](), bits=3, method="normal")
     nuqjax.save(tmp_path / "a", tree)
-    same(tree, nuqjax.load(tmp_path / "a", like=other_trees()[name]))
+    same(tree, nuqjax.load(tmp_path / "a", like=OTHER_TREES[name]()))
     same(tree, nuqjax.load(tmp_path / "a", like=tree))
     if name != "equinox":  # whose functions a tree structure does not have
-        same(tree, nuqjax.load(tmp_path / "a", like=jax.tree.structure(other_trees()[name])))
+        same(tree, nuqjax.load(tmp_path / "a", like=jax.tree.structure(OTHER_TREES[name]())))
 
 
 def test_other_nodes_without_a_template_are_dicts(tmp_path):
-    trees = other_trees()
+    trees = {name: OTHER_TREES[name]() for name in ("frozen", "named tuple", "equinox")}
     nuqjax.save(tmp_path / "a", trees["frozen"])
     same(trees["frozen"].unfreeze(), nuqjax.load(tmp_path / "a"))
     nuqjax.save(tmp_path / "a", trees["named tuple"])
@@ -350,7 +349,7 @@ _ON_A_MESH = """
 import sys, jax, jax.numpy as jnp, numpy as np, nuqjax
 from jax.sharding import NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "b": jnp.arange(32.0)}
+params = {"w": np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32), "b": jnp.arange(32.0)}
 cparams = nuqjax.compress(params, bits=4, method="normal", granularity="channel")
 nuqjax.save(sys.argv[1], cparams, entropy_coding=True)
 specs = {"w": NamedSharding(mesh, P(None, "model")), "b": NamedSharding(mesh, P("model"))}

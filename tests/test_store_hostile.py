@@ -1,8 +1,10 @@
 """Damaged and hostile files: a ValueError that names the entry, or the tree; never anything else."""
 
 import copy
+import functools
 import json
 import os
+import pickle
 import subprocess
 import sys
 import zlib
@@ -14,6 +16,7 @@ import pytest
 import nuqjax
 from nuqjax import ChannelGroups, InputGroups, QFormat, Rule, packing, store, store_file
 from nuqjax.codebook_array import check_structure, is_codebook_array
+from nuqjax.report import Report
 
 
 def trees():
@@ -540,8 +543,8 @@ def damage(data, rng):
 
 
 def forge(parts, rng):
-    """A file whose checksum of the layout is right, but not what the layout or the header says."""
-    header, layout, body = copy.deepcopy(parts)
+    """A file, pickled in its parts, whose checksum of the layout is right, but not what the layout or header says."""
+    header, layout, body = pickle.loads(parts)  # some times quicker than a deep copy
     for _ in range(1 + rng.integers(2)):
         here = layout if rng.random() < 0.8 else header
         while True:
@@ -585,12 +588,18 @@ def well_formed(tree, size):
     assert total <= 64 * size + 4 * (1 << 16)
 
 
+@functools.cache
+def is_printed(leaves):
+    """Whether a report of these leaves, pickled, becomes text: one table of each kind is enough."""
+    return bool(str(Report(pickle.loads(leaves))))
+
+
 def outcome(data, verify):
     """The tree, or what is wrong with the file."""
     try:
         bundle = store_file.bundle_file(store_file.parse(np.frombuffer(data, np.uint8), "FILE"))
         tree = store.from_bundle(bundle, numpy=True, verify=verify)
-        assert str(store.inspect_bundle(bundle, verify))
+        assert is_printed(pickle.dumps(store.inspect_bundle(bundle, verify).leaves))
         return tree, None
     except ValueError as error:
         return None, str(error)
@@ -612,7 +621,7 @@ def test_any_damage_is_told_or_harmless(files, fuzz):
 def test_a_forgery_is_told_or_well_formed(files, fuzz):
     """Without checksums, as if whoever changed the file had made them right: a ValueError, or a tree that is one."""
     rng = np.random.default_rng(1)
-    parts = {name: taken_apart(data) for name, data in files.items()}
+    parts = {name: pickle.dumps(taken_apart(data)) for name, data in files.items()}
     names, told = list(files), 0
     for number in range(fuzz // 2):
         name = names[number % len(names)]

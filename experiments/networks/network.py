@@ -1,6 +1,7 @@
 """What an experiment has to know about a trained network, and the reading of its weights file."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ def load_complete(network: Network, data: Path | str, seed: int = 0) -> Variable
     variables = load_features(network, data)
     if network.complete:
         return variables
-    inputs = jnp.zeros((1, *network.input_shape))
-    params = jax.jit(network.module.init)(jax.random.key(seed), inputs)["params"]
+    params = _initial(network.module, jax.random.key(seed), jnp.zeros((1, *network.input_shape)))["params"]
     return {"params": params | {"features": variables["params"]}}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initial(module: nn.Module, key: jax.Array, inputs: jax.Array) -> Variables:
+    """A module's variables, compiled once for all seeds."""
+    return module.init(key, inputs)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from experiments import networks, train
 from experiments.networks import VGG16, AlexNet
 from experiments.networks.importing import load_file, read_arrays
+from tests import draws
 
 HIDDEN, CLASSES = 16, 10  # narrow dense layers, so that the test is quick
 SMALL = {
@@ -329,7 +330,7 @@ def test_keras_own_vgg16_gives_its_logits(file, tmp_path, monkeypatch):
 
 def test_the_data_folders_own_layout_is_read_too(tmp_path):
     network = networks.get("lenet5")
-    variables = jax.jit(network.module.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    variables = draws.variables(network.module.init, jnp.zeros((1, 28, 28, 1)))
     train.save(variables, tmp_path / "lenet5.npz")
     found = load_file(network, tmp_path / "lenet5.npz")[1]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), variables, found))

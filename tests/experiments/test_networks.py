@@ -18,6 +18,7 @@ from experiments import images, networks
 from experiments.networks import MobileNetV2, ResNet50
 from experiments.networks.efficientnet_lite0 import depthwise_as_sum
 from experiments.networks.network import check_variables
+from tests import draws
 
 # --- Forward passes in the layout of the weights files, written independently of the modules: PyTorch's channels come
 # first, and arrays are drawn by name and shape as they are met.
@@ -292,7 +293,7 @@ def _is_compressed(leaf):
 def test_networks_from_a_file_fold_compress_and_apply(name):
     module = {"resnet50": ResNet50(10, 8, (1, 1)), "mobilenet_v2": MobileNetV2(10, _FEW_STAGES[:1])}[name]
     inputs = jnp.asarray(np.random.default_rng(6).normal(size=(2, 32, 32, 3)), jnp.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    variables = draws.variables(module.init, inputs)
     folded, of_folded = nuqjax.fold_batch_norm(module.apply, variables, inputs)
     expected = np.asarray(jax.jit(module.apply)(variables, inputs))
     found = np.asarray(jax.jit(folded)(of_folded, inputs))
@@ -307,7 +308,7 @@ def test_networks_from_a_file_fold_compress_and_apply(name):
 
 
 def test_untrained_dense_layers_come_from_the_seed(random_arrays, tmp_path):
-    alexnet(random_arrays, jnp.zeros((1, 79, 79, 3)))
+    jax.eval_shape(partial(alexnet, random_arrays), jnp.zeros((1, 79, 79, 3)))
     random_arrays.save(tmp_path / "weights" / "alexnet_conv_imagenet.npz")
     params = [networks.load("alexnet", tmp_path, seed)[1]["params"] for seed in (0, 1)]
     assert not np.array_equal(params[0]["Dense_2"]["kernel"], params[1]["Dense_2"]["kernel"])
@@ -327,7 +328,7 @@ def test_training_mode_gives_new_batch_statistics(name):
 def test_training_mode_updates_every_batch_statistic():
     module = networks.get("resnet20").module
     inputs = jnp.asarray(np.random.default_rng(4).normal(size=(2, 8, 8, 3)), jnp.float32)
-    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    variables = draws.variables(module.init, inputs)
     _, updated = jax.jit(partial(module.apply, train=True, mutable=["batch_stats"]))(variables, inputs)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"])
     assert all(jax.tree.leaves(changed))
