@@ -3,6 +3,7 @@
     python -m experiments.first_call                                # this version
     python -m experiments.first_call --beside OTHER/bin/python      # and another version, in turn with it
     python -m experiments.first_call --warm                         # also what many calls cost
+    python -m experiments.first_call --only small                   # the cases with this in their names
     python -m experiments.first_call --json FILE --data PATH
 
 The small network has four kernels of 142,000 weights (two convolutions, two dense layers; Student t with 5 degrees of
@@ -49,7 +50,7 @@ def small_network() -> dict[str, np.ndarray]:
 def _small(granularity: str) -> dict[str, list[float]]:
     params = small_network()
     return {
-        name: _measured(lambda o=o: nuqjax.compress(params, granularity=granularity, **o)) for name, o in _WAYS.items()
+        name: measured(lambda o=o: nuqjax.compress(params, granularity=granularity, **o)) for name, o in _WAYS.items()
     }
 
 
@@ -57,7 +58,7 @@ def _trained(path: str) -> dict[str, list[float]]:
     with np.load(path) as file:
         params = {name: file[name] for name in file.files}
     call = lambda: nuqjax.compress(params, granularity="channel", axis=0)  # noqa: E731  (OIHW)
-    return {"first": _measured(call), "second": _measured(call)}
+    return {"first": measured(call), "second": measured(call)}
 
 
 def _warm(path: str) -> dict[str, list[float]]:
@@ -80,12 +81,12 @@ def _warm(path: str) -> dict[str, list[float]]:
     for name, (matrices, levels) in fits.items():
         for proof, tolerance in (("", None), (", proven", 1e-6)):
             call = lambda m=matrices, k=levels, t=tolerance: [nuqjax.fit(x, k, tolerance=t) for x in m]  # noqa: E731
-            _measured(call)
-            found[name + proof] = min(_measured(call) for _ in range(3))
+            measured(call)
+            found[name + proof] = min(measured(call) for _ in range(3))
     return found
 
 
-def _measured(call) -> list[float]:
+def measured(call) -> list[float]:
     """CPU seconds, seconds and compilations."""
     before, cpu, wall = len(_COMPILED), time.process_time(), time.perf_counter()
     jax.block_until_ready(jax.tree.leaves(call()))
@@ -93,18 +94,23 @@ def _measured(call) -> list[float]:
 
 
 _COMPILED: list[str] = []
-_TASKS = {"small": _small, "trained": _trained, "warm": _warm}
+TASKS = {"small": _small, "trained": _trained, "warm": _warm}
 
 
-def _task(words: list[str]) -> None:
-    """What a fresh process does: prints JSON."""
+def listen() -> None:
+    """Begins to count compilations."""
 
     def heard(event: str, duration: float, **_: Any) -> None:
         if event == _COMPILATION:
             _COMPILED.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(heard)  # pyright: ignore[reportArgumentType]
-    print(json.dumps(_TASKS[words[0]](*words[1:])))
+
+
+def _task(words: list[str]) -> None:
+    """What a fresh process does: prints JSON."""
+    listen()
+    print(json.dumps(TASKS[words[0]](*words[1:])))
 
 
 def _run(python: str, *words: str) -> dict[str, list[float]]:
@@ -124,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--beside", help="the Python of an environment with another version")
     parser.add_argument("--warm", action="store_true", help="also measure many calls")
+    parser.add_argument("--only", default="", help="measure the cases with this in their names alone")
     parser.add_argument("--data", help="the data folder (default: as experiments.images finds it)")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     options = parser.parse_args()
@@ -140,6 +147,7 @@ def main() -> None:
     if options.warm:
         tasks["warm"] = ("warm", str(weights / "vgg16_conv_imagenet.npz"))
     pythons = {"this version": sys.executable} | ({"the other": options.beside} if options.beside else {})
+    tasks = {name: words for name, words in tasks.items() if options.only in name}
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for name, words in tasks.items():
         found[name] = {version: _run(python, *words) for version, python in pythons.items()}
@@ -157,7 +165,9 @@ def main() -> None:
             table.add_row("" if number else name, way, *shown, *ratio)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if options.json is not None:
-        command = "python -m experiments.first_call" + " --warm" * options.warm + " --beside …" * bool(options.beside)
+        words = ["--warm"] * options.warm + [f"--only {options.only}"] * bool(options.only)
+        words += ["--beside OTHER/bin/python"] * bool(options.beside)
+        command = " ".join(["python -m experiments.first_call", *words])
         record = results.circumstances("nuqjax", "jax", "numpy")
         results.write(options.json, {"commands": [command], **record, "cases": found})
 

@@ -7,9 +7,10 @@
 
 There are blocks of tables: `accuracy` against size (`experiments.accuracy`), what Fisher weights bring (`sensitivity`:
 `experiments.sensitivity`), networks on raw integers (`emulation`: `experiments.emulation` and
-`experiments.benchmark_emulation`), the speed of the fit (`benchmark`: `experiments.benchmark_fit`) and what came out of
-the paper's study (`paper`: `experiments.paper`; all of it in `experiments/README.md`: `study`). In its document a block
-stands between a line `<!-- NAME tables: begin -->` and a line `<!-- NAME tables: end -->`.
+`experiments.benchmark_emulation`), the first call (`first_call`: `experiments.first_call`), the speed of the fit
+(`benchmark`: `experiments.benchmark_fit`) and what came out of the paper's study (`paper`: `experiments.paper`; all of
+it in `experiments/README.md`: `study`). In its document a block stands between a line `<!-- NAME tables: begin -->` and
+a line `<!-- NAME tables: end -->`.
 """
 
 import argparse
@@ -182,6 +183,27 @@ def _times(cell: dict[str, Any]) -> list[str]:
     ]
 
 
+def first_call(results: Iterable[dict[str, Any]]) -> str:
+    """CPU seconds and compilations of each version, a row for each call; then the commands."""
+    results = list(results)
+    parts = []
+    for result in results:
+        rows = [
+            [f"{task}: {way}", *(_call(version.get(way)) for version in versions.values())]
+            for task, versions in result["cases"].items()
+            for way in versions["this version"]
+        ]
+        parts.append(markdown(["call", *next(iter(result["cases"].values()))], rows, left=1))
+    return "\n\n".join([*parts, commands(results)]) + "\n"
+
+
+def _call(measured: Sequence[float] | None) -> str:
+    if measured is None:
+        return "–"
+    cpu, _, compilations = measured
+    return f"{cpu:.3f} s, {compilations:.0f}"
+
+
 class Block(NamedTuple):
     """Tables that stand together in the README.
 
@@ -202,6 +224,7 @@ BLOCKS = {
     "accuracy": Block("accuracy_*.json", accuracy, "python -m experiments.accuracy --json"),
     "sensitivity": Block("sensitivity_*.json", sensitivity, "python -m experiments.sensitivity --json"),
     "emulation": Block("*emulation*.json", emulation, "python -m experiments.emulation --json"),
+    "first_call": Block("first_call*.json", first_call, "python -m experiments.first_call --json"),
     "benchmark": Block("benchmark_fit*.json", benchmark_tables.tables, "python -m experiments.benchmark_fit --json"),
     "paper": Block("paper/*.json", paper_tables.summary, "python -m experiments.paper --json"),
     "study": Block("paper/*.json", paper_tables.study, "python -m experiments.paper --json", "experiments"),

@@ -12,7 +12,7 @@ from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_row
 from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts, places_of
 from nuqjax.fit_knq_search import Rows
 
-_LEAST, _MOST = 2**16, 2**18  # values of rows that are fitted together
+_LEAST, _MOST = 2**18, 2**19  # values of rows that are fitted together
 _STRETCH = 2**16  # values whose errors are held at once
 
 

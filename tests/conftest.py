@@ -31,9 +31,15 @@ def pytest_configure(config):
             sys.modules["jax"].config.update(name, value)
 
 
+_LONG = (
+    "test_emulation", "test_notebooks", "test_networks", "test_fit_mesh", "test_fit_knq_long", "test_fit_knq_gaps",
+    "test_fit_knq_dense", "test_fit_knq", "test_fit_knq_priced", "test_fit_laws", "test_apply", "test_store_hostile",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that take long begin first, or they would be left to one worker in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes long begins first, or it would be left to one worker in the end."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem not in _LONG))
 
 
 def pytest_addoption(parser):

@@ -171,6 +171,6 @@ def load_complete(network: Network, data: Path | str, seed: int = 0) -> Variable
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _initial(module: nn.Module, key: jax.Array, inputs: jax.Array) -> Variables:
+def _initial(module: nn.Module, key: jax.Array, inputs: jax.Array) -> Any:
     """A module's variables, compiled once for all seeds."""
     return module.init(key, inputs)

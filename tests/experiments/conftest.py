@@ -12,6 +12,13 @@ from PIL import Image
 from experiments import images
 
 
+def pytest_collection_modifyitems(items):
+    """Experiments use public names only, and each of these is tested on all versions: once is enough."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.versionless)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of trained networks and images; the test is skipped where it is missing."""

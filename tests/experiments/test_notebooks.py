@@ -35,6 +35,8 @@ def plain(source):
     return re.sub(r"^!(.*)$", lambda match: f"shell({match[1]!r})", source, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.versionless  # of what they call, each is tested on all versions
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path):
     install, *code = ["".join(cell["source"]) for cell in cells(path)]
