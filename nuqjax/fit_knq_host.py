@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nuqjax.assign import Fit, working_dtype
@@ -11,6 +12,7 @@ from nuqjax.fit_knq_error import nearest_errors
 from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_rows
 from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts, places_of
 from nuqjax.fit_knq_search import Rows
+from nuqjax.host import over_blocks
 
 _LEAST, _MOST = 2**18, 2**19  # values of rows that are fitted together
 _STRETCH = 2**16  # values whose errors are held at once
@@ -24,6 +26,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
     def fit_from(start):
         here = slice(start, start + chunk)
         some, heavy, counted = (None if x is None else x[here] for x in (rows, weights, mask))
+        some = _flushed(some)
         unit = np.ldexp(1.0, scale[here])
         with jax.enable_x64(True):  # of this thread
             ordered = ordered_rows(some, dtype, unit, heavy, counted, task.keep_zero)
@@ -57,6 +60,23 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
             parts.append(_levels_and_error(ordered, unit, task, dtype))
     levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
     return rounded_fit(levels, error, bound, np.concatenate(units), dtype)
+
+
+def _flushed(rows):
+    """The rows with zeros for subnormal values of float32's exponents or float64's, as XLA takes them."""
+    if rows.dtype == np.float16:
+        return rows
+    magnitude, tiny = np.abs, float(jnp.finfo(rows.dtype).tiny)
+    if rows.dtype.itemsize == 2:  # NumPy is slow at bfloat16, whose patterns ascend with the magnitude
+        magnitude, tiny = lambda values: values.view(np.uint16) & np.uint16(0x7FFF), 0x80
+
+    def any_subnormal(some, columns):
+        size = magnitude(rows[some, columns])
+        return bool(((size < tiny) & (size > 0)).any())
+
+    if not any(over_blocks(any_subnormal, *rows.shape)):
+        return rows
+    return np.where(magnitude(rows) < tiny, rows.dtype.type(0), rows)
 
 
 def _chunk(count: int, size: int) -> int:

@@ -50,18 +50,18 @@ def row_length(rows, axes) -> int:
     return rows.shape[1] * (lax.axis_size(axes) if axes else 1)
 
 
-def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, sizes=(), axes=()) -> Rows:
+def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> Rows:
     """Rows sorted in the way that suits their length and dtype; distributed ones over the mesh axes `axes`."""
     length = row_length(rows, axes)
     if weights is None and rows.dtype.itemsize == 2 and length > _COUNTED:
-        return count_rows(rows, unit, mask, keep_zero, sizes, axes)
+        return count_rows(rows, unit, mask, keep_zero, axes)
     rows = rows if rows.dtype == dtype else rows.astype(dtype)
     if length > LONG:
         return sort_long_rows(rows, unit, weights, mask, keep_zero, axes)
     if axes:  # short enough for every device to hold it
         gather = functools.partial(lax.all_gather, axis_name=axes, axis=1, tiled=True)
         rows, weights, mask = (None if x is None else gather(x) for x in (rows, weights, mask))
-    return sort_rows(rows, unit, weights, mask, keep_zero, sizes)
+    return sort_rows(rows, unit, weights, mask, keep_zero)
 
 
 def fit_sorted(rows: Rows, task: Task):

@@ -9,7 +9,7 @@ The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CP
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -166,9 +166,7 @@ def fraction_bits(length: int) -> int:
     return min(50, 58 - max(length, 1).bit_length())
 
 
-def sort_rows(
-    rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep_zero: bool, sizes: Sequence[int] = ()
-) -> SortedRows:
+def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep_zero: bool) -> SortedRows:
     """Sorts rows `[R, N]` and joins equal values; to be called, or traced, where 64-bit types are enabled.
 
     Args:
@@ -177,13 +175,12 @@ def sort_rows(
       weights: `[R, N]` non-negative, or None for 1 each.
       mask: `[R, N]` bool, or None.
       keep_zero: adds the value zero to each row, with weight 0.
-      sizes: of NumPy rows, few distinct values are extended to the next of these.
     """
     xp = namespace(rows)
     count, length = rows.shape
     frac = fraction_bits(length)
     if xp is np and length >= _BY_ROW and weights is None and not keep_zero:
-        return _sorted_by_row(rows, scale, mask, frac, sizes)
+        return _sorted_by_row(rows, scale, mask, frac)
     counted = mask
     if weights is not None:
         counted = weights > 0 if mask is None else mask & (weights > 0)
@@ -213,12 +210,10 @@ def sort_rows(
         masses, moments, heavy = rounded.astype(xp.int64), None, rounded * 2.0**-frac
         off = 4 * xp.abs(shares - heavy)  # no value is further than 4 from a level
     new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
-    return _joined(
-        values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, sizes, length
-    )
+    return _joined(values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, length)
 
 
-def _sorted_by_row(rows, scale, mask, frac: int, sizes: Sequence[int]) -> SortedRows:
+def _sorted_by_row(rows, scale, mask, frac: int) -> SortedRows:
     """As `sort_rows`, one unweighted NumPy row after the other: each stays in the processor's cache."""
     number, length = rows.shape
     values, count = np.empty((number, length)), np.empty((number, length + 1), np.int64)
@@ -236,12 +231,8 @@ def _sorted_by_row(rows, scale, mask, frac: int, sizes: Sequence[int]) -> Sorted
         total[r, :distinct], total[r, distinct:] = below[first], below[-1]
         square[r] = np.dot(scaled, scaled)
     most = max(int(size.max()), 1)
-    most = next((room for room in sizes if room >= most), most)
     zero = np.array([np.searchsorted(values[r, : size[r]], 0.0) for r in range(number)])
     slack = np.full(number, 2 * length * 2.0**-frac)  # each value is rounded by half a unit at most
-    if most > length:
-        values = np.pad(values, ((0, 0), (0, most - length)), mode="edge")
-        count, total = (np.pad(x, ((0, 0), (0, most - length)), mode="edge") for x in (count, total))
     values, count, total = values[:, :most], count[:, : most + 1], total[:, : most + 1]
     return SortedRows(values, count, total, None, None, size, zero, square, slack, frac, length)
 
@@ -251,7 +242,6 @@ def count_rows(
     scale: Any,
     mask: Any | None,
     keep_zero: bool,
-    sizes: Sequence[int] = (),
     axes: tuple[str, ...] = (),
 ) -> SortedRows:
     """As `sort_rows` for unweighted bfloat16 or float16 values: these are counted, by bit pattern, not sorted.
@@ -261,12 +251,10 @@ def count_rows(
     counts = pattern_counts(rows, mask)
     counts = lax.psum(counts, axes) if axes else counts
     length = rows.shape[1] * (lax.axis_size(axes) if axes else 1)
-    return join_counts(counts, rows.dtype, length, scale, keep_zero, sizes)
+    return join_counts(counts, rows.dtype, length, scale, keep_zero)
 
 
-def join_counts(
-    counts: Any, dtype: Any, length: int, scale: Any, keep_zero: bool, sizes: Sequence[int] = ()
-) -> SortedRows:
+def join_counts(counts: Any, dtype: Any, length: int, scale: Any, keep_zero: bool) -> SortedRows:
     """Rows of `length` values of a 16-bit dtype from how many of them have each bit pattern, `[R, 2¹⁶]`."""
     xp = namespace(counts)
     frac = fraction_bits(length)
@@ -279,7 +267,7 @@ def join_counts(
         there = there | (xp.asarray(ordered) == 0)
     values = xp.where(there, values, 0.0)
     moments, heavy, off = _in_units(values, masses, False, frac)
-    return _joined(values, there, there, masses, moments, heavy, off, None, frac, sizes, length)
+    return _joined(values, there, there, masses, moments, heavy, off, None, frac, length)
 
 
 @functools.cache
@@ -312,9 +300,7 @@ def pattern_counts(rows, mask):
     return counts.at[:, 0].add(counts[:, 2**15])
 
 
-def _joined(
-    values, new, there, masses, moments, heavy, off, shares, frac: int, sizes: Sequence[int], nominal: int
-) -> SortedRows:
+def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, nominal: int) -> SortedRows:
     """Rows of ascending values, joined where `new` does not say that one differs from that before it.
 
     All are `[R, N]`: `there` whether a value counts, the integers `masses` (None for 1 each) and `moments` (None for
@@ -327,7 +313,6 @@ def _joined(
     most = values.shape[1]
     if xp is np:
         most = max(int(size.max()), 1)
-        most = next((room for room in sizes if room >= most), most)
     end = xp.sum(there, axis=1, dtype=xp.int64)
     if masses is not None and shares is None:  # patterns that do not occur lie between those that do
         end = xp.full_like(end, values.shape[1])

@@ -142,8 +142,17 @@ def test_weighted_rows(keep_zero):
 PATHS = {"plain": (), "both": ("weights", "mask")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_arrays", PATHS)
-@pytest.mark.parametrize(("count", "length", "num_levels"), [(1, 1500, 4), (20, 40, 5), (18, 300, 16)])
+@pytest.mark.parametrize(
+    ("count", "length", "num_levels"),
+    [
+        # Of each kind of traced programme one is enough on the other versions: those of `test_fit_export` are more.
+        pytest.param(1, 1500, 4, marks=pytest.mark.versionless),
+        (20, 40, 5),
+        pytest.param(18, 300, 16, marks=pytest.mark.versionless),
+    ],
+)
 def test_host_and_traced_paths_agree_bit_for_bit(given_arrays, count, length, num_levels):
     generator = np.random.default_rng(2)
     rows = jnp.asarray(generator.standard_t(3, (count, length)), jnp.float32)
@@ -264,3 +273,11 @@ def test_rows_of_another_device_are_proven_on_the_host_and_else_stay_there(monke
     np.testing.assert_array_less(away.sse * (1 - 1.1e-6), away.lower_bound)
     monkeypatch.setattr("nuqjax.fit_knq.fit_on_host", None)
     np.testing.assert_array_equal(fit_knq(rows, 4, weights=weights, tolerance=None).levels, host.levels)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_subnormal_values_count_as_zero_on_the_host_too(dtype):
+    values = jnp.array([[-3e-39, 5e-39, 0.0, 2e-38, 4e-38, 5e-38, 1e-37, 2e-39]], jnp.float32)
+    rows = np.asarray(values.astype(dtype))
+    without = np.where(np.abs(rows.astype(np.float64)) < float(jnp.finfo(dtype).tiny), 0, rows).astype(rows.dtype)
+    np.testing.assert_array_equal(fit_knq(rows, 3).levels, fit_knq(without, 3).levels)

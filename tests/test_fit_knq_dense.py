@@ -113,6 +113,8 @@ def assert_optimal(arrays, num_levels, penalty=None, reach=None):
         assert sum(costs[a, b] for a, b in itertools.pairwise(chain)) == pytest.approx(best[r], rel=0, abs=tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.versionless  # a program for every shape: those of other tests are enough on the other versions
 @given(
     st.sampled_from([1, 2, 7]), st.sampled_from([1, 2, 3, 5, 8]), st.integers(0, 2**16),
     st.booleans(), st.booleans(), st.booleans(),
@@ -142,8 +144,13 @@ def test_optimal_with_weights_ties_pins_and_short_rows(seed, weighted, pinned, i
 
 @pytest.mark.parametrize(
     ("cells", "num_levels"),
-    [(16, 16), (16, 40), (64, 2), (66, 9), (67, 60), (300, 5)],
-)  # fmt: skip
+    [
+        # A program each: on the other versions these two are enough.
+        (66, 9),
+        (67, 60),
+        *(pytest.param(*shape, marks=pytest.mark.versionless) for shape in ((16, 16), (16, 40), (64, 2), (300, 5))),
+    ],
+)
 @pytest.mark.parametrize("kind", ["plain", "pinned", "bound"])
 def test_optimal_at_every_shape(cells, num_levels, kind):
     """Windows of one place to all, tiles and blocks that do not divide the row."""
@@ -169,8 +176,11 @@ def test_empty_intervals_are_for_the_bound_to_use():
     assert_optimal(arrays, 4, penalty, reach)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize(("cells", "num_levels"), [(40, 5), (130, 7)])
+@pytest.mark.parametrize(
+    ("cells", "num_levels"), [(40, 5), pytest.param(130, 7, marks=pytest.mark.versionless)]  # one shape is enough there
+)  # fmt: skip
 def test_the_same_bits_in_any_batch_eager_or_jitted(cells, num_levels, bounded):
     values, arrays = sorted_rows(70, cells, 4, weighted=True, integers=True)  # with many equal costs
     penalty, reach = bound_of(values, 4) if bounded else (None, None)

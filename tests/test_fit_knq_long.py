@@ -36,8 +36,17 @@ def test_the_optimum_of_kmeans1d(degrees, num_levels):
             assert bound >= error * (1 - 1e-6 - 2.0**-22)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_levels", "options"), [(4, "mask"), (4, "all"), (16, "plain"), (16, "weights"), (16, "all")]
+    ("num_levels", "options"),
+    [
+        # On the other versions the programme that takes all is enough.
+        *(
+            pytest.param(*case, marks=pytest.mark.versionless)
+            for case in ((4, "mask"), (4, "all"), (16, "plain"), (16, "weights"))
+        ),
+        (16, "all"),
+    ],
 )
 def test_host_and_traced_rows_have_the_same_levels(num_levels, options):
     generator = np.random.default_rng(num_levels)
@@ -70,7 +79,12 @@ def test_sparser_sums_change_nothing(monkeypatch, weighted):
     jax.tree.map(np.testing.assert_array_equal, *fitted)
 
 
-@pytest.mark.parametrize(("num_levels", "distinct"), [(4, 1), (4, 700), (64, 40), (64, 700), (64, 5000)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_levels", "distinct"),
+    # On the other versions one programme is enough.
+    [(4, 1), (4, 700), *(pytest.param(64, n, marks=pytest.mark.versionless) for n in (40, 700, 5000))],
+)
 def test_many_equal_values(num_levels, distinct):
     """Most of the row is zero, as in a pruned layer: as good as the distinct values with their counts for weights."""
     generator = np.random.default_rng(distinct)
@@ -90,13 +104,15 @@ def test_many_equal_values(num_levels, distinct):
     np.testing.assert_array_equal(fitted.levels, traced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_levels", "length", "dtype"),
     [
+        # On the other versions the first is enough.
         (4, 9000, ml_dtypes.bfloat16),
-        (64, LONG + 9000, np.float16),
-        (64, LONG + 9000, ml_dtypes.bfloat16),
-        (256, 9000, np.float16),
+        pytest.param(64, LONG + 9000, np.float16, marks=pytest.mark.versionless),
+        pytest.param(64, LONG + 9000, ml_dtypes.bfloat16, marks=pytest.mark.versionless),
+        pytest.param(256, 9000, np.float16, marks=pytest.mark.versionless),
     ],
 )
 def test_counted_values_have_the_levels_of_sorted_ones(num_levels, length, dtype):

@@ -55,6 +55,7 @@ def least_cost(costs, num_levels):
     return reached[-1]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
@@ -125,6 +126,8 @@ def test_a_path_does_not_depend_on_the_rows_beside_it(pin):
         np.testing.assert_array_equal(found, single)
 
 
+@pytest.mark.slow
+@pytest.mark.versionless  # more rows of what `test_paths_are_the_shortest_of_all` draws
 @pytest.mark.parametrize("num_levels", [4, 16, 100])
 @pytest.mark.parametrize("pin", [False, True])
 def test_the_host_finds_the_same_paths_for_many_rows(pin, num_levels):

@@ -237,6 +237,7 @@ def shortest_path(weight, mean, square, leak, price, zero):
     return potential
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=10, deadline=None)
 def test_passes_in_blocks_find_the_shortest_paths(data):
