@@ -160,6 +160,8 @@ def other_results(folder):
         },
     }  # fmt: skip
     (folder / "benchmark_fit.json").write_text(json.dumps(benchmark))
+    calls = {"cases": {"small": {"this version": {"4 bits": [0.5, 0.4, 0]}}}, "commands": ["python"]}
+    (folder / "first_call.json").write_text(json.dumps(calls))
     (folder / "paper").mkdir()
     (folder / "paper" / "network.json").write_text(json.dumps(study.results()))
     (folder / "paper" / "features.json").write_text(json.dumps(study.results(top1=False) | {"title": "Features"}))
@@ -306,7 +308,8 @@ def test_all_blocks_are_written_and_checked_together(other_results, capsys):
     readme.write_text(marks)
     arguments = ["--results", str(other_results)]
     assert tables.main([*arguments, "--check", str(readme)]) == 1
-    assert "the accuracy and sensitivity and emulation and benchmark and paper tables differ" in capsys.readouterr().err
+    every = "accuracy and sensitivity and emulation and first_call and benchmark and paper"
+    assert f"the {every} tables differ" in capsys.readouterr().err
     assert tables.main([*arguments, "--write", str(readme)]) == 0
     assert tables.main([*arguments, "--check", str(readme)]) == 0
     readme.write_text(readme.read_text().replace("20.0 times", "21.0 times"))
@@ -324,7 +327,8 @@ def test_a_cell_measured_twice_is_an_error(other_results, capsys):
 def test_unknown_tables_are_an_error(capsys):
     with pytest.raises(SystemExit):
         tables.main(["--blocks", "speed"])
-    assert "unknown tables speed: the known are accuracy, sensitivity, emulation, benchmark" in capsys.readouterr().err
+    known = "accuracy, sensitivity, emulation, first_call, benchmark"
+    assert f"unknown tables speed: the known are {known}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("document", ["README.md", "experiments/README.md"])
