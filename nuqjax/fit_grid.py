@@ -402,7 +402,7 @@ def _multiples(values, step, num_levels):
 
 
 _AROUND = 2 * _SEARCH_DENSITY + 1  # steps of the second search
-_RATIOS = np.exp2(np.append(np.linspace(-1, 1, _AROUND), -np.arange(16 * _SEARCH_DENSITY + 1) / _SEARCH_DENSITY))
+_RATIOS = np.exp2(np.append(np.linspace(-1, 1, _AROUND), -np.arange(16 * _SEARCH_DENSITY + 1)) / _SEARCH_DENSITY)
 
 
 def _best_step(values, mass, largest, *, num_levels):

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 _BEGIN = """
 import re
 
@@ -55,10 +57,7 @@ square = mesh_of((2, 4), ("rows", "values"))
 both = P("rows", "values")
 """
 
-_LEVELS = """
-from nuqjax import fit_knq_gaps, fit_knq_mesh
-from nuqjax.fit_knq_search import Partition
-
+_AT_ONCE = """
 for dtype, num_levels, devices, spec in (
     (np.float32, 4, 8, P(None, "d")),
     (jnp.bfloat16, 16, 8, P(None, "d")),
@@ -75,6 +74,22 @@ for dtype, num_levels, devices, spec in (
         assert gathered(run) <= 2 * 4 * 2**16
     elif devices == 8:  # counts and sums below some cuts
         assert gathered(run) < rows.nbytes / 10
+print("the same bits")
+"""
+
+# With a proof: rows of which only counts and sums leave the devices, two by two. Gaps are narrowed of one row beside
+# another that has none.
+_HELD = """
+rows = rng.standard_t(3, (4, 2**17)).astype(np.float32)
+rows[3, 5] = 1e9
+for tolerance in (1e-6, None):
+    same(rows, 4, square, both, tolerance=tolerance)
+print("the same bits")
+"""
+
+_HELD_WITH_WEIGHTS = """
+from nuqjax import fit_knq_gaps, fit_knq_mesh
+from nuqjax.fit_knq_search import Partition
 
 
 def by_rank(rows, num_levels, keep_zero, dense_cuts):  # a bad partition, which the proof improves
@@ -82,12 +97,6 @@ def by_rank(rows, num_levels, keep_zero, dense_cuts):  # a bad partition, which 
     return Partition(rows.before_ties(xp.arange(1, num_levels) * rows.size[:, None] // num_levels))
 
 
-# With a proof: rows of which only counts and sums leave the devices, two by two; rows brought to the host; counts.
-# Gaps are narrowed of one row beside another that has none.
-rows = rng.standard_t(3, (4, 2**17)).astype(np.float32)
-rows[3, 5] = 1e9
-for tolerance in (1e-6, None):
-    same(rows, 4, square, both, tolerance=tolerance)
 heavy = dict(weights=rng.exponential(size=(1, 2**17)) ** 3, mask=rng.random((1, 2**17)) < 0.9)
 heavy = {name: jnp.asarray(x, jnp.float32 if name == "weights" else bool) for name, x in heavy.items()}
 found = fit_knq_gaps.partition
@@ -98,13 +107,20 @@ fit_knq_gaps.partition = fit_knq_mesh.partition = found
 tied = values[:1].copy()
 tied[0, [5, 2**17 - 9]] = 1e9
 same(tied, 8, mesh_of((4,), ("d",)), P(None, "d"), keep_zero=True, **heavy)
+print("the same bits")
+"""
+
+_BROUGHT_OR_COUNTED = """
 for spec in (both, P("rows")):
     same(jnp.asarray(values, jnp.bfloat16), 16, square, spec)
 same(values, 16, square, P("rows"))
 same(rng.standard_t(3, (10, 4000)).astype(np.float32), 16, square, both)
 same(rng.pareto(0.5, (16, 64)).astype(np.float32), 4, square, P("rows"))  # one programme's bound does not do
 same(rng.standard_t(3, (6, 600)).astype(np.float32), 4, square, P(), keep_zero=True)
+print("the same bits")
+"""
 
+_COMPRESSED = """
 params = {
     "a": jnp.asarray(rng.standard_t(3, (512, 64)), jnp.float32),
     "b": jnp.asarray(rng.standard_normal((4, 320, 8)), jnp.float32),
@@ -245,9 +261,22 @@ def _run(program: str) -> str:
     return run.stdout.strip()
 
 
-def test_levels_and_indices_are_the_same_bits_on_any_mesh_and_no_array_is_gathered():
-    assert _run(_LEVELS) == "the same bits"
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(_HELD, id="held"),
+        # On the other versions the rows held without weights are enough.
+        pytest.param(_HELD_WITH_WEIGHTS, id="held, weights", marks=pytest.mark.versionless),
+        pytest.param(_AT_ONCE, id="at once"),
+        pytest.param(_COMPRESSED, id="compress"),
+        pytest.param(_BROUGHT_OR_COUNTED, id="brought or counted"),
+    ],
+)
+def test_levels_and_indices_are_the_same_bits_on_any_mesh_and_no_array_is_gathered(program):
+    assert _run(program) == "the same bits"
 
 
+@pytest.mark.slow
 def test_rows_on_a_mesh_are_proven_as_on_one_device_and_no_array_is_gathered():
     assert _run(_PROOFS) == "proven"
