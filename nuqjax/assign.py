@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax.host import BLOCK, flushed, on_host, over_blocks, row_by_row, to_jax, to_numpy
+from nuqjax.host import BLOCK, flushed, on_host, over_blocks, row_by_row, to_jax, to_numpy, working_dtype, x64
 from nuqjax.rows import look_up, namespace
 
 
@@ -30,11 +30,6 @@ class Fit(NamedTuple):
     sse: jax.Array
     lower_bound: jax.Array
     scale: jax.Array
-
-
-def working_dtype(dtype) -> jnp.dtype:
-    """The dtype in which values of `dtype` are fitted and their levels returned: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def row_scale(rows: Any, mask: Any = None) -> Any:
@@ -265,7 +260,7 @@ def distortion(
         return to_jax(distortion_on_host(*(row_by_row(to_numpy(x)) for x in (rows, levels, weights, mask))))
     dtype = working_dtype(rows.dtype)
     nearest = look_up(levels, assign(rows, levels))
-    with jax.enable_x64(True):
+    with x64():
         error = lax.convert_element_type(rows, jnp.float64) - lax.convert_element_type(nearest, jnp.float64)
         square = error * error
         if weights is not None:
@@ -308,7 +303,7 @@ def with_zero(levels: Any) -> Any:
     """Levels `[R, K]` of which the one nearest to zero is replaced by exactly 0; the others keep their values."""
     xp = namespace(levels)
     nearest = xp.argmin(xp.abs(levels), axis=-1, keepdims=True)
-    levels = xp.where(xp.arange(levels.shape[-1]) == nearest, xp.zeros((), levels.dtype), levels)
+    levels = xp.where(xp.arange(levels.shape[-1])[None] == nearest, xp.zeros((), levels.dtype), levels)
     return xp.sort(levels, axis=-1)  # the first of several equal negative levels became 0
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
 from nuqjax.fixed_point import QFormat
-from nuqjax.host import flushed, on_host, to_numpy
+from nuqjax.host import flushed, on_host, to_numpy, working_dtype
 from nuqjax.rows import ChannelGroups, Granularity, InputGroups
 
 _LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_format", "scale_group")
@@ -273,7 +273,7 @@ def _decoding_levels(leaf: CodebookArray) -> Any:
         levels = level_values(leaf)
     if leaf.scale is None:
         return levels.astype(leaf.dtype)
-    return levels.astype(jnp.promote_types(jnp.float32, leaf.dtype))
+    return levels.astype(working_dtype(leaf.dtype))
 
 
 def _decode_slice(leaf: CodebookArray) -> Any:

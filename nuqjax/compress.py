@@ -6,6 +6,7 @@ For each leaf: choose (`plan`) → view as rows (`rows`) → fit levels (`fit`) 
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ from nuqjax.codebook_array import (
 from nuqjax.fit import fit, levels_on_host
 from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.fixed_point import AutoQFormat, QFormat
-from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy
-from nuqjax.plan import LeafPlan, plan_leaves, scale_groups
+from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy, working_dtype, x64
+from nuqjax.plan import LeafPlan, Plan, plan_leaves, scale_groups
 from nuqjax.report import build_report
 from nuqjax.rules import Options, Rule, path_name
 
@@ -45,7 +46,7 @@ def compress(
     scale=None,
     codebook_format=None,
     keep_zero: bool = False,
-    rules: Sequence[Rule] = (),
+    rules: Rule | Sequence[Rule] = (),
     sensitivity: Any = None,
     tolerance: float | None = 1e-6,
     min_size: int = 256,
@@ -56,9 +57,12 @@ def compress(
 
     A leaf is compressed if it is floating, has two or more axes (stack axes not counted) and at least `min_size`
     values, and gets smaller; `plan` shows the choice, the report gives the reason for every leaf left dense, and a
-    `Rule` can overrule it. The input is never changed. Leaves on the host, which NumPy holds or JAX on one CPU, are
-    compressed by NumPy, and nothing is compiled for them. Under `jit` (and `jax.eval_shape`) everything works but what
-    needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
+    `Rule` can overrule it. What is no parameter stays dense: Flax's other collections beside "params", and NNX
+    variables that are no `Param`. Stacked layers need a `Rule` with `stack_axes`; a sub-tree that looks like some is
+    named in a warning, in the plan and in the report. The input is never changed; leaves that stay dense are the
+    caller's own arrays, so a later change in place of one that NumPy holds changes both trees. Leaves on the host,
+    which NumPy holds or JAX on one CPU, are compressed by NumPy, and nothing is compiled for them. Under `jit` (and
+    `jax.eval_shape`) everything works but what needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
 
     Args:
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
@@ -76,7 +80,7 @@ def compress(
         `"float8_e4m3fn"`, into whose range levels saturate), a `QFormat`, or `AutoQFormat(word)`, which chooses each
         leaf's fraction bits to minimise its squared error. Indices are assigned to the rounded levels.
       keep_zero: one level is exactly 0, so that pruned weights stay pruned.
-      rules: `Rule`s; the first that matches a leaf's path sets its options.
+      rules: `Rule`s, or a single one; the first that matches a leaf's path sets its options.
       sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
         squared error of each value is weighted by its own.
       tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
@@ -92,8 +96,8 @@ def compress(
       The compressed tree, or with `return_report` the pair of it and its `Report`.
 
     Raises:
-      ValueError: NaN or infinity in a leaf, an option out of range, an unknown method, a rule that matches nothing or
-        is always overruled, a negative or misshaped sensitivity. The message names the leaf.
+      ValueError: no leaf is an array, NaN or infinity in a leaf, an option out of range, an unknown method, a rule that
+        matches nothing or is always overruled, a negative or misshaped sensitivity. The message names the leaf.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
@@ -106,6 +110,9 @@ def compress(
     )  # fmt: skip
     leaves, structure = jax.tree.flatten(params, is_leaf=is_codebook_array)
     plans = plan_leaves(params, options, rules)
+    _check_arrays(leaves, plans)
+    for note in Plan(tuple(plans)).notes:
+        warnings.warn(f"compress: {note}", stacklevel=2)
     importances = _importances(sensitivity, plans)
     results, fits = [], {}
     for leaf, plan in _with_progress(list(zip(leaves, plans, strict=True)), progress):
@@ -117,7 +124,17 @@ def compress(
     if not return_report:
         return cparams
     reasons = {plan.path: plan.reason for plan in plans if plan.reason is not None}
-    return cparams, build_report(params, cparams, reasons, fits)
+    return cparams, build_report(params, cparams, reasons, fits, Plan(tuple(plans)).notes)
+
+
+def _check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:
+    """Raises ValueError for shapes where values are wanted."""
+    for leaf, plan in zip(leaves, plans, strict=True):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{plan.path}: a ShapeDtypeStruct, but compress needs values; from shapes, nuqjax.plan(params) shows "
+                "what it would do, and jax.eval_shape(nuqjax.compress, params) what it would return"
+            )
 
 
 def decompress(tree: Any) -> Any:
@@ -211,7 +228,7 @@ def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codebook
     if isinstance(codebook_format, AutoQFormat):
         codebook_format = _choose_format(codebook_format, levels, view, plan)
     dtype = jnp.dtype(plan.dtype)
-    stored, values = _round_levels(levels, codebook_format, dtype, scaled=view.factors is not None)
+    stored, values = _round_levels(levels, codebook_format, dtype, _most_scaled(view.factors, dtype))
     nearest: Any = assign_on_host if isinstance(view.values, np.ndarray) else assign
     indices, factors = nearest(view.values, values), view.factors
     del view  # as many bytes as the leaf
@@ -261,7 +278,7 @@ def _empty_leaf(plan: LeafPlan) -> CodebookArray:
     if isinstance(codebook_format, AutoQFormat):
         codebook_format = QFormat(codebook_format.word, 0, codebook_format.signed)
     zeros = np.zeros((stack * count, 2**options.bits), np.float32)
-    levels, _ = _round_levels(zeros, codebook_format, dtype, scaled=False)
+    levels, _ = _round_levels(zeros, codebook_format, dtype, None)
     packed = np.zeros((stack, outputs, packing.packed_size(inputs, options.bits)), np.uint8)
     factors = np.zeros((stack, outputs, groups), dtype) if options.scale is not None else None
     return _leaf(plan, levels, packed, factors, codebook_format)
@@ -384,22 +401,45 @@ def _certificate(fitted) -> float:
     return (sse - bound) / sse if sse > 0 else 0.0
 
 
-def _round_levels(levels: Any, codebook_format, dtype, scaled: bool) -> tuple[Any, Any]:
-    """Levels as they are stored, and the values that they decode to."""
+def _most_scaled(factors: Any, dtype: np.dtype) -> Any:
+    """The largest magnitude of a level that no scale takes beyond the leaf's dtype; None without scales."""
+    if factors is None:
+        return None
+    xp, finest = rows.namespace(factors), jnp.finfo(dtype)
+    wide = np.float64 if xp is np else working_dtype(factors.dtype)
+    most = factors.astype(wide).max()
+    if xp is jnp:  # a quotient rounded upwards would be too large
+        most = most * (1 + 4 * float(jnp.finfo(wide).eps))
+    return float(finest.max) / xp.maximum(most, float(jnp.finfo(wide).tiny))
+
+
+def _round_levels(levels: Any, codebook_format, dtype: np.dtype, most_scaled: Any) -> tuple[Any, Any]:
+    """Levels as they are stored, and the values that they decode to: what is finite stays so."""
+    xp, working = rows.namespace(levels), working_dtype(levels.dtype)
+    finite = float(jnp.finfo(dtype).max) if most_scaled is None else most_scaled
     if isinstance(codebook_format, QFormat):
         encode: Any = fixed_point.encode
         decode: Any = fixed_point.decode
-        if isinstance(levels, np.ndarray):
+        if xp is np:
             encode, decode = fixed_point.encode_on_host, fixed_point.decode_on_host
-        stored = encode(levels, codebook_format).astype(codebook_format.storage_dtype)
+        with np.errstate(over="ignore"):
+            most = xp.floor(xp.minimum(finite * 2.0**codebook_format.frac, 2.0**24)).astype(np.int32)
+        stored = xp.clip(encode(levels, codebook_format), -most, most).astype(codebook_format.storage_dtype)
         values = decode(stored, codebook_format)
     else:
-        target = jnp.dtype(dtype if codebook_format is None else codebook_format)
-        largest = min(float(jnp.finfo(dtype).max) for dtype in (target, levels.dtype))
-        stored = rows.namespace(levels).clip(levels, -largest, largest).astype(target)
+        target = np.dtype(dtype if codebook_format is None else codebook_format)
+        most = _not_above(xp.minimum(finite, min(float(jnp.finfo(t).max) for t in (target, working))), target, working)
+        stored = xp.clip(levels, -most, most).astype(target)
         values = stored
-    working = jnp.promote_types(jnp.float32, levels.dtype)
-    return stored, (values if scaled else values.astype(dtype)).astype(working)
+    return stored, (values if most_scaled is not None else values.astype(dtype)).astype(working)
+
+
+def _not_above(largest: Any, target: np.dtype, working: np.dtype) -> Any:
+    """The largest value of the target dtype that is not above a magnitude in its range, or the one before it."""
+    xp = rows.namespace(largest)
+    below = largest * (1 - float(jnp.finfo(target).eps))
+    nearest, before = (x.astype(target).astype(working) for x in (largest, below))
+    return xp.where(nearest > largest, before, nearest)
 
 
 def _choose_format(auto: AutoQFormat, levels: Any, view: _Rows, plan: LeafPlan) -> QFormat:
@@ -416,6 +456,7 @@ def _choose_format(auto: AutoQFormat, levels: Any, view: _Rows, plan: LeafPlan) 
 
     unrounded_error = error_of(levels)
     mass = _mass(values, levels, unit, view.weights, view.mask)
+    most = _most_scaled(view.factors, dtype)
     full = auto.word - auto.signed - whole  # the finest format that saturates no level
     best = math.inf, full
 
@@ -428,7 +469,7 @@ def _choose_format(auto: AutoQFormat, levels: Any, view: _Rows, plan: LeafPlan) 
         fixed = QFormat(auto.word, frac, auto.signed)
         if is_worse(_moved_into_range(levels, fixed, dtype, unit, mass)):
             continue
-        _, rounded = _round_levels(levels, fixed, dtype, view.factors is not None)
+        _, rounded = _round_levels(levels, fixed, dtype, most)
         if not is_worse(_error(levels, rounded, unit, mass, None)):
             best = min(best, (error_of(rounded), frac))
     return QFormat(auto.word, best[1], auto.signed)
@@ -484,7 +525,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
 @jax.jit
 def _jit_mass(values, levels, weights, mask):
     """`_mass` of arrays that are not on the host, in units of their own."""
-    with jax.enable_x64(True):
+    with x64():
         each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)
         each = each if mask is None else jnp.where(mask, each, 0.0)
         place = jax.vmap(lambda index, each: jnp.zeros(levels.shape[-1], jnp.float64).at[index].add(each))

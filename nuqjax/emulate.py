@@ -25,6 +25,7 @@ from nuqjax.emulate_program import LINEAR, MOVING, TELLING, Node, Program, build
 from nuqjax.emulate_sums import products_sum, scanned_sum, wrapped
 from nuqjax.fixed_point import QFormat
 from nuqjax.fixed_point_words import divide, drop_bits, drop_bits_twice, into_range, outside
+from nuqjax.host import x64
 from nuqjax.interpret import bind
 
 
@@ -119,7 +120,7 @@ def emulate(
     def run(*args, **kwargs):
         program, arrays = build(fn, args, kwargs)
         known = sites(program, formats)
-        with jax.enable_x64(True):
+        with x64():
             recorder = _Recorder(trace)
             values = _evaluate(program, known, arrays, recorder)
             outputs = [_output(node, values, known, output) for node in program.outputs]

@@ -11,7 +11,7 @@ from nuqjax import fit_grid
 from nuqjax.assign import Fit, fit_by, with_zero
 from nuqjax.fit_enq import enq_levels
 from nuqjax.fit_knq import fit_knq
-from nuqjax.host import flushed, on_host, row_by_row, to_numpy
+from nuqjax.host import flushed, on_host, row_by_row, to_numpy, why_unfit
 
 _LEVELS: dict[str, Callable[..., Any]] = {
     "enq": enq_levels,
@@ -90,18 +90,19 @@ def fit(
     """
     check_method(method)
     host = on_host(rows, weights, mask)
-    rows = row_by_row(to_numpy(rows)) if host else jnp.asarray(rows)
-    if rows.ndim != 2:
-        raise ValueError(f"fit: rows of shape {rows.shape}, but [R, N] is wanted")
-    if not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise ValueError(f"fit: rows of dtype {rows.dtype}, but a floating dtype is wanted")
+    values: Any = np.asarray(rows) if host else jnp.asarray(rows)
+    if values.ndim != 2:
+        raise ValueError(f"fit: rows of shape {values.shape}, but [R, N] is wanted")
+    if reason := why_unfit(values.dtype):
+        raise ValueError(f"fit: rows: {reason}, but a floating dtype such as float32 is wanted")
+    values = row_by_row(to_numpy(values)) if host else values
     if isinstance(num_levels, bool) or not isinstance(num_levels, int) or not 1 <= num_levels <= 256:
         raise ValueError(f"fit: num_levels is {num_levels!r}, but a whole number from 1 to 256 is wanted")
     for name, array in (("weights", weights), ("mask", mask)):
-        if array is not None and jnp.shape(array) != rows.shape:
-            raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {rows.shape}")
+        if array is not None and jnp.shape(array) != values.shape:
+            raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {values.shape}")
     weights, mask = _counted(weights, mask, host)
-    return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)
+    return METHODS[method](values, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)
 
 
 def levels_on_host(

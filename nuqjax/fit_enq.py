@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.assign import fit_by, working_dtype
-from nuqjax.host import flushed, over_blocks
+from nuqjax.host import flushed, over_blocks, x64
 from nuqjax.rows import namespace
 
 _UNIT = 2.0**31  # of a value's weight and place in its interval: sums of 2³² values stay inside int64
@@ -43,7 +43,7 @@ def enq_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = N
     low = jnp.where(any_counted, jnp.min(values, axis=-1, initial=jnp.inf, where=counted), 0)
     high = jnp.where(any_counted, jnp.max(values, axis=-1, initial=-jnp.inf, where=counted), 0)
     importance = None if weights is None else jnp.where(counted, weights, 0).astype(dtype)
-    with jax.enable_x64(True):
+    with x64():
         return _interval_means(values, counted, importance, low, high, num_levels).astype(dtype)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.assign import fit_by, largest_magnitude, row_scale, working_dtype
-from nuqjax.host import BLOCK, flushed, over_blocks
+from nuqjax.host import BLOCK, flushed, over_blocks, x64
 from nuqjax.rows import namespace
 
 _BINS = 4096  # longer rows are searched as a histogram of so many bins
@@ -37,7 +37,7 @@ def _grid_levels(step: Any, num_levels: int) -> Any:
     most = jnp.finfo(step.dtype).max  # a grid may reach beyond the largest value, and that beyond the dtype
     xp = namespace(step)
     with np.errstate(over="ignore"):
-        levels = xp.minimum(step, most)[:, None] * xp.arange(low, high + 1, dtype=step.dtype)
+        levels = xp.minimum(step, most)[:, None] * xp.arange(low, high + 1, dtype=step.dtype)[None]
     return _on_grid(xp.clip(levels, -most, most))
 
 
@@ -132,7 +132,7 @@ def pow2_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = 
 
     dtype = working_dtype(rows.dtype)
     top = xp.minimum(_per_row(best, rows, weights, mask), 2.0 ** (jnp.finfo(dtype).maxexp - 1))
-    return _on_grid(top[:, None] * xp.asarray(pattern, dtype))
+    return _on_grid(top[:, None] * xp.asarray(pattern, dtype)[None])
 
 
 def normal_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
@@ -147,7 +147,7 @@ def normal_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any 
     """
     del weights
     largest = largest_magnitude(rows, mask)
-    return _on_grid(largest[:, None] * namespace(rows).asarray(normal_table(num_levels), largest.dtype))
+    return _on_grid(largest[:, None] * namespace(rows).asarray([normal_table(num_levels)], largest.dtype))
 
 
 def normal_table(num_levels: int) -> list[float]:
@@ -182,7 +182,7 @@ def quantile_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: An
     dtype = working_dtype(rows.dtype)
     mass = _mass(rows, weights, mask).astype(dtype)
     values, mass = lax.sort((jnp.where(mass > 0, rows.astype(dtype), jnp.inf), mass), num_keys=2)
-    with jax.enable_x64(True):
+    with x64():
         mass = mass.astype(jnp.float64)
         total = mass.sum(axis=-1, keepdims=True)
         middle = jnp.cumsum(mass, axis=-1) - mass / 2
@@ -232,7 +232,7 @@ def _per_row(best: Callable, rows, weights, mask) -> Any:
             values, mass = _histogram(values, mass, largest)
         return best(values, mass, largest).astype(dtype)
 
-    with jax.enable_x64(True):
+    with x64():
         found = lax.map(one, (values, mass), batch_size=min(batch, rows.shape[0])) if rows.shape[0] else scale
     return found.astype(dtype) * scale
 

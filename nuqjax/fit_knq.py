@@ -60,7 +60,8 @@ def fit_knq(
         have a coarser bound.
 
     Returns:
-      A `Fit`. A row with no more distinct values than levels comes back exactly; spare levels repeat the last.
+      A `Fit`. A row with no more distinct values than levels comes back exactly, subnormal ones as zero; spare levels
+      repeat the last.
 
     >>> import jax.numpy as jnp
     >>> fitted = fit_knq(jnp.array([[1.0, 2.0, 3.0, 10.0, 11.0]]), 2)

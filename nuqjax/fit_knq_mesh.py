@@ -32,6 +32,7 @@ from nuqjax.fit_knq_proof_mesh import Held, MeshRow, Place, held_rows, hold
 from nuqjax.fit_knq_rows import LONG, pattern_counts, take
 from nuqjax.fit_knq_search import partition, polish
 from nuqjax.fit_knq_traced import fit_knq_part
+from nuqjax.host import x64
 
 _BROUGHT = 2**22  # values of a device's rows that are brought to the host at once
 _COUNTED_AT_ONCE = 16  # rows of a group whose counts are
@@ -366,7 +367,7 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
     """Rows stay where they are, one of each group at a time."""
     parts = []
     for number in range(_rows_of_each(layout)):
-        with jax.enable_x64(True):
+        with x64():
             fitted = _fit_row_held(arrays, number, layout, task)
         parts.append([np.asarray(field)[:, None] for field in fitted])
     return _joined(parts)

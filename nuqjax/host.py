@@ -4,6 +4,7 @@ XLA counts subnormal numbers as zero on a CPU, and NumPy does not: `flushed` mak
 free while it works, so that blocks of a large array are computed by as many threads as there are cores.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK = 2**15  # values whose temporaries stay in a core's own cache
@@ -31,12 +33,51 @@ def _one_on_host(array: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
+def native_dtype(dtype: Any) -> np.dtype:
+    """The dtype that JAX gives an array of this one: of the machine's byte order, and no wider than x64 mode allows.
+
+    >>> native_dtype(np.dtype(">f4"))
+    dtype('float32')
+    """
+    return jax.dtypes.canonicalize_dtype(np.dtype(dtype).newbyteorder("="))
+
+
+def why_unfit(dtype: Any) -> str | None:
+    """Why values of a dtype cannot be fitted; None where they can.
+
+    >>> why_unfit(np.dtype(np.int8)), why_unfit(jnp.bfloat16)
+    ('dtype int8 is not floating', None)
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):  # of random keys, for one
+        return f"dtype {getattr(dtype, 'name', dtype)} is not floating"
+    dtype = np.dtype(dtype)
+    if not hasattr(jnp, dtype.name):
+        return f"JAX has no dtype {dtype.name}"
+    if dtype.name.startswith("float6_"):  # whose conversion ends the process
+        return f"XLA does not compute with dtype {dtype.name}"
+    if float(jnp.finfo(dtype).min) >= 0:
+        return f"dtype {dtype.name} has neither zero nor negative numbers"
+    return None
+
+
+@contextlib.contextmanager
+def x64() -> Iterator[None]:
+    """Where float64 and int64 are there, and dtypes and ranks are promoted, whatever flags the user has set."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def working_dtype(dtype: Any) -> np.dtype:
+    """The dtype in which values of `dtype` are fitted and their levels returned: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def to_numpy(array: Any) -> Any:
-    """An array on the host as NumPy's, not copied, of the dtype that JAX gives it; None as it is."""
+    """An array on the host as NumPy's, not copied but into the dtype that JAX gives it; None as it is."""
     if array is None:
         return None
     array = np.asarray(array)
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    return array.astype(native_dtype(array.dtype), copy=False)
 
 
 def row_by_row(array: Any) -> Any:

@@ -113,7 +113,7 @@ def unpack_at(packed: jax.Array, bits: int, positions: jax.Array) -> jax.Array:
     """
     bit = positions.astype(jnp.int32) % 8 * bits  # of the eight indices that fill `bits` bytes
     byte = positions.astype(jnp.int32) // 8 * bits + bit // 8
-    shift = (bit % 8).astype(jnp.uint8)
+    shift = jnp.expand_dims((bit % 8).astype(jnp.uint8), range(packed.ndim - 1))
     index = packed[..., byte] >> shift
     if 8 % bits:
         following = packed[..., jnp.minimum(byte + 1, packed.shape[-1] - 1)]

@@ -1,5 +1,6 @@
 """What `compress` will do with each leaf, and what it will cost, from shapes alone."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,11 @@ from nuqjax import packing, rows
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.fit import check_method
 from nuqjax.fixed_point import AutoQFormat, QFormat
+from nuqjax.host import native_dtype, why_unfit
 from nuqjax.report import render
 from nuqjax.rows import InputGroups
 from nuqjax.rules import Options, Rule, path_name, resolve
+from nuqjax.stacks import Stack, likely_stacks, no_parameters, stack_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class LeafPlan:
     reason: str | None
     nbytes_before: int
     nbytes_after: int
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether its values are floating."""
+        return self.dtype in jnp.__dict__ and jnp.issubdtype(self.dtype, jnp.floating)
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
@@ -73,6 +81,11 @@ class Plan:
         """Bytes of memory of the compressed tree."""
         return sum(leaf.nbytes_after for leaf in self.leaves)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know: which sub-trees look like stacked layers that no rule names."""
+        return tuple(stack.note for stack in stacks_of(self.leaves))
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain numbers and strings."""
         names = ("path", "shape", "dtype", "reason", "nbytes_before", "nbytes_after")
@@ -81,7 +94,8 @@ class Plan:
             | {name: _plain(value) for name, value in vars(leaf.options).items() if name not in ("skip", "min_size")}
             for leaf in self.leaves
         ]
-        return {"leaves": leaves, "nbytes_before": self.nbytes_before, "nbytes_after": self.nbytes_after}
+        sizes = {"nbytes_before": self.nbytes_before, "nbytes_after": self.nbytes_after}
+        return {"leaves": leaves, **sizes, "notes": list(self.notes)}
 
     def __str__(self) -> str:
         table = Table(title="compression plan")
@@ -94,7 +108,7 @@ class Plan:
             table.add_row(leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
         table.add_section()
         table.add_row("in all", "", "", "", "", "", f"{self.nbytes_before:,}", f"{self.nbytes_after:,}")
-        return render(table)
+        return "\n".join([render(table), *self.notes])
 
 
 def _plain(value):
@@ -111,7 +125,7 @@ def plan(
     scale=None,
     codebook_format=None,
     keep_zero: bool = False,
-    rules: Sequence[Rule] = (),
+    rules: Rule | Sequence[Rule] = (),
     min_size: int = 256,
 ) -> Plan:
     """The table of what `compress` would do with the same options, with sizes, from shapes alone.
@@ -147,16 +161,60 @@ def plan(
     return Plan(tuple(plan_leaves(params, options, rules)))
 
 
-def plan_leaves(params: Any, options: Options, rules: Sequence[Rule]) -> list[LeafPlan]:
+def plan_leaves(params: Any, options: Options, rules: Rule | Sequence[Rule]) -> list[LeafPlan]:
     """A `LeafPlan` for each leaf of the tree; a `CodebookArray` is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
     paths = [path_name(path) for path, _ in flat]
+    _check_tree(flat)
     _check_options(options, "compress")
     resolved = resolve(paths, options, rules)
-    return [_plan_leaf(path, leaf, o) for path, (_, leaf), o in zip(paths, flat, resolved, strict=True)]
+    why_not = no_parameters(params)
+    plans = [
+        _plan_leaf(path, leaf, o, why_not.get(path)) for path, (_, leaf), o in zip(paths, flat, resolved, strict=True)
+    ]
+    stacks = stacks_of(plans)
+    return [_unless_stacked(plan, stack_of(plan.path, stacks)) for plan in plans]
 
 
-def _plan_leaf(path: str, leaf: Any, options: Options) -> LeafPlan:
+def _check_tree(flat: Sequence[tuple[Any, Any]]) -> None:
+    """Raises ValueError for what is no tree of arrays: a function, a module, a list of numbers."""
+    wanted = "a tree of arrays is wanted, such as compress(variables['params'])"
+    if any(is_array(leaf) for _, leaf in flat):
+        return
+    for path, leaf in flat:
+        if not path:
+            raise ValueError(f"compress: params is {_kind(leaf)}, but {wanted}")
+        if isinstance(path[-1], jax.tree_util.SequenceKey) and isinstance(leaf, int | float):
+            raise ValueError(
+                f"{path_name(path)}: a Python {type(leaf).__name__} in a list, which would be a leaf of its own, but "
+                f"{wanted}; jnp.asarray makes a list of numbers an array"
+            )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape and dtype of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.__name__!r}, a function" if inspect.isroutine(leaf) else f"a {type(leaf).__name__}"
+
+
+def stacks_of(plans: Sequence[LeafPlan]) -> list[Stack]:
+    """The sub-trees that look like stacked layers, and of which no rule says what they are."""
+    floating = {plan.path: plan.shape for plan in plans if plan.is_floating}
+    told = {plan.path for plan in plans if plan.options.stack_axes or plan.options.skip is not None}
+    return [stack for stack in likely_stacks(floating) if not any(stack_of(path, [stack]) for path in told)]
+
+
+def _unless_stacked(plan: LeafPlan, stack: Stack | None) -> LeafPlan:
+    """The plan; of a leaf that has one axis only but for that of the stack, to leave it dense."""
+    if stack is None or plan.reason is not None or len(plan.shape) > 2:
+        return plan
+    return replace(plan, reason=f"one axis in each of {stack.length} stacked layers", nbytes_after=plan.nbytes_before)
+
+
+def _plan_leaf(path: str, leaf: Any, options: Options, why_not: str | None) -> LeafPlan:
     if not isinstance(options.axis, int):
         axis: Any = options.axis
         options = replace(options, axis=tuple(axis) if isinstance(axis, Iterable) else (axis,))
@@ -168,7 +226,7 @@ def _plan_leaf(path: str, leaf: Any, options: Options) -> LeafPlan:
                 f"{path}: rule {options.rule!r} insists on compressing it, but it is a CodebookArray already"
             )
         return LeafPlan(path, leaf.shape, str(leaf.dtype), options, "already compressed", leaf.nbytes, leaf.nbytes)
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+    if not is_array(leaf):
         if options.skip is False:
             kind = f"a {type(leaf).__name__}, not an array"
             raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but it is {kind}")
@@ -177,17 +235,17 @@ def _plan_leaf(path: str, leaf: Any, options: Options) -> LeafPlan:
     size, before = math.prod(shape), math.prod(shape) * leaf.dtype.itemsize
 
     def dense(reason: str) -> LeafPlan:
-        return LeafPlan(path, shape, str(leaf.dtype), options, reason, before, before)
+        return LeafPlan(path, shape, leaf.dtype.name, options, reason, before, before)
 
     if options.skip:
         return dense(f"rule {options.rule!r}")
     insists = options.skip is False
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        reason = f"dtype {leaf.dtype} is not floating"
-        if insists:
-            raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but its {reason}")
-        return dense(reason)
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    unfit = why_unfit(leaf.dtype)
+    if unfit is not None and insists:
+        raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but {unfit}")
+    if unfit is not None or (why_not is not None and not insists):
+        return dense(unfit or why_not or "")
+    dtype = native_dtype(leaf.dtype)
     if options.stack_axes > len(shape):
         raise ValueError(f"{path}: stack_axes={options.stack_axes}, but the leaf has shape {shape}")
     ndim = len(shape) - options.stack_axes
@@ -266,5 +324,5 @@ def _check_codebook_format(codebook_format, path: str) -> None:
         dtype = jnp.dtype(codebook_format)
     except TypeError as error:
         raise ValueError(f"{path}: codebook_format={codebook_format!r}, but {wanted}") from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{path}: codebook_format={dtype.name}, but {wanted} (integer words: QFormat)")
+    if reason := why_unfit(dtype):
+        raise ValueError(f"{path}: codebook_format={dtype.name}: {reason}, but {wanted} (integer words: QFormat)")

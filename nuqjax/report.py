@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +14,7 @@ from rich.table import Table
 from nuqjax import packing
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray, channel_block, dense_on_host, is_codebook_array
+from nuqjax.host import why_unfit
 from nuqjax.rules import path_name
 
 if TYPE_CHECKING:
@@ -107,9 +107,11 @@ class Report:
 
     Attributes:
       leaves: a `LeafReport` for each leaf, in the tree's order.
+      notes: what a user should know of the tree.
     """
 
     leaves: tuple[LeafReport, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def compressed(self) -> tuple[LeafReport, ...]:
@@ -199,7 +201,7 @@ class Report:
             line += f"; SQNR {t['sqnr_db']:.2f} dB"
         if t["nbytes_coded"] is not None:
             line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
-        return "\n".join([*parts, line])
+        return "\n".join([*parts, line, *self.notes])
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -239,7 +241,11 @@ def report(params: Any, cparams: Any) -> Report:
 
 
 def build_report(
-    params: Any, cparams: Any, reasons: Mapping[str, str], fits: Mapping[str, tuple[str, float | None]]
+    params: Any,
+    cparams: Any,
+    reasons: Mapping[str, str],
+    fits: Mapping[str, tuple[str, float | None]],
+    notes: tuple[str, ...] = (),
 ) -> Report:
     """`report`, with what only `compress` knows: by path, why a leaf is dense, and its method and certificate."""
     before, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
@@ -250,7 +256,7 @@ def build_report(
     for (path, dense), (_, leaf) in zip(before, after, strict=True):
         name = path_name(path)
         leaves.append(report_leaf(name, dense, leaf, reasons.get(name), *fits.get(name, (None, None))))
-    return Report(tuple(leaves))
+    return Report(tuple(leaves), notes)
 
 
 def report_leaf(
@@ -267,10 +273,9 @@ def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
         return LeafReport(path, (), type(leaf).__name__, 0, 0, 0, reason or "not an array")
     if reason is None:
         reason = "already compressed" if is_codebook_array(leaf) else "left dense"
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            reason = f"dtype {leaf.dtype} is not floating"
+        reason = reason if is_codebook_array(leaf) else why_unfit(leaf.dtype) or reason
     return LeafReport(
-        path, tuple(leaf.shape), str(leaf.dtype), math.prod(leaf.shape), int(leaf.nbytes), int(leaf.nbytes), reason
+        path, tuple(leaf.shape), leaf.dtype.name, math.prod(leaf.shape), int(leaf.nbytes), int(leaf.nbytes), reason
     )
 
 

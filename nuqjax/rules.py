@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -97,7 +97,7 @@ def path_name(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def resolve(paths: Sequence[str], options: Options, rules: Sequence[Rule]) -> list[Options]:
+def resolve(paths: Sequence[str], options: Options, rules: Rule | Iterable[Rule]) -> list[Options]:
     """The options of each leaf.
 
     Args:
@@ -108,9 +108,14 @@ def resolve(paths: Sequence[str], options: Options, rules: Sequence[Rule]) -> li
     Raises:
       ValueError: a rule matches no leaf, or only leaves that an earlier rule takes.
     """
+    rules = [rules] if isinstance(rules, Rule) else rules
+    wanted = 'a list of nuqjax.Rule is wanted, such as [nuqjax.Rule("kernel", bits=8)]'
+    if isinstance(rules, str | Mapping) or not isinstance(rules, Iterable):
+        raise ValueError(f"rules={rules!r}, but {wanted}")
+    rules = list(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise ValueError(f"rules hold {rule!r}, but nuqjax.Rule is wanted")
+            raise ValueError(f"rules hold {rule!r}, but {wanted}")
     matches = [[i for i, rule in enumerate(rules) if re.search(rule.pattern, path)] for path in paths]
     taken = {match[0] for match in matches if match}
     for i, rule in enumerate(rules):

@@ -17,15 +17,21 @@ settings.load_profile("nuqjax")
 
 
 def pytest_configure(config):
-    """What is compiled stays in a new folder until the end of the run, so that the same program is compiled once.
+    """Dtypes and ranks are not promoted, unless the environment says so, whatever the library computes.
+
+    What is compiled stays in a new folder until the end of the run, so that the same program is compiled once.
 
     Many tests compile what another has compiled, by a function of their own or in a process of their own. Each worker
     has a folder to itself: JAX does not write these files at a stroke.
     """
     folder = tempfile.TemporaryDirectory(prefix="nuqjax-compiled-")
     config.add_cleanup(folder.cleanup)
-    options = {"jax_compilation_cache_dir": folder.name, "jax_persistent_cache_min_compile_time_secs": 0.1}
-    for name, value in options.items():
+    for name, value in {
+        "jax_compilation_cache_dir": folder.name,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_numpy_dtype_promotion": os.environ.get("JAX_NUMPY_DTYPE_PROMOTION", "strict"),
+        "jax_numpy_rank_promotion": os.environ.get("JAX_NUMPY_RANK_PROMOTION", "raise"),
+    }.items():
         os.environ[name.upper()] = str(value)
         if "jax" in sys.modules:  # by a plug-in
             sys.modules["jax"].config.update(name, value)

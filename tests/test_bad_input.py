@@ -142,9 +142,9 @@ def test_stack_axes_beyond_the_shape():
 @pytest.mark.parametrize(
     ("path", "leaf", "kind"),
     [
-        ("step", np.ones((16, 32), np.int32), "its dtype int32 is not floating"),
-        ("flag", np.ones((16, 32), bool), "its dtype bool is not floating"),
-        ("key", jax.random.key(0), "its dtype key<fry> is not floating"),
+        ("step", np.ones((16, 32), np.int32), "dtype int32 is not floating"),
+        ("flag", np.ones((16, 32), bool), "dtype bool is not floating"),
+        ("key", jax.random.key(0), "dtype key<fry> is not floating"),
         ("rate", 0.5, "it is a float, not an array"),
     ],
 )

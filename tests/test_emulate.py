@@ -28,6 +28,7 @@ from nuqjax.fixed_point import (
     rounding_divide_by_power_of_two,
     saturating_rounding_doubling_high_mul,
 )
+from nuqjax.host import x64
 from tests import draws
 from tests.fixed_point_oracle import Oracle, same_padding
 
@@ -813,7 +814,7 @@ def test_the_words_do_not_depend_on_jit_nor_x64_nor_the_batch():
         np.testing.assert_array_equal(alone[0], expected[number])
         for site, words in others.words.items():
             np.testing.assert_array_equal(words[0], trace.words[site][number])
-    with jax.enable_x64(True):
+    with x64():
         again = calibrate(Linen().apply, cparams, IMAGES, word=12)
         assert again == formats
         wide, others = jax.jit(run)(cparams, many)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nuqjax import Fit, fit
 from nuqjax.fit import METHODS
+from nuqjax.host import x64
 
 K, R, N = 4, 2, 24
 BASELINES = [method for method in METHODS if method != "knq"]
@@ -85,7 +86,7 @@ def test_narrow_rows_are_fitted_as_float32(method, dtype):
 @baselines
 def test_float64_rows_are_fitted_in_float64(method):
     rows = np.random.default_rng(0).normal(size=(R, N))
-    with jax.enable_x64(True):
+    with x64():
         fitted = jit_fit(rows, K, method)
         assert all(x.dtype == jnp.float64 for x in fitted)
         same_on_the_host(method, rows, fitted)
@@ -235,7 +236,7 @@ def test_eager_jit_and_x64_give_the_same_bits(method):
     weights = jnp.asarray(np.random.default_rng(8).uniform(0.5, 2, (R, N)), jnp.float32)
     compiled = jit_fit(rows, K, method, weights=weights)
     same(fit(rows, K, method, weights=weights), compiled)
-    with jax.enable_x64(True):
+    with x64():
         same(jit_fit(rows, K, method, weights=weights), compiled)
         same(fit(rows, K, method, weights=weights), compiled)
 
@@ -277,8 +278,8 @@ def test_shapes_without_computing():
         ),
         ({"rows": jnp.ones(5)}, r"fit: rows of shape \(5,\), but \[R, N\] is wanted"),
         ({"rows": jnp.ones((2, 3, 4))}, r"fit: rows of shape \(2, 3, 4\), but \[R, N\] is wanted"),
-        ({"rows": jnp.ones((2, 3), jnp.int32)}, "fit: rows of dtype int32, but a floating dtype is wanted"),
-        ({"rows": jnp.ones((2, 3), jnp.complex64)}, "fit: rows of dtype complex64, but a floating dtype is wanted"),
+        ({"rows": jnp.ones((2, 3), jnp.int32)}, "fit: rows: dtype int32 is not floating, but a floating dtype"),
+        ({"rows": jnp.ones((2, 3), jnp.complex64)}, "fit: rows: dtype complex64 is not floating, but a floating dtype"),
         ({"num_levels": 0}, "fit: num_levels is 0, but a whole number from 1 to 256 is wanted"),
         ({"num_levels": 257}, "fit: num_levels is 257, but a whole number from 1 to 256 is wanted"),
         ({"num_levels": 4.0}, "fit: num_levels is 4.0, but a whole number from 1 to 256 is wanted"),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nuqjax.fit_enq import fit_enq
+from nuqjax.host import x64
 
 jit_enq = jax.jit(fit_enq, static_argnames=("num_levels", "keep_zero"))
 N = 48
@@ -94,7 +95,7 @@ def test_the_widest_range_of_float32():
 
 def test_float64_rows():
     rows = np.random.default_rng(1).normal(size=(2, 500))
-    with jax.enable_x64(True):
+    with x64():
         fitted = jit_enq(rows, 16)
         assert fitted.levels.dtype == jnp.float64
         assert_described(fitted.levels, rows, 16)

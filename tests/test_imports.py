@@ -21,6 +21,7 @@ LEAF = {"host", "rows", "packing", "fixed_point", "codebook_array"}
 EMULATION = {"emulate", "calibrate", "fold"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"jax"}),
+    "stacks": ({"rules"}, {"jax"}),
     "host": (set(), ARRAYS),
     "rows": ({"host"}, ARRAYS),
     "assign": ({"host", "rows"}, ARRAYS),
@@ -34,7 +35,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "codebook_array": ({"host", "rows", "packing", "fixed_point"}, ARRAYS),
     "plot": (LEAF, {*ARRAYS, "matplotlib"}),
     "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
-    "plan": ({"rules", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "plan": ({"rules", "stacks", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
     "compress": ({"rules", "assign", "fit", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
     "interpret": (set(), ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),

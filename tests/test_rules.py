@@ -129,5 +129,5 @@ class TestRefusals:
             resolve(PATHS, Options(), [rule, rule])
 
     def test_what_is_no_rule(self):
-        with pytest.raises(ValueError, match=r"rules hold 'head', but nuqjax.Rule is wanted"):
+        with pytest.raises(ValueError, match=r"rules hold 'head', but a list of nuqjax.Rule is wanted"):
             resolve(PATHS, Options(), ["head"])
