@@ -11,6 +11,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
@@ -179,9 +180,15 @@ def level_values(leaf: CodebookArray) -> jax.Array:
 
 def decode(leaf: CodebookArray) -> jax.Array:
     """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
+    leaf = held_by_jax(leaf)
     if leaf.size == 0:
         return jnp.zeros(leaf.shape, leaf.dtype)
     return _over_stack(_decode_slice, leaf)(leaf)
+
+
+def held_by_jax(leaf: CodebookArray) -> CodebookArray:
+    """The leaf with JAX arrays where it has NumPy's, as after `jax.device_get`: tracers can index those alone."""
+    return jax.tree.map(jnp.asarray, leaf)
 
 
 def is_on_host(leaf: CodebookArray) -> bool:
@@ -195,7 +202,7 @@ def dense_on_host(leaf: CodebookArray) -> np.ndarray:
     leaf = replace(leaf, **arrays)
     dense = np.zeros(leaf.shape, leaf.dtype)
     for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
-        dense[place] = _decode_slice(leaf[place])
+        dense[place] = _decode_slice_on_host(leaf[place])
     return dense
 
 
@@ -210,7 +217,7 @@ def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
     Returns:
       The dense array with axis `axis` of length n.
     """
-    shape = leaf.slice_shape
+    leaf, shape = held_by_jax(leaf), leaf.slice_shape
     outputs, inputs = _axis_numbers(leaf, shape)
     taken = (*shape[:axis], index.shape[0], *shape[axis + 1 :])
     if axis in leaf.axes:
@@ -276,17 +283,37 @@ def _decoding_levels(leaf: CodebookArray) -> Any:
     return levels.astype(jnp.promote_types(jnp.float32, leaf.dtype))
 
 
-def _decode_slice(leaf: CodebookArray) -> Any:
+def _decode_slice(leaf: CodebookArray) -> jax.Array:
+    """Every array is `[O, I]`: TPUs pad rows of another length, and one row of all values to many times its size."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    indices = packing.unpack(leaf.packed, leaf.bits, inputs).astype(jnp.int32)
+    levels = _decoding_levels(leaf)
+    if leaf.granularity == "tensor":
+        values = levels[0].at[indices].get(mode="promise_in_bounds")
+    else:
+        output, input = (lax.broadcasted_iota(jnp.int32, (outputs, inputs), axis) for axis in (0, 1))
+        row = rows_.row_of(output, input, inputs, leaf.granularity)
+        values = levels.at[row, indices].get(mode="promise_in_bounds")
+    if leaf.scale is not None:
+        values = values * _factors(leaf, inputs).astype(values.dtype)
+    return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
+    """`_decode_slice` of NumPy arrays, row by row."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs)
     values = rows_.look_up(_decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        xp = rows_.namespace(values)
-        factors = xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
-        factors = factors.astype(values.dtype)
-        values = flushed(flushed(values) * flushed(factors)) if xp is np else values * factors
+        values = flushed(flushed(values) * flushed(_factors(leaf, inputs).astype(values.dtype)))
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def _factors(leaf: CodebookArray, inputs: int) -> Any:
+    """`[O, I]` the scale of each value."""
+    xp = rows_.namespace(leaf.scale)
+    return xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
 
 
 def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:
