@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from nuqjax.codebook_array import CodebookArray, check_layout, decode, decode_take, held_by_jax, is_codebook_array
+from nuqjax.codebook_array import CodebookArray, check_layout, decode, decode_take, is_codebook_array
 from nuqjax.interpret import COMPUTED, CONTROL_FLOW, Interpreter, Rule, Site, argument_name, bind, scan_parts, trace
 from nuqjax.rules import path_name
 
@@ -126,7 +126,7 @@ class _Lifted:
                     "return the new value, or give it nuqjax.decompress of the tree"
                 )
         interpreter = _interpreter(self._loop_bytes)
-        values = [Packed(held_by_jax(x), path_name(path)) if is_codebook_array(x) else x for path, x in traced.arrays]
+        values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in traced.arrays]
         results = interpreter.lower_all(interpreter.evaluate(traced.jaxpr, values))
         results = [_as_array(x, aval) for x, aval in zip(results, traced.jaxpr.out_avals, strict=True)]
         outputs, computed = results[: traced.outputs.num_leaves], iter(results[traced.outputs.num_leaves :])

@@ -104,10 +104,12 @@ class TestSharded:
         assert_near(self.mapped(nuqjax.apply(fn))(nuqjax.decompress(CPARAMS), X), expected)
         assert_near(self.mapped(nuqjax.apply(fn, loop_bytes=loop_bytes))(CPARAMS, X), expected)
 
-    def test_a_leaf_that_varies(self):
+    @pytest.mark.parametrize("loop", [False, True])
+    def test_a_leaf_that_varies(self, loop):
         stacked = small({"w": draws.normal(0, 1, 8, 8)}, rules=[Rule("w", stack_axes=1)])
-        fn = lambda p, x: x @ p["w"][0]  # noqa: E731
-        got = jax.shard_map(nuqjax.apply(fn), mesh=MESH, in_specs=(P("m"), P()), out_specs=P("m"))(stacked, X)
+        step = lambda p, x: jnp.tanh(x @ p["w"][0])  # noqa: E731
+        fn = (lambda p, x: lax.fori_loop(0, 2, lambda _, c: step(p, c), x)) if loop else step
+        got = jax.shard_map(nuqjax.apply(fn), mesh=MESH, in_specs=(P("m"), P("m")), out_specs=P("m"))(stacked, X)
         assert_near(got, fn(nuqjax.decompress(stacked), X))
 
 
