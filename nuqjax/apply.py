@@ -7,6 +7,8 @@ values: each layer just before it runs, an embedding look-up only the rows looke
 
 import functools
 import math
+import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
-from nuqjax.codebook_array import CodebookArray, decode, decode_take, is_codebook_array
-from nuqjax.interpret import Interpreter, Site, bind, trace
+from nuqjax.codebook_array import CodebookArray, check_layout, decode, decode_take, is_codebook_array
+from nuqjax.interpret import COMPUTED, CONTROL_FLOW, Interpreter, Rule, Site, argument_name, bind, scan_parts, trace
 from nuqjax.rules import path_name
 
 
@@ -56,21 +58,42 @@ class Packed:
         return array
 
 
-def apply(fn: Callable[..., Any]) -> Callable[..., Any]:
+LOOP_BYTES = 2**28
+
+
+def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES) -> Callable[..., Any]:
     """Lifts a function of dense arrays to one that takes `CodebookArray` leaves anywhere in its arguments.
 
     The function is not changed: a Flax `model.apply`, an NNX call, an equinox module's, any JAX code. What it computes
-    is what it computes on `nuqjax.decompress` of its arguments: bit for bit when run eagerly, and under `jit` up to the
-    order in which XLA sums. Compose it with `jit` (pass the tree as an argument, so that it is not baked in), `grad`,
-    `vmap`, sharding and `jax.export`. Arguments that are not arrays (`train=False`, `mutable=…`) are static.
+    is what it computes on `nuqjax.decompress` of its arguments. Run eagerly, each operation gives the same bits; where
+    XLA compiles several together (under `jit`, and in loops and inner `jit`s that a compressed leaf enters), results
+    are equal up to the order in which XLA sums. Compose it with `jit` (pass the tree as an argument, so that it is not
+    baked in), `grad`, `vmap`, `shard_map`, sharding and `jax.export`. Arguments that are not arrays (`train=False`,
+    `mutable=…`) are static.
+
+    What the function changes in place in its arguments is written back to them, as by the function itself: the state of
+    NNX modules (caches, batch statistics, counts of random streams), the entries of dicts and lists. Where that cannot
+    be done, for a compressed leaf say, an error names the leaf.
+
+    Memory and speed: a leaf is decoded at each use, in each call. Only loops (`scan`, `while_loop`) have the weights
+    that they close over decoded before they begin, as many as take at most `loop_bytes` together, so that a step does
+    not decode them anew; layers that a `scan` runs over are always decoded one by one, and look-ups row by row. To
+    decode once for many calls, pass `nuqjax.decompress(cparams)` to `fn` itself.
 
     Each call traces the function anew: put it under `jax.jit` where it runs more than once.
 
     Args:
       fn: a function that JAX can trace.
+      *misplaced: nothing: the arguments of `fn` go to the function that is returned.
+      loop_bytes: bytes that the weights decoded for one loop may take; 0 decodes in each step.
 
     Returns:
-      A function of the same arguments and outputs; outputs are dense.
+      A function of the same arguments and outputs; outputs are dense JAX arrays. It pickles if `fn` does.
+
+    Raises:
+      TypeError: `fn` is a model, not a function of it, or arguments of the function are given here.
+      ValueError: (the returned function) a leaf was sliced along an axis that is no stack axis, or an optimizer changed
+        its indices; what the function changes in place cannot be written back. The message names the leaf.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> predict = lambda params, x: jnp.tanh(x @ params["w"] + params["b"])
@@ -79,15 +102,96 @@ def apply(fn: Callable[..., Any]) -> Callable[..., Any]:
     >>> jax.jit(apply(predict))(cparams, jnp.ones((2, 16))).shape
     (2, 32)
     """
+    _check_function(fn, misplaced)
+    return functools.update_wrapper(_Lifted(fn, loop_bytes), fn)
 
-    @functools.wraps(fn)
-    def run(*args, **kwargs):
-        traced = trace(fn, args, kwargs, is_codebook_array)
+
+class _Lifted:
+    """A lifted function. A class, so that it pickles."""
+
+    def __init__(self, fn: Callable[..., Any], loop_bytes: int):
+        self._fn, self._loop_bytes = fn, loop_bytes
+
+    def __call__(self, *args, **kwargs):
+        leaves = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]
+        for path, x in leaves:
+            if is_codebook_array(x):
+                check_layout(x, argument_name(path))
+        traced = trace(self._fn, args, kwargs, is_codebook_array, keep_changes=True)
+        held = dict(traced.arrays)
+        for path, _ in traced.changed:
+            if is_codebook_array(held.get(path)):
+                raise ValueError(
+                    f"nuqjax.apply: the function changes a compressed leaf in place, {argument_name(path)}; let it "
+                    "return the new value, or give it nuqjax.decompress of the tree"
+                )
+        interpreter = _interpreter(self._loop_bytes)
         values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in traced.arrays]
-        outputs = _INTERPRETER.lower_all(_INTERPRETER.evaluate(traced.jaxpr, values))
+        results = interpreter.lower_all(interpreter.evaluate(traced.jaxpr, values))
+        results = [_as_array(x, aval) for x, aval in zip(results, traced.jaxpr.out_avals, strict=True)]
+        outputs, computed = results[: traced.outputs.num_leaves], iter(results[traced.outputs.num_leaves :])
+        for path, value in traced.changed:
+            _write((args, kwargs), path, next(computed) if value is COMPUTED else value)
         return jax.tree.unflatten(traced.outputs, outputs)
 
-    return run
+    def __get__(self, instance, owner=None):
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self):
+        name = getattr(self._fn, "__qualname__", "")
+        if getattr(sys.modules.get(getattr(self._fn, "__module__", "")), name, None) is self:
+            return name  # `@nuqjax.apply` at the top of a module
+        return functools.partial(apply, loop_bytes=self._loop_bytes), (self._fn,)
+
+
+def _check_function(fn: Any, misplaced: Sequence[Any]) -> None:
+    """Raises TypeError, showing the right call, unless `fn` alone is given, and is no model or tree."""
+    if misplaced:
+        raise TypeError(
+            "nuqjax.apply takes a function, and gives one that takes the arguments: nuqjax.apply(fn)(cparams, x)"
+        )
+    if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
+        raise TypeError(
+            f"nuqjax.apply: {type(fn).__name__} is a model, and a function is wanted: "
+            "nuqjax.apply(model.apply)(cparams, x)"
+        )
+    bound = fn if not isinstance(fn, functools.partial) else (fn.args, fn.keywords)
+    leaves = jax.tree.leaves(bound, is_leaf=is_codebook_array)
+    is_model = not isinstance(fn, functools.partial) and any(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    if not callable(fn) or is_model or any(map(is_codebook_array, leaves)):
+        raise TypeError(
+            f"nuqjax.apply: {type(fn).__name__} is no function of the compressed tree, which is to be its argument: "
+            "nuqjax.apply(fn)(cparams, x), or nuqjax.apply(lambda model, x: model(x))(cmodel, x)"
+        )
+
+
+def _as_array(x: Any, aval: Any) -> jax.Array:
+    """A result that is a literal of the traced program, or an argument as it came in, as an array."""
+    if isinstance(x, jax.Array):
+        return x
+    x = np.asarray(x)
+    return jnp.asarray(x.item()) if aval.weak_type and x.ndim == 0 else jnp.asarray(x, aval.dtype)
+
+
+def _write(tree: Any, path: Sequence[Any], value: Any) -> None:
+    """Puts a value in a leaf's place, in the containers of the tree themselves."""
+    *parents, last = path
+    try:
+        for key in parents:
+            tree = (
+                getattr(tree, key.name) if hasattr(key, "name") else tree[key.key if hasattr(key, "key") else key.idx]
+            )
+        if not hasattr(last, "name"):
+            tree[last.key if hasattr(last, "key") else last.idx] = value
+        elif hasattr(tree, "set_value"):  # a Variable of NNX
+            tree.set_value(value)
+        else:
+            setattr(tree, last.name, value)
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"nuqjax.apply: the function changes {argument_name(path)} in place, which cannot be written back "
+            f"({error}); let it return the new value"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,6 +236,8 @@ _after_p.def_impl(lambda packed, token: packed)
 _after_p.def_abstract_eval(lambda packed, token: packed)
 batching.primitive_batchers[_after_p] = _batch_after
 ad.primitive_jvps[_after_p] = _jvp_after
+# `linear_transpose` takes all that hangs on its input for linear in it: the order of decoding is given up there.
+partial_eval.custom_partial_eval_rules[_after_p] = lambda trace, packed, token: packed
 mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_barrier, multiple_results=False))
 mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_data, multiple_results=False), platform="cpu")
 
@@ -264,19 +370,58 @@ def _taken_axis(eqn: core.JaxprEqn) -> int | None:
     return axis if whole and not numbers.operand_batching_dims else None
 
 
-_INTERPRETER = Interpreter(
-    is_lifted=lambda x: isinstance(x, Packed),
-    lower=_lower,
-    rules={
-        "convert_element_type": _keep,
-        "transpose": _keep,
-        "reshape": _keep,
-        "broadcast_in_dim": _keep,
-        "rev": _keep,
-        "copy": _keep,
-        "squeeze": _squeeze,
-        "slice": _slice,
-        "dynamic_slice": _dynamic_slice,
-        "gather": _gather,
-    },
-)
+def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """What each step of a loop would decode anew is decoded before it, as far as `loop_bytes` reach."""
+    constants = _loop_constants(eqn, len(operands))
+    repeated = _decoded_inside(interpreter, site, eqn, operands)
+    arrays = [x for x in operands if not interpreter.is_lifted(x)]
+    operands = list(operands)
+    for n in constants:
+        x = operands[n]
+        if isinstance(x, Packed) and x.path in repeated:
+            size = x.leaf.size * np.dtype(x.leaf.dtype).itemsize
+            if size <= loop_bytes:
+                loop_bytes -= size
+                operands[n] = interpreter.lower(x, arrays)
+    if not any(map(interpreter.is_lifted, operands)):
+        return bind(eqn, operands)
+    return CONTROL_FLOW[site.primitive](interpreter, site, eqn, *operands)
+
+
+def _loop_constants(eqn: core.JaxprEqn, count: int) -> range:
+    """Which of a loop's operands are the same in every step."""
+    if eqn.primitive.name == "scan":
+        return range(scan_parts(eqn.params, count)[0])
+    return range(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"])
+
+
+def _decoded_inside(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> set[str]:
+    """Paths of the leaves that an equation with an inside decodes whole: found by tracing it."""
+    paths = set()
+
+    def note(value: Packed, others: Sequence[Any]):
+        paths.add(value.path)
+        return value.finish(jnp.zeros(value.leaf.shape, value.leaf.dtype))
+
+    noting = Interpreter(interpreter.is_lifted, note, _RULES)
+    jax.eval_shape(lambda: (CONTROL_FLOW[site.primitive](noting, site, eqn, *operands), None)[1])
+    return paths
+
+
+_RULES: dict[str, Rule] = {
+    "convert_element_type": _keep,
+    "transpose": _keep,
+    "reshape": _keep,
+    "broadcast_in_dim": _keep,
+    "rev": _keep,
+    "copy": _keep,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+}
+
+
+def _interpreter(loop_bytes: int) -> Interpreter:
+    loop = functools.partial(_loop, loop_bytes)
+    return Interpreter(lambda x: isinstance(x, Packed), _lower, _RULES | {"scan": loop, "while": loop})

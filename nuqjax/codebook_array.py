@@ -8,16 +8,22 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
 from nuqjax.fixed_point import QFormat
-from nuqjax.host import flushed, on_host, to_numpy, working_dtype
+from nuqjax.host import flushed, on_host, to_jax, to_numpy, working_dtype
 from nuqjax.rows import ChannelGroups, Granularity, InputGroups
 
+_HOW_TO_RUN = (
+    "Run the model by nuqjax.apply: nuqjax.apply(model.apply)(cparams, x), or nuqjax.apply(lambda model, x: model(x))"
+    "(cmodel, x), with the compressed tree as an argument; nuqjax.decompress gives the dense array"
+)
 _LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_format", "scale_group")
 
 
@@ -44,6 +50,12 @@ class CodebookArray:
       axes: the output axes of a slice, ascending.
       codebook_format: the `QFormat` of integer levels; None where levels are floating.
       scale_group: values of a channel that share a scale; 0 where there is no scale.
+
+    Code for arrays takes it through `nuqjax.apply` only: an operator, a JAX function or an index beyond the stack axes
+    raises an error that says so. Flax linen checks shapes first: "initializer is expected to generate shape …, but the
+    existing parameter it received has shape (1, 16)" is `model.apply(cparams, x)` without `nuqjax.apply`. What is
+    trained are the levels: give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Of the tree
+    itself `jax.grad` says "got uint8", and optimizers make moments of the indices without a word.
     """
 
     levels: jax.Array
@@ -108,10 +120,23 @@ class CodebookArray:
         taken = sum(np.ndim(i) if _is_mask(i) else 1 for i in index if i is not None)
         if any(i is Ellipsis for i in index) or taken > stack:
             raise IndexError(
-                f"a CodebookArray is indexed along its {stack} stack axes only (shape {self.shape}); "
-                "nuqjax.decompress gives the dense array"
+                f"a CodebookArray is indexed along its {stack} stack axes only (shape {self.shape}). {_HOW_TO_RUN}"
             )
-        return jax.tree.map(lambda a: a[index], self)
+        leaf = held_by_jax(self) if any(isinstance(i, jax.core.Tracer) for i in index) else self
+        return jax.tree.map(lambda a: a[index], leaf)
+
+    def __getattr__(self, name: str):
+        hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
+        raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
+
+    def __jax_array__(self):
+        raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
+
+    def _no_operand(self, other):
+        return self.__jax_array__()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
+    __matmul__ = __rmatmul__ = _no_operand
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if copy is False:
@@ -179,9 +204,16 @@ def level_values(leaf: CodebookArray) -> jax.Array:
 
 def decode(leaf: CodebookArray) -> jax.Array:
     """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
+    check_layout(leaf)
+    leaf = held_by_jax(leaf)
     if leaf.size == 0:
         return jnp.zeros(leaf.shape, leaf.dtype)
     return _over_stack(_decode_slice, leaf)(leaf)
+
+
+def held_by_jax(leaf: CodebookArray) -> CodebookArray:
+    """The leaf with JAX arrays where it has NumPy's, as after `jax.device_get`: tracers can index those alone."""
+    return jax.tree.map(jnp.asarray, leaf)
 
 
 def is_on_host(leaf: CodebookArray) -> bool:
@@ -191,11 +223,12 @@ def is_on_host(leaf: CodebookArray) -> bool:
 
 def dense_on_host(leaf: CodebookArray) -> np.ndarray:
     """`decode` by NumPy, of a leaf that is on the host: the same bits, and nothing is compiled."""
+    check_layout(leaf)
     arrays = {name: to_numpy(getattr(leaf, name)) for name in ("levels", "packed", "scale")}
     leaf = replace(leaf, **arrays)
     dense = np.zeros(leaf.shape, leaf.dtype)
     for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
-        dense[place] = _decode_slice(leaf[place])
+        dense[place] = _decode_slice_on_host(leaf[place])
     return dense
 
 
@@ -210,7 +243,7 @@ def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
     Returns:
       The dense array with axis `axis` of length n.
     """
-    shape = leaf.slice_shape
+    leaf, shape = held_by_jax(leaf), leaf.slice_shape
     outputs, inputs = _axis_numbers(leaf, shape)
     taken = (*shape[:axis], index.shape[0], *shape[axis + 1 :])
     if axis in leaf.axes:
@@ -276,24 +309,69 @@ def _decoding_levels(leaf: CodebookArray) -> Any:
     return levels.astype(working_dtype(leaf.dtype))
 
 
-def _decode_slice(leaf: CodebookArray) -> Any:
+def _decode_slice(leaf: CodebookArray) -> jax.Array:
+    """Every array is `[O, I]`: TPUs pad rows of another length, and one row of all values to many times its size."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    indices = packing.unpack(leaf.packed, leaf.bits, inputs).astype(jnp.int32)
+    levels = _decoding_levels(leaf)
+    if leaf.granularity == "tensor":
+        values = levels[0].at[indices].get(mode="promise_in_bounds")
+    else:
+        output, input = (lax.broadcasted_iota(jnp.int32, (outputs, inputs), axis) for axis in (0, 1))
+        row = rows_.row_of(output, input, inputs, leaf.granularity)
+        values = levels.at[row, indices].get(mode="promise_in_bounds")
+    if leaf.scale is not None:
+        values = values * _factors(leaf, inputs).astype(values.dtype)
+    return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
+    """`_decode_slice` of NumPy arrays, row by row."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs)
     values = rows_.look_up(_decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        xp = rows_.namespace(values)
-        factors = xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
-        factors = factors.astype(values.dtype)
-        values = flushed(flushed(values) * flushed(factors)) if xp is np else values * factors
+        values = flushed(flushed(values) * flushed(_factors(leaf, inputs).astype(values.dtype)))
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def _factors(leaf: CodebookArray, inputs: int) -> Any:
+    """`[O, I]` the scale of each value."""
+    xp = rows_.namespace(leaf.scale)
+    return xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
 
 
 def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:
     """The leaf with floating levels `[*S, R, K]` in place of its own."""
     if jnp.shape(levels) != leaf.levels.shape:
         raise ValueError(f"levels of shape {jnp.shape(levels)}, but the leaf has {leaf.levels.shape}")
-    return replace(leaf, levels=levels, codebook_format=None)
+    return replace(leaf, levels=to_jax(levels) if isinstance(levels, np.ndarray) else levels, codebook_format=None)
+
+
+def check_layout(leaf: CodebookArray, path: str = "a compressed leaf") -> None:
+    """Raises ValueError, naming `path`, where JAX took a leaf for its arrays: sliced them, or trained its indices."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    ends = {
+        "levels": (rows_.row_shape(outputs, inputs, leaf.granularity)[0], 1 << leaf.bits),
+        "packed": (outputs, packing.packed_size(inputs, leaf.bits)),
+    }
+    if leaf.scale is not None:
+        ends["scale"] = (outputs, -(-inputs // leaf.scale_group))
+    shapes = {name: tuple(getattr(leaf, name).shape) for name in ends}
+    stacks = {shapes[name][: max(0, len(shapes[name]) - 2)] for name in ends}
+    if len(stacks) > 1 or any(shapes[name][-2:] != ends[name] for name in ends):
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        wanted = ", ".join(f"{name} [*S, {', '.join(map(str, end))}]" for name, end in ends.items())
+        raise ValueError(
+            f"{path}: {got}, but {wanted} are wanted: vmap, scan or tree.map took an axis of its arrays that is no "
+            "stack axis S. nuqjax.Rule(pattern, stack_axes=1) compresses each slice of a leading axis by itself"
+        )
+    if leaf.packed.dtype != jnp.uint8:
+        raise ValueError(
+            f"{path}: packed has dtype {leaf.packed.dtype}, but uint8 indices are wanted: they are not to be trained. "
+            "Give grad and optimizers nuqjax.codebooks(cparams), and put them back by nuqjax.with_codebooks"
+        )
 
 
 def check(leaf: CodebookArray, path: str = "leaf") -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 
 class Site(NamedTuple):
@@ -69,7 +69,9 @@ class Interpreter:
             name = eqn.primitive.name
             ordinal = seen.get((here, name), 0)
             seen[here, name] = ordinal + 1
-            env.update(zip(eqn.outvars, self._equation(Site(here, name, ordinal), eqn, operands), strict=True))
+            with _as_written(eqn):
+                outputs = self._equation(Site(here, name, ordinal), eqn, operands)
+            env.update(zip(eqn.outvars, outputs, strict=True))
             for var in last_use.get(number, ()):  # so that eager evaluation frees what it no longer needs
                 del env[var]
         return [v.val if isinstance(v, core.Literal) else env[v] for v in inner.outvars]
@@ -77,7 +79,7 @@ class Interpreter:
     def _equation(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
         if not any(map(self.is_lifted, operands)):
             return bind(eqn, operands)
-        rule = self.rules.get(site.primitive) or _CONTROL_FLOW.get(site.primitive) or self.default
+        rule = self.rules.get(site.primitive) or CONTROL_FLOW.get(site.primitive) or self.default
         if rule is None:
             return bind(eqn, self.lower_all(operands))
         return rule(self, site, eqn, *operands)
@@ -92,18 +94,30 @@ class Traced(NamedTuple):
     """A function traced to a jaxpr, its arguments told apart into arrays, which it takes, and the rest, static.
 
     Attributes:
-      jaxpr: takes the arrays, in the order of `arrays`, and gives the outputs' leaves.
+      jaxpr: takes the arrays, in the order of `arrays`, and gives the outputs' leaves, then the arrays of `changed`.
       arrays: path and value of every argument that is an array or a leaf like one.
       outputs: the structure of the outputs.
+      changed: paths of the leaves of the arguments that the function replaced in place, with what it put there if that
+        is no array. Empty unless `trace` was asked to keep them.
     """
 
     jaxpr: core.ClosedJaxpr
     arrays: list[tuple[tuple[Any, ...], Any]]
     outputs: Any
+    changed: list[tuple[tuple[Any, ...], Any]]
+
+
+COMPUTED = object()
+"""Stands in `Traced.changed` for an array, which is among the outputs."""
 
 
 def trace(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], is_leaf: Callable[[Any], bool]
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    is_leaf: Callable[[Any], bool],
+    *,
+    keep_changes: bool = False,
 ) -> Traced:
     """Traces `fn` on the dense shapes of its arguments.
 
@@ -112,26 +126,85 @@ def trace(
       args: its arguments: pytrees of arrays, of leaves that stand for one, and of anything else.
       kwargs: its arguments by name, likewise.
       is_leaf: tells the leaves that stand for an array; they have a `shape` and a `dtype`.
+      keep_changes: give what the function changes in its arguments, too.
+
+    Raises:
+      ValueError: with `keep_changes`, what the function changed in place is no single leaf: it added or took one away,
+        or changed a static field.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
-    kinds = jax.Array | np.ndarray | np.generic
-    traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, kinds)]
+    traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
+    changed: list[tuple[tuple[Any, ...], Any]] = []
 
     def dense(*arrays):
         values = [x for _, x in flat]
         for n, array in zip(traced, arrays, strict=True):
             values[n] = array
         args, kwargs = structure.unflatten(values)
-        return fn(*args, **kwargs)
+        before = jax.tree.structure((args, kwargs), is_leaf=is_leaf)
+        outputs = fn(*args, **kwargs)
+        computed = []
+        if keep_changes:
+            for path, old, new in _changes((args, kwargs), before, [p for p, _ in flat], values, is_leaf):
+                del old
+                is_array = isinstance(new, _ARRAYS)
+                changed.append((path, COMPUTED if is_array else new))
+                computed += [new] if is_array else []
+        return outputs, computed
 
     def shape_of(x):
+        varying = _varying_type(jax.tree.leaves(x))
         if is_leaf(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
         aval = jax.typeof(x)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+        weak = getattr(aval, "weak_type", False)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak, **varying)
 
-    jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
-    return Traced(jaxpr, [flat[n] for n in traced], jax.tree.structure(shapes))
+    jaxpr, (shapes, _) = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
+    return Traced(jaxpr, [flat[n] for n in traced], jax.tree.structure(shapes), changed)
+
+
+_ARRAYS = jax.Array | np.ndarray | np.generic
+
+
+def _changes(tree, before, paths, values, is_leaf):
+    """Path, old and new value of each leaf that is another than before."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    missing = dict.fromkeys(paths)
+    added = [path for path, _ in flat if path not in missing]
+    for path, _ in flat:
+        missing.pop(path, None)
+    if added or missing:
+        path, done = (added[0], "adds") if added else (next(iter(missing)), "takes away")
+        raise ValueError(
+            f"nuqjax.apply: the function {done} {argument_name(path)}, which cannot be written back: let it return the "
+            "new state, or make the place for it before the call"
+        )
+    if structure != before:
+        number = next(
+            n for n, (a, b) in enumerate(zip(_arguments(structure), _arguments(before), strict=True)) if a != b
+        )
+        raise ValueError(
+            f"nuqjax.apply: the function changes a static field of its argument {number}, such as a module's mode, "
+            "which cannot be written back: set it before the call (model.eval())"
+        )
+    for (path, new), old in zip(flat, values, strict=True):
+        if new is not old and not (type(new) is type(old) and not isinstance(new, _ARRAYS) and new == old):
+            yield path, old, new
+
+
+def _arguments(structure) -> list[Any]:
+    """The structures of the arguments, by place and by name."""
+    return [argument for group in structure.children() for argument in group.children()]
+
+
+def argument_name(path: Sequence[Any]) -> str:
+    """A leaf of the arguments as messages name it: `argument 0, cache/key`."""
+    argument, *inside = path[1:]
+    name = jax.tree_util.keystr((argument,), simple=True)
+    return ", ".join(
+        [f"argument {name}", *filter(None, [jax.tree_util.keystr(tuple(inside), simple=True, separator="/")])]
+    )
 
 
 def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
@@ -151,9 +224,39 @@ def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
 
 def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     """The equation's outputs for arrays, exactly as JAX would compute them."""
+    operands = [_varying(x, _varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
     with eqn.ctx.manager:
         outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
     return outputs if eqn.primitive.multiple_results else [outputs]
+
+
+def _as_written(eqn: core.JaxprEqn):
+    """A context: what is bound in it has the equation's names, below those around it, and its place in the source."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
+
+
+def _varying_axes(aval: Any) -> frozenset[Any]:
+    """The axes of a `jax.shard_map` over which an array of this type varies."""
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()) or getattr(aval, "vma", ()))
+
+
+def _varying(x: Any, axes: frozenset[Any]) -> Any:
+    """`x` as varying over these axes, too."""
+    missing = axes - _varying_axes(jax.typeof(x))
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def _varying_type(arrays: Sequence[Any]) -> dict[str, Any]:
+    """What tells `jax.ShapeDtypeStruct` that an array computed of all these varies as they do."""
+    axes = frozenset().union(*(_varying_axes(jax.typeof(x)) for x in arrays))
+    if not axes:
+        return {}
+    aval = jax.typeof(_varying(arrays[0], axes))
+    if not hasattr(aval, "manual_axis_type"):
+        return {"vma": aval.vma}
+    sharding = jax.sharding.NamedSharding(aval.sharding.mesh, jax.sharding.PartitionSpec())
+    return {"manual_axis_type": aval.manual_axis_type, "sharding": sharding}
 
 
 def _closed(jaxpr: Any) -> core.ClosedJaxpr:
@@ -280,7 +383,7 @@ def _can_scan(value: Any) -> bool:
     return bool(getattr(value, "stacked", False))
 
 
-_CONTROL_FLOW: dict[str, Rule] = {
+CONTROL_FLOW: Mapping[str, Rule] = {
     "jit": _jit,
     "pjit": _jit,
     "closed_call": _call,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from nuqjax.rows import namespace
 
@@ -83,8 +84,11 @@ def unpack(packed: Any, bits: int, count: int) -> Any:
     *lead, size = packed.shape
     if bits == 8:
         return packed[..., :count]
-    group, width = _period(bits)
     xp = namespace(packed)
+    if xp is jnp and 8 % bits == 0:  # no index straddles two bytes: a form that compilers fuse with the look-up
+        shift = lax.broadcasted_iota(jnp.uint8, (*lead, size, 8 // bits), len(lead) + 1) * bits
+        return ((packed[..., None] >> shift) & (2**bits - 1)).reshape(*lead, -1)[..., :count]
+    group, width = _period(bits)
     padded = xp.pad(packed, [(0, 0)] * len(lead) + [(0, -size % width)]).reshape(*lead, -(-size // width), width)
     columns = []
     for i in range(group):
