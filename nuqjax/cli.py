@@ -230,13 +230,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             command(**args)
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        print(f"nuqjax: interrupted{interrupt}", file=sys.stderr)
+        print("; ".join(["nuqjax: interrupted", *_notes(interrupt)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # somebody piped it into `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"nuqjax: error: {_one_line(error)}", file=sys.stderr)
+        print("; ".join([f"nuqjax: error: {_one_line(error)}", *_notes(error)]), file=sys.stderr)
         return 1
     return 0
 
@@ -273,6 +273,11 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _notes(error: BaseException) -> list[str]:
+    """What can be done about it, where something can."""
+    return getattr(error, "__notes__", [])
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -297,15 +302,7 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
             text = f"{done}/{len(checkpoint.leaves)} {plan.path[-40:]}"
             bar.update(task, advance=nbytes, description=text)
 
-        try:
-            report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(f": {target}.partial has what is done; --resume goes on from there") from interrupt
-        except OSError as error:
-            if error.filename is not None or not os.path.exists(f"{target}.partial"):
-                raise
-            what = f"{error.strerror}; {target}.partial has what is done; --resume goes on from there"
-            raise OSError(f"{target}: {what}") from error
+        report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
     if not quiet:
         print(report)
 

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from nuqjax.host import to_jax
 from nuqjax.report import Report
 from nuqjax.rules import path_name
 from nuqjax.shardings import shardings
-from nuqjax.store_file import Bundle, Stored, from_array, open_bundle, parse_json, to_json, write
+from nuqjax.store_file import Bundle, Stored, from_array, open_bundle, parse_json
 from nuqjax.store_layout import Entry, checksum, describe
 from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
 from nuqjax.store_tree import Structure, tree_to_nodes
+from nuqjax.store_write import to_json, write
 
 VERSION = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -45,7 +46,7 @@ def save(
     (a function) is named in it, and `load(…, like=…)` takes it from its template.
 
     Args:
-      path: the file to write, `….safetensors` by custom; what is there is replaced.
+      path: the file to write, `….safetensors` by custom; a file that is there is replaced, its permissions kept.
       cparams: any pytree whose dicts have keys that are strings, integers or tuples of these.
       report: the `Report` of the tree, kept beside it.
       entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
@@ -56,7 +57,8 @@ def save(
     Raises:
       ValueError: a leaf or a key is of a type or dtype that the format does not hold, a leaf's arrays do not fit its
         layout, or the report is of another tree.
-      OSError: the file cannot be written.
+      OSError: the file cannot be written; another process writes it; what is there is a directory or a device, or files
+        under its name that are not this library's would be hidden, replaced or removed.
       ImportError: entropy coding without `constriction`.
 
     >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
@@ -86,31 +88,21 @@ class Layout:
 
     def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
         """The next leaf's tensors, to be written; the layout names them."""
-        entry, parts = describe(path, leaf, entropy_coding)
-        stored = []
-        if parts:
-            references = {}
-            for role, part in parts.items():
-                tensor = from_array(self._name(path, None if role == "data" else role), part.code, part.array)
-                references[role] = {
-                    "name": tensor.name,
-                    "dtype": part.dtype,
-                    "shape": list(part.shape),
-                    "crc32": checksum(tensor.chunks()),
-                }
-                stored.append(tensor)
-            entry["tensors"] = references
-        if "coded" in parts:
-            self.coded[path] = parts["coded"].array.nbytes + parts["weights"].array.nbytes
-        self.entries.append(entry)
-        return stored
+        return self.place(*described(path, leaf, entropy_coding))
 
-    def take_over(self, entry: dict[str, Any], coded: int | None) -> None:
-        """The next leaf, as an earlier layout described it."""
-        self._names |= {reference["name"] for reference in entry.get("tensors", {}).values()}
-        if coded is not None:
-            self.coded[entry["path"]] = coded
-        self.entries.append(entry)
+    def place(
+        self, entry: Mapping[str, Any], references: Mapping[str, Any], stored: Mapping[str, Stored]
+    ) -> list[Stored]:
+        """The next leaf's tensors, of what `described` gave."""
+        path, named = entry["path"], {}
+        for role, tensor in stored.items():
+            named[role] = tensor._replace(name=self._name(path, None if role == "data" else role))
+        if named:
+            entry = {**entry, "tensors": {role: {"name": named[role].name, **references[role]} for role in named}}
+        if "coded" in named:
+            self.coded[path] = named["coded"].nbytes + named["weights"].nbytes
+        self.entries.append(dict(entry))
+        return list(named.values())
 
     def _name(self, path: str, role: str | None) -> str:
         """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
@@ -129,6 +121,23 @@ class Layout:
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
         return to_json({"version": VERSION, "tree": self._nodes, "leaves": self.entries, "report": kept})
+
+
+def described(
+    path: str, leaf: Any, entropy_coding: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
+    """A leaf's entry in the layout, what the references to its tensors say, and the tensors, by role and not yet named.
+
+    Raises:
+      ValueError: as in `save`.
+    """
+    entry, parts = describe(path, leaf, entropy_coding)
+    stored = {role: from_array(role, part.code, part.array) for role, part in parts.items()}
+    references = {
+        role: {"dtype": part.dtype, "shape": list(part.shape), "crc32": checksum(stored[role].chunks())}
+        for role, part in parts.items()
+    }
+    return entry, references, stored
 
 
 def metadata(text: str) -> tuple[dict[str, str], str]:

@@ -209,7 +209,10 @@ def test_interrupted_and_resumed(folder, capsys, ending):
     process.send_signal(ending)
     _, err = process.communicate()
     assert process.returncode == 130, err
-    assert err == "nuqjax: interrupted: out.safetensors.partial has what is done; --resume goes on from there\n"
+    assert (
+        err
+        == "nuqjax: interrupted; out.safetensors.partial has what is done; --resume (resume=True) goes on from there\n"
+    )
     assert not os.path.exists("out.safetensors")
     assert run(shlex.join([*words, "--resume"]), capsys) == (0, "", "")
     resumed = (folder / "out.safetensors").read_bytes()
@@ -237,12 +240,12 @@ def test_no_room_on_the_disk(folder, capsys):
     """A limit on the size of files stands for it."""
     run(COMPRESS + " --quiet", capsys)
     before = (folder / "out.safetensors").read_bytes()
-    command = f"ulimit -f 2; exec {sys.executable} -m nuqjax {COMPRESS} --quiet"
+    command = f"ulimit -f 3; exec {sys.executable} -m nuqjax {COMPRESS} --quiet"
     process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = process.communicate()
     assert (process.returncode, out) == (1, "")
-    kept = "out.safetensors.partial has what is done; --resume goes on from there"
-    assert err == f"nuqjax: error: out.safetensors: File too large; {kept}\n"
+    kept = "out.safetensors.partial has what is done; --resume (resume=True) goes on from there"
+    assert err == f"nuqjax: error: {folder}/out.safetensors.partial: File too large; {kept}\n"
     assert (folder / "out.safetensors").read_bytes() == before
 
 
