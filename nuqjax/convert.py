@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -71,7 +73,7 @@ def compress_checkpoint(
       progress: called with the plan of each leaf that is done, and the bytes that it had before.
 
     Returns:
-      The `Report`, which is kept in the file too.
+      The `Report`, which is kept in the file too. A warning says so where the file is larger than the source.
 
     Raises:
       ValueError: as in `compress`; the source is damaged, changes meanwhile, or would be replaced; what is to be
@@ -120,13 +122,17 @@ def compress_checkpoint(
                 tensors += layout.place(*parts)
                 reports.append(leaf_report)
             report = with_coded_sizes(Report(tuple(reports)), layout.coded)
-            write(place, tensors, *metadata(layout.text(report)), limit)
+            files = write(place, tensors, *metadata(layout.text(report)), limit)
+            written, read = sum(map(os.path.getsize, files)), sum(size for _, size, *_ in source_is)
+            report = replace(report, nbytes_file=written, nbytes_source=read)
         except BaseException as error:
             if len(journal):
                 kept = f"{os.fspath(target)}.partial has what is done"
                 error.add_note(f"{kept}; --resume (resume=True) goes on from there")
             raise
         journal.remove()
+    if report.growth:
+        warnings.warn(report.growth, stacklevel=2)
     return report
 
 

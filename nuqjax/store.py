@@ -21,13 +21,13 @@ from nuqjax.host import to_jax
 from nuqjax.report import Report
 from nuqjax.rules import path_name
 from nuqjax.shardings import shardings
-from nuqjax.store_file import Bundle, Stored, from_array, open_bundle, parse_json
+from nuqjax.store_file import Bundle, Stored, from_array, open_bundle
 from nuqjax.store_layout import Entry, checksum, describe
 from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
+from nuqjax.store_text import from_text, to_text
 from nuqjax.store_tree import Structure, tree_to_nodes
-from nuqjax.store_write import to_json, write
+from nuqjax.store_write import write
 
-VERSION = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -113,14 +113,14 @@ class Layout:
         return name
 
     def text(self, report: Report | None) -> str:
-        """The JSON."""
+        """The JSON, as the metadata has it."""
         if report is not None:
             paths = [entry["path"] for entry in self.entries]
             if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
                 raise ValueError("save: the report is not that of this tree: its leaves have other paths")
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
-        return to_json({"version": VERSION, "tree": self._nodes, "leaves": self.entries, "report": kept})
+        return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept})
 
 
 def described(
@@ -247,14 +247,7 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
         raise ValueError(f"{name}: the metadata has no 'nuqjax': this is no file that nuqjax.save wrote")
     if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
         raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
-    layout = parse_json(text, f"{name}: the layout")
-    if not isinstance(layout, dict) or type(layout.get("version")) is not int:
-        raise ValueError(f"{name}: the layout has no version")
-    if layout["version"] != VERSION:
-        raise ValueError(
-            f"{name}: version {layout['version']} of the format, but this nuqjax reads version {VERSION}"
-            + ("; a newer nuqjax reads it" if layout["version"] > VERSION else "")
-        )
+    layout = from_text(text, name)
     if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
         raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
     try:
@@ -364,7 +357,8 @@ def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
     """The report of a saved tree: the one stored with it, or what the file alone tells of every leaf.
 
-    Without a stored report, errors and methods are not known; sizes, levels and entropies are.
+    Without a stored report, errors and methods are not known; sizes, levels and entropies are. `nbytes_file` of the
+    report is what the file takes on disk, header and all.
 
     Args:
       path: as in `load`.
@@ -381,7 +375,9 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
     ...     inspect(os.path.join(folder, "model.safetensors")).total["nbytes_after"]
     2112
     """
-    return inspect_bundle(open_bundle(path), verify)
+    bundle = open_bundle(path)
+    files = {bundle.name, *(file.name for file in bundle.files.values())}
+    return replace(inspect_bundle(bundle, verify), nbytes_file=sum(map(os.path.getsize, files)))
 
 
 def inspect_bundle(bundle: Bundle, verify: bool) -> Report:

@@ -256,3 +256,28 @@ def test_a_reader_that_goes_away(folder, capsys):
     assert process.wait() == 1  # it may have been in the middle of its work
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("command", ["inspect out.safetensors", "inspect out.safetensors --json", "demo",
+                                     "compare in.safetensors out.safetensors"])  # fmt: skip
+def test_a_standard_output_that_is_closed(folder, capsys, monkeypatch, command):
+    run(COMPRESS + " --quiet", capsys)
+    monkeypatch.setattr(sys, "stdout", None)
+    status = cli.main(shlex.split(command))
+    monkeypatch.undo()
+    assert status == 1
+    assert capsys.readouterr().err == "nuqjax: error: standard output is closed, so that nothing can be shown\n"
+
+
+def test_no_file_is_opened_under_the_number_of_a_stream_that_is_closed(folder):
+    command = f"exec {sys.executable} -m nuqjax {COMPRESS} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 1  # the report could not be shown
+    assert nuqjax.inspect("out.safetensors").compressed
+
+
+def test_a_file_that_grew_is_told_in_one_line(folder, capsys):
+    np.savez_compressed("zeros.npz", w=np.zeros((16, 16), "f4"))
+    for quiet in ("", " --quiet"):
+        status, _, err = run("compress zeros.npz zeros.safetensors --method normal" + quiet, capsys)
+        assert status == 0
+        assert "nuqjax: warning: the file takes " in err
