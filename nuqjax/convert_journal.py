@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 from nuqjax.report import LeafReport, Report
 from nuqjax.store_file import Stored, parse_json
+from nuqjax.store_layout import checksum
 from nuqjax.store_report import report_from_json, report_to_json
 from nuqjax.store_write import naming, to_json
 
@@ -67,7 +68,7 @@ class Journal:
         return len(self._records)
 
     def remove(self) -> None:
-        """Forgets all; the file with the mark goes last, so that a journal that is left can always be told."""
+        """Forgets all."""
         self._records = {}
         for name in (_TENSORS, _LINES):
             with suppress(FileNotFoundError):
@@ -92,10 +93,7 @@ class Journal:
     def _is_whole(self, record: Mapping[str, Any]) -> bool:
         """Whether the tensors of a line are on disk as they were written."""
         for tensor in record["tensors"].values():
-            check = length = 0
-            for chunk in self._chunks(tensor["begin"], tensor["nbytes"]):
-                check, length = zlib.crc32(chunk, check), length + len(chunk)
-            if length != tensor["nbytes"] or check != tensor["reference"]["crc32"]:
+            if checksum(self._chunks(tensor["begin"], tensor["nbytes"])) != tensor["reference"]["crc32"]:
                 return False
         return True
 

@@ -188,9 +188,8 @@ def test_shards_that_are_read_are_neither_replaced_nor_removed(tmp_path):
     assert nuqjax.open_checkpoint(path).read()["w"].shape == (64, 64)
 
 
-@pytest.mark.parametrize(
-    "what", [{"notes.txt": b"mine"}, {"journal": b"Monday"}, {"tensors": b""}, {"lock": b"x"}, None]
-)
+@pytest.mark.parametrize("what", [{"notes.txt": b""}, {"journal": b"Monday"}, {"tensors": b""}, {"lock": b"x"}, None,
+                                  {"lock": b"nuqjax: process 1 on x\n", "notes.txt": b""}])  # fmt: skip
 def test_a_folder_of_somebody_elses_stays(tmp_path, what):
     """Where this library's own would be."""
     folder = tmp_path / "x.partial"
@@ -205,6 +204,29 @@ def test_a_folder_of_somebody_elses_stays(tmp_path, what):
             write(tmp_path / "x", tmp_path)
         assert not (tmp_path / "x").exists(), name
     assert what is None or contents(folder) == what
+
+
+def test_a_save_leaves_the_journal_of_an_interrupted_run(tmp_path):
+    source, path = dense(tmp_path / "source"), tmp_path / "x"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nuqjax.compress_checkpoint(source, path, method="normal", progress=stop)
+    before = contents(tmp_path / "x.partial")
+    nuqjax.save(path, NEW)
+    assert contents(tmp_path / "x.partial") | {"lock": b""} == before | {"lock": b""}
+    nuqjax.compress_checkpoint(source, path, method="normal", resume=True)
+    assert sorted(os.listdir(tmp_path)) == ["source", "x"]
+
+
+@pytest.mark.parametrize("format", ["orbax", "npz"])
+def test_an_orbax_folder_is_not_replaced(tmp_path, format):
+    nuqjax.write_checkpoint(tmp_path / "x", nuqjax.open_checkpoint(dense(tmp_path / "source")), "orbax")
+    with pytest.raises((ValueError, OSError), match=r"already exists|is a directory"):
+        nuqjax.write_checkpoint(tmp_path / "x", nuqjax.open_checkpoint(tmp_path / "x"), format)
+    assert nuqjax.open_checkpoint(tmp_path / "x").read()["b"].shape == (9,)
 
 
 # One writer
