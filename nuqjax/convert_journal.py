@@ -15,6 +15,7 @@ from nuqjax.store_write import naming, to_json
 _CHUNK = 1 << 24
 _LINES, _TENSORS = "journal", "tensors"
 _VERSION = "journal 2"
+_FIELDS = {"key", "entry", "tensors", "report"}
 
 
 class Journal:
@@ -85,7 +86,7 @@ class Journal:
                 raise ValueError(f"{self._folder} is of another {other}; without resume it is begun anew")
             if number > 0 and line[:9] == b"%08x " % zlib.crc32(line[9:-1]):
                 record = parse_json(line[9:-1], self._folder)
-                if self._is_whole(record):
+                if isinstance(record, dict) and _FIELDS == set(record) and self._is_whole(record):
                     self._records[record["key"]] = record
             length += len(line)
         return length
