@@ -86,7 +86,7 @@ class Journal:
                 raise ValueError(f"{self._folder} is of another {other}; without resume it is begun anew")
             if number > 0 and line[:9] == b"%08x " % zlib.crc32(line[9:-1]):
                 record = parse_json(line[9:-1], self._folder)
-                if isinstance(record, dict) and _FIELDS == set(record) and self._is_whole(record):
+                if isinstance(record, dict) and set(record) == _FIELDS and self._is_whole(record):
                     self._records[record["key"]] = record
             length += len(line)
         return length

@@ -5,6 +5,7 @@ place. Of other files only those are replaced or removed that are named as the t
 index with its mark, and the shards that such an index, or the list of a killed save, names.
 """
 
+import errno
 import json
 import os
 import re
@@ -110,11 +111,12 @@ def _placing(target: Target, path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """An OSError that names no file, such as that there is no room, names this one."""
+    """An error that there is no room, which names no file, names this one."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or path
         raise
 
 
