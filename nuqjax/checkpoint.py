@@ -19,8 +19,9 @@ import numpy as np
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.rules import path_name
 from nuqjax.store import read_layout, shard_size
-from nuqjax.store_file import Bundle, Entry, Stored, open_bundle, replacing, write
+from nuqjax.store_file import Bundle, Entry, Stored, open_bundle
 from nuqjax.store_layout import NUMPY_DTYPES, to_part
+from nuqjax.store_write import replacing, write
 
 FORMATS = ("safetensors", "npz", "msgpack", "orbax")
 
@@ -158,9 +159,12 @@ def _open_safetensors(path: str, separator: str | None) -> Checkpoint:
             raise ValueError(f"{path}: tensor {name!r} has dtype {entry.code}, which is not read here")
         dtype = np.dtype(NUMPY_DTYPES[entry.code])
         named[name] = Leaf(name, entry.shape, dtype, _from_file(file.name, file.start, entry, dtype))
-    return _nested(
-        path, "safetensors", named, separator, sorted({bundle.name, *(f.name for f in bundle.files.values())})
-    )
+    return _nested(path, "safetensors", named, separator, _files(bundle))
+
+
+def _files(bundle: Bundle) -> list[str]:
+    """The files that a bundle is of: its index, where it has one, and its shards."""
+    return sorted({bundle.name, *(file.name for file in bundle.files.values())})
 
 
 def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
@@ -187,7 +191,7 @@ def _open_saved(path: str, bundle: Bundle) -> Checkpoint:
 
         shape, dtype = entry.shape_and_dtype() or (None, None)
         leaves.append(Leaf(entry.path, shape, None if dtype is None else np.dtype(dtype), read))
-    return _checkpoint(path, "nuqjax", structure.build(leaves))
+    return _checkpoint(path, "nuqjax", structure.build(leaves), _files(bundle))
 
 
 def _open_npz(path: str, separator: str | None) -> Checkpoint:
@@ -296,14 +300,16 @@ def write_checkpoint(
     safetensors and npz are written leaf by leaf; msgpack and orbax need the tree in memory.
 
     Args:
-      path: what to write; a file that is there is replaced, a directory is not.
+      path: what to write; a file that is there is replaced, with its permissions kept. A directory is not, nor what is
+        no file, nor a file that the checkpoint is read from.
       checkpoint: where the leaves come from.
       format: one of `FORMATS`.
       separator: what joins keys to a tensor's name.
       max_shard_size: of a safetensors file, as in `save`.
 
     Raises:
-      ValueError: a leaf is of a kind that the format does not hold.
+      ValueError: a leaf is of a kind that the format does not hold, or a file would be replaced that is read.
+      OSError: the file cannot be written, what is there is no file or not this library's, or another process writes it.
     """
     if format == "safetensors":
         _write_safetensors(path, checkpoint, separator, shard_size(max_shard_size))
@@ -314,7 +320,7 @@ def write_checkpoint(
             from flax import serialization
         except ImportError as error:
             raise ImportError("msgpack checkpoints need flax: pip install 'nuqjax[flax]'") from error
-        with replacing(os.fspath(path)) as file:
+        with replacing(path, checkpoint.files) as file:
             file.write(serialization.msgpack_serialize(serialization.to_state_dict(checkpoint.read())))
     elif format == "orbax":
         ocp = _orbax()
@@ -346,11 +352,11 @@ def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit:
             yield np.ascontiguousarray(to_part(leaf.read(), leaf.path).array).reshape(-1).view(np.uint8).data
 
         tensors.append(Stored(name, codes[leaf.dtype], leaf.shape or (), chunks))
-    write(path, tensors, {}, "0" * 8, limit)
+    write(path, tensors, {}, None, limit, checkpoint.files)
 
 
 def _write_npz(path: Any, checkpoint: Checkpoint, separator: str) -> None:
-    with replacing(os.fspath(path)) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path, checkpoint.files) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, leaf in _named_arrays(checkpoint, separator):
             array = np.asarray(leaf.read())
             if array.dtype.kind == "V" and array.dtype != np.dtype(jnp.bfloat16):

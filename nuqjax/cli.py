@@ -5,6 +5,7 @@ interrupted.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -223,22 +225,38 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
+    closed = _open_streams()
     args = vars(parser().parse_args(argv))
     command = _COMMANDS[args.pop("command")]
     try:
-        with _stoppable():
+        with _stoppable(), _plain_warnings():
             command(**args)
         sys.stdout.flush()
+        if closed is not None and closed.getvalue():
+            raise OSError("standard output is closed, so that nothing can be shown")
     except KeyboardInterrupt as interrupt:
-        print(f"nuqjax: interrupted{interrupt}", file=sys.stderr)
+        print("; ".join(["nuqjax: interrupted", *_notes(interrupt)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # somebody piped it into `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"nuqjax: error: {_one_line(error)}", file=sys.stderr)
+        print("; ".join([f"nuqjax: error: {_one_line(error)}", *_notes(error)]), file=sys.stderr)
         return 1
     return 0
+
+
+def _open_streams() -> io.StringIO | None:
+    """Something in place of standard streams that are closed (`>&-`), so that no file is opened under their numbers.
+
+    What a closed standard output would have shown, if it is.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    closed = io.StringIO() if sys.stdout is None else None
+    sys.stdout, sys.stderr = sys.stdout or closed, sys.stderr or io.StringIO()
+    return closed
 
 
 @contextmanager
@@ -273,6 +291,20 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the library warns of is a line for people, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module="nuqjax")
+        warnings.showwarning = lambda message, *_: print(f"nuqjax: warning: {message}", file=sys.stderr)
+        yield
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What can be done about it, where something can."""
+    return getattr(error, "__notes__", [])
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -297,15 +329,7 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
             text = f"{done}/{len(checkpoint.leaves)} {plan.path[-40:]}"
             bar.update(task, advance=nbytes, description=text)
 
-        try:
-            report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt(f": {target}.partial has what is done; --resume goes on from there") from interrupt
-        except OSError as error:
-            if error.filename is not None or not os.path.exists(f"{target}.partial"):
-                raise
-            what = f"{error.strerror}; {target}.partial has what is done; --resume goes on from there"
-            raise OSError(f"{target}: {what}") from error
+        report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
     if not quiet:
         print(report)
 

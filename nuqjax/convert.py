@@ -2,26 +2,26 @@
 
 import hashlib
 import os
-import shutil
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any, BinaryIO
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
 
+from nuqjax import store_entropy
 from nuqjax.checkpoint import Checkpoint, Leaf, open_checkpoint
 from nuqjax.compress import compress_leaf
+from nuqjax.convert_journal import Journal
 from nuqjax.plan import LeafPlan, plan_leaves
 from nuqjax.report import LeafReport, Report, report_leaf
 from nuqjax.rules import Options, Rule
-from nuqjax.store import Layout, metadata, shard_size
-from nuqjax.store_file import Stored, parse_json, to_json, write
-from nuqjax.store_report import report_from_json, report_to_json, with_coded_sizes
+from nuqjax.store import Layout, described, metadata, shard_size
+from nuqjax.store_layout import to_part
+from nuqjax.store_report import with_coded_sizes
 from nuqjax.store_tree import tree_to_nodes
-
-_CHUNK = 1 << 24
+from nuqjax.store_write import claim, to_json, write
 
 
 def compress_checkpoint(
@@ -47,8 +47,9 @@ def compress_checkpoint(
 ) -> Report:
     """Compresses a checkpoint into a file that `load` reads, one leaf in memory at a time.
 
-    What is done is kept in the folder `TARGET.partial` until all is: an interrupted run leaves that, and what was at
-    the target, and with `resume` the next one goes on from there, to the same file byte for byte.
+    What headers tell is checked before any work. What is done is kept in the folder `TARGET.partial` until all is: a
+    run that is interrupted, killed or fails leaves that, and what was at the target. With `resume` the next one goes on
+    from there, to the same file byte for byte; a leaf is done again only where its own options have changed.
 
     Args:
       source: a safetensors file (or index), an npz or msgpack file, or an orbax directory; its tensors' names, parted
@@ -72,11 +73,13 @@ def compress_checkpoint(
       progress: called with the plan of each leaf that is done, and the bytes that it had before.
 
     Returns:
-      The `Report`, which is kept in the file too.
+      The `Report`, which is kept in the file too. A warning says so where the file is larger than the source.
 
     Raises:
-      ValueError: as in `compress`; the source is damaged; what is to be resumed is of another source or other options.
-      OSError: a file cannot be read or written.
+      ValueError: as in `compress`; the source is damaged, changes meanwhile, or would be replaced; what is to be
+        resumed is of another source. A note of the error says where finished leaves are.
+      OSError: a file cannot be read or written; another process writes the target; what is there is not this
+        library's.
 
     >>> import jax.numpy as jnp, nuqjax, numpy, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as name:
@@ -91,35 +94,45 @@ def compress_checkpoint(
         keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
     )  # fmt: skip
     limit = shard_size(max_shard_size)
-    target = os.path.realpath(os.fspath(target))
-    if os.path.isdir(target):
-        raise IsADirectoryError(f"{target} is a directory; a file is wanted")
     checkpoint = open_checkpoint(source, format, separator)
     if checkpoint.format == "nuqjax":
         raise ValueError(f"{checkpoint.path} is compressed already")
     specs = checkpoint.tree(leaf.spec for leaf in checkpoint.leaves)
     plans = plan_leaves(specs, options, rules)
     nodes, _ = tree_to_nodes(specs)
-    mark = _fingerprint(checkpoint, plans, entropy_coding)
-    folder = f"{target}.partial"
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    with suppress(FileExistsError):
-        os.mkdir(folder)
-    with _Journal(folder, mark, nodes) as journal:
-        for number, (leaf, plan) in enumerate(zip(checkpoint.leaves, plans, strict=True)):
-            if number >= len(journal.reports):
-                try:
-                    journal.add(*_compressed(leaf, plan), entropy_coding)
-                except ValueError:  # so it would be the next time: there is nothing to resume
-                    shutil.rmtree(folder)
-                    raise
-            if progress is not None:
-                progress(plan, plan.nbytes_before)
-        report = with_coded_sizes(Report(tuple(journal.reports)), journal.layout.coded)
-        text = journal.layout.text(report)
-        write(target, journal.tensors, *metadata(text), limit, scratch=folder)
-    shutil.rmtree(folder)
+    _check_headers(plans, checkpoint.leaves, entropy_coding)
+    source_is = _identity(checkpoint)
+    mark = _mark(os.path.abspath(checkpoint.path), checkpoint.format, source_is, nodes)
+    keys = [_mark(number, repr(plan), entropy_coding) for number, plan in enumerate(plans)]
+    sharded = limit is not None and sum(plan.nbytes_after for plan in plans) > limit
+
+    with claim(target, checkpoint.files, sharded) as place, Journal(place.folder, mark, resume) as journal:
+        try:
+            for leaf, plan, key in zip(checkpoint.leaves, plans, keys, strict=True):
+                if key not in journal:
+                    kept, leaf_report = _compressed(leaf, plan)
+                    _check_source(checkpoint, source_is)  # before the leaf counts as one of it
+                    journal.add(key, *described(plan.path, kept, entropy_coding), leaf_report)
+                if progress is not None:
+                    progress(plan, plan.nbytes_before)
+            _check_source(checkpoint, source_is)
+            layout, tensors, reports = Layout(nodes), [], []
+            for key in keys:
+                *parts, leaf_report = journal.leaf(key)
+                tensors += layout.place(*parts)
+                reports.append(leaf_report)
+            report = with_coded_sizes(Report(tuple(reports)), layout.coded)
+            files = write(place, tensors, *metadata(layout.text(report)), limit)
+            written, read = sum(map(os.path.getsize, files)), sum(size for _, size, *_ in source_is)
+            report = replace(report, nbytes_file=written, nbytes_source=read)
+        except BaseException as error:
+            if len(journal):
+                kept = f"{os.fspath(target)}.partial has what is done"
+                error.add_note(f"{kept}; --resume (resume=True) goes on from there")
+            raise
+        journal.remove()
+    if report.growth:
+        warnings.warn(report.growth, stacklevel=2)
     return report
 
 
@@ -129,127 +142,36 @@ def _compressed(leaf: Leaf, plan: LeafPlan) -> tuple[Any, LeafReport]:
     if plan.reason is not None:
         return dense, report_leaf(plan.path, dense, dense, plan.reason)
     kept, certificate = compress_leaf(dense, None, plan)
+    kept = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, kept)
     return kept, report_leaf(plan.path, dense, kept, None, plan.options.method, certificate)
 
 
-def _fingerprint(checkpoint: Checkpoint, plans: Sequence[LeafPlan], entropy_coding: bool) -> str:
-    """What a partial result depends on: the source's files, as they are named, sized and dated, and every plan."""
-    found = [os.path.abspath(checkpoint.path), checkpoint.format, str(entropy_coding), *map(repr, plans)]
+def _check_headers(plans: Sequence[LeafPlan], leaves: Sequence[Leaf], entropy_coding: bool) -> None:
+    """Raises for what would go wrong behind hours of work and is known before: dtypes, and what is not installed."""
+    for leaf, plan in zip(leaves, plans, strict=True):
+        if leaf.dtype is not None:
+            to_part(np.empty(0, leaf.dtype), plan.path)
+    if entropy_coding:
+        store_entropy.constriction_library()
+
+
+def _identity(checkpoint: Checkpoint) -> list[Any]:
+    """What tells the source's files from any that take their place."""
+    found = []
     for path in checkpoint.files:
         status = os.stat(path)
-        found += [path, str(status.st_size), str(status.st_mtime_ns)]
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+        found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino])
+    return found
 
 
-class _Journal:
-    """The leaves that are done: their tensors in one file, and a line of JSON for each in another."""
+def _check_source(checkpoint: Checkpoint, identity: list[Any]) -> None:
+    try:
+        same = _identity(checkpoint) == identity
+    except OSError:
+        same = False
+    if not same:
+        raise ValueError(f"{checkpoint.path} has changed or gone since it was opened: nothing is written")
 
-    def __init__(self, folder: str, mark: str, nodes: list[Any]):
-        """Opens the folder, and takes over what is whole in it.
 
-        Raises:
-          ValueError: it belongs to another source or other options.
-        """
-        self.layout = Layout(nodes)
-        self.reports: list[LeafReport] = []
-        self.tensors: list[Stored] = []
-        self._data = os.path.join(folder, "tensors")
-        self._lines = os.path.join(folder, "journal")
-        self._end = 0
-        length = 0
-        if os.path.exists(self._lines):
-            with open(self._lines, "rb") as lines:
-                length = self._take_over(lines, mark, folder)
-        self._journal: BinaryIO = open(self._lines, "r+b" if length else "wb")  # noqa: SIM115
-        self._file: BinaryIO = open(self._data, "r+b" if length else "wb")  # noqa: SIM115
-        if length:
-            self._journal.truncate(length)
-            self._journal.seek(length)
-            self._file.truncate(self._end)
-            self._file.seek(self._end)
-        else:
-            self._write_line({"mark": mark})
-
-    def __enter__(self) -> "_Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._journal.close()
-
-    def _take_over(self, lines: BinaryIO, mark: str, folder: str) -> int:
-        """The length of the journal that is whole: its last line may be cut, or ahead of the tensors."""
-        length = 0
-        for number, line in enumerate(lines):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = parse_json(line, self._lines)
-            except ValueError:  # not all of it reached the disk
-                record = None
-            if number == 0:
-                if record != {"mark": mark}:
-                    raise ValueError(f"{folder} is of another source or other options; without resume it is begun anew")
-            elif record is None or not self._is_whole(record):
-                break
-            else:
-                entry = record["entry"]
-                self.layout.take_over(entry, record["coded"])
-                self._hold(record["tensors"])
-                self.reports += report_from_json([record["report"]], self._lines).leaves
-            length += len(line)
-        return length
-
-    def _is_whole(self, record: dict[str, Any]) -> bool:
-        """Whether the tensors of a line are on disk as they were written."""
-        end = self._end
-        for (_, _, _, nbytes), reference in zip(
-            record["tensors"], record["entry"].get("tensors", {}).values(), strict=True
-        ):
-            check = 0
-            for chunk in self._chunks(end, nbytes):
-                check = zlib.crc32(chunk, check)
-            if check != reference["crc32"]:
-                return False
-            end += nbytes
-        return os.path.getsize(self._data) >= end
-
-    def _hold(self, tensors: list[Any]) -> None:
-        for name, code, shape, nbytes in tensors:
-            begin = self._end
-            self.tensors.append(Stored(name, code, tuple(shape), lambda b=begin, n=nbytes: self._chunks(b, n)))
-            self._end += nbytes
-
-    def _chunks(self, begin: int, nbytes: int) -> Iterator[bytes]:
-        with open(self._data, "rb") as file:
-            file.seek(begin)
-            while nbytes:
-                chunk = file.read(min(nbytes, _CHUNK))
-                if not chunk:
-                    return
-                nbytes -= len(chunk)
-                yield chunk
-
-    def add(self, leaf: Any, report: LeafReport, entropy_coding: bool) -> None:
-        """The next leaf: its tensors first, then the line that says that they are there."""
-        path = report.path
-        leaf = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, leaf)
-        stored = self.layout.add(path, leaf, entropy_coding)
-        for tensor in stored:
-            for chunk in tensor.chunks():
-                self._file.write(chunk)
-        self._file.flush()
-        held = [[tensor.name, tensor.code, list(tensor.shape), tensor.nbytes] for tensor in stored]
-        record = {
-            "entry": self.layout.entries[-1],
-            "coded": self.layout.coded.get(path),
-            "tensors": held,
-            "report": report_to_json(Report((report,)))[0],
-        }
-        self._write_line(record)
-        self.reports.append(report)
-        self._hold(held)
-
-    def _write_line(self, record: dict[str, Any]) -> None:
-        self._journal.write(to_json(record).encode() + b"\n")
-        self._journal.flush()
+def _mark(*parts: Any) -> str:
+    return hashlib.sha256(to_json(parts).encode(errors="surrogatepass")).hexdigest()

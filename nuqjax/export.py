@@ -18,9 +18,9 @@ from nuqjax.apply import apply
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.rules import path_name
 from nuqjax.store import Layout, save
-from nuqjax.store_file import replacing
 from nuqjax.store_layout import NUMPY_DTYPES
 from nuqjax.store_tree import tree_to_nodes
+from nuqjax.store_write import replacing
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, WEIGHTS = "program.jax_export", "weights.safetensors"

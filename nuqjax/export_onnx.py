@@ -13,9 +13,9 @@ from nuqjax.codebook_array import decode, is_codebook_array, level_values, with_
 from nuqjax.export import by_name, checked_inputs
 from nuqjax.interpret import Interpreter, Site, bind
 from nuqjax.store import Layout
-from nuqjax.store_file import replacing
 from nuqjax.store_layout import NUMPY_DTYPES
 from nuqjax.store_tree import tree_to_nodes
+from nuqjax.store_write import replacing
 
 
 def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path: str | os.PathLike[str]) -> None:
@@ -76,7 +76,7 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
         graph.initializer.append(onnx.numpy_helper.from_array(stored[value.name], value.name))
         graph.input.remove(value)
     onnx.checker.check_model(model)
-    with replacing(os.fspath(path)) as file:
+    with replacing(path) as file:
         file.write(model.SerializeToString())
 
 

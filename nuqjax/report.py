@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -108,10 +108,28 @@ class Report:
     Attributes:
       leaves: a `LeafReport` for each leaf, in the tree's order.
       notes: what a user should know of the tree.
+      nbytes_file: bytes on disk of the file that the tree was written to, all parts and the header counted; None where
+        it was written to none.
+      nbytes_source: bytes on disk of the files that it came from; None where it came from none.
     """
 
     leaves: tuple[LeafReport, ...]
     notes: tuple[str, ...] = ()
+    nbytes_file: int | None = field(default=None, compare=False)
+    nbytes_source: int | None = field(default=None, compare=False)
+
+    @property
+    def growth(self) -> str | None:
+        """What to say where the file takes more than its source, or than the dense leaves in memory; None otherwise."""
+        before, what = self.nbytes_source, "what it was made of"
+        if before is None:
+            before, what = sum(leaf.nbytes_before for leaf in self.leaves), "the dense leaves"
+        if self.nbytes_file is None or self.nbytes_file <= before:
+            return None
+        return (
+            f"the file takes {self.nbytes_file:,} bytes, more than {what} ({before:,}): fewer codebooks (a coarser "
+            "granularity) or a higher min_size may make it smaller"
+        )
 
     @property
     def compressed(self) -> tuple[LeafReport, ...]:
@@ -132,7 +150,7 @@ class Report:
         (mean bits an index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
         `certificate` (the worst leaf's; None unless every compressed leaf has one), `nbytes_packed` of the indices in
         memory and `nbytes_coded` in a file (leaves that coding makes no smaller as they are packed; None where no leaf
-        is coded).
+        is coded), `nbytes_file` of the file on disk.
         """
         compressed = self.compressed
         before, after = sum(x.nbytes_before for x in self.leaves), sum(x.nbytes_after for x in self.leaves)
@@ -157,6 +175,7 @@ class Report:
             "certificate": max(proven) if compressed and len(proven) == len(compressed) else None,
             "nbytes_packed": packed,
             "nbytes_coded": coded if any(x.nbytes_coded is not None for x in compressed) else None,
+            "nbytes_file": self.nbytes_file,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,7 +220,9 @@ class Report:
             line += f"; SQNR {t['sqnr_db']:.2f} dB"
         if t["nbytes_coded"] is not None:
             line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
-        return "\n".join([*parts, line, *self.notes])
+        if self.nbytes_file is not None:
+            line += f"; file {self.nbytes_file:,} bytes"
+        return "\n".join([*parts, line, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])])
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,13 @@ from nuqjax.host import to_jax
 from nuqjax.report import Report
 from nuqjax.rules import path_name
 from nuqjax.shardings import shardings
-from nuqjax.store_file import Bundle, Stored, from_array, open_bundle, parse_json, to_json, write
+from nuqjax.store_file import Bundle, Stored, from_array, open_bundle
 from nuqjax.store_layout import Entry, checksum, describe
 from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
+from nuqjax.store_text import from_text, to_text
 from nuqjax.store_tree import Structure, tree_to_nodes
+from nuqjax.store_write import write
 
-VERSION = 1
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -45,7 +46,7 @@ def save(
     (a function) is named in it, and `load(…, like=…)` takes it from its template.
 
     Args:
-      path: the file to write, `….safetensors` by custom; what is there is replaced.
+      path: the file to write, `….safetensors` by custom; a file that is there is replaced, its permissions kept.
       cparams: any pytree whose dicts have keys that are strings, integers or tuples of these.
       report: the `Report` of the tree, kept beside it.
       entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
@@ -56,7 +57,8 @@ def save(
     Raises:
       ValueError: a leaf or a key is of a type or dtype that the format does not hold, a leaf's arrays do not fit its
         layout, or the report is of another tree.
-      OSError: the file cannot be written.
+      OSError: the file cannot be written; another process writes it; what is there is a directory or a device, or files
+        under its name that are not this library's would be hidden, replaced or removed.
       ImportError: entropy coding without `constriction`.
 
     >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
@@ -86,31 +88,21 @@ class Layout:
 
     def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
         """The next leaf's tensors, to be written; the layout names them."""
-        entry, parts = describe(path, leaf, entropy_coding)
-        stored = []
-        if parts:
-            references = {}
-            for role, part in parts.items():
-                tensor = from_array(self._name(path, None if role == "data" else role), part.code, part.array)
-                references[role] = {
-                    "name": tensor.name,
-                    "dtype": part.dtype,
-                    "shape": list(part.shape),
-                    "crc32": checksum(tensor.chunks()),
-                }
-                stored.append(tensor)
-            entry["tensors"] = references
-        if "coded" in parts:
-            self.coded[path] = parts["coded"].array.nbytes + parts["weights"].array.nbytes
-        self.entries.append(entry)
-        return stored
+        return self.place(*described(path, leaf, entropy_coding))
 
-    def take_over(self, entry: dict[str, Any], coded: int | None) -> None:
-        """The next leaf, as an earlier layout described it."""
-        self._names |= {reference["name"] for reference in entry.get("tensors", {}).values()}
-        if coded is not None:
-            self.coded[entry["path"]] = coded
-        self.entries.append(entry)
+    def place(
+        self, entry: Mapping[str, Any], references: Mapping[str, Any], stored: Mapping[str, Stored]
+    ) -> list[Stored]:
+        """The next leaf's tensors, of what `described` gave."""
+        path, named = entry["path"], {}
+        for role, tensor in stored.items():
+            named[role] = tensor._replace(name=self._name(path, None if role == "data" else role))
+        if named:
+            entry = {**entry, "tensors": {role: {"name": named[role].name, **references[role]} for role in named}}
+        if "coded" in named:
+            self.coded[path] = named["coded"].nbytes + named["weights"].nbytes
+        self.entries.append(dict(entry))
+        return list(named.values())
 
     def _name(self, path: str, role: str | None) -> str:
         """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
@@ -121,14 +113,31 @@ class Layout:
         return name
 
     def text(self, report: Report | None) -> str:
-        """The JSON."""
+        """The JSON, as the metadata has it."""
         if report is not None:
             paths = [entry["path"] for entry in self.entries]
             if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
                 raise ValueError("save: the report is not that of this tree: its leaves have other paths")
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
-        return to_json({"version": VERSION, "tree": self._nodes, "leaves": self.entries, "report": kept})
+        return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept})
+
+
+def described(
+    path: str, leaf: Any, entropy_coding: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
+    """A leaf's entry in the layout, what the references to its tensors say, and the tensors, by role and not yet named.
+
+    Raises:
+      ValueError: as in `save`.
+    """
+    entry, parts = describe(path, leaf, entropy_coding)
+    stored = {role: from_array(role, part.code, part.array) for role, part in parts.items()}
+    references = {
+        role: {"dtype": part.dtype, "shape": list(part.shape), "crc32": checksum(stored[role].chunks())}
+        for role, part in parts.items()
+    }
+    return entry, references, stored
 
 
 def metadata(text: str) -> tuple[dict[str, str], str]:
@@ -238,14 +247,7 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
         raise ValueError(f"{name}: the metadata has no 'nuqjax': this is no file that nuqjax.save wrote")
     if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
         raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
-    layout = parse_json(text, f"{name}: the layout")
-    if not isinstance(layout, dict) or type(layout.get("version")) is not int:
-        raise ValueError(f"{name}: the layout has no version")
-    if layout["version"] != VERSION:
-        raise ValueError(
-            f"{name}: version {layout['version']} of the format, but this nuqjax reads version {VERSION}"
-            + ("; a newer nuqjax reads it" if layout["version"] > VERSION else "")
-        )
+    layout = from_text(text, name)
     if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
         raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
     try:
@@ -355,7 +357,8 @@ def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
     """The report of a saved tree: the one stored with it, or what the file alone tells of every leaf.
 
-    Without a stored report, errors and methods are not known; sizes, levels and entropies are.
+    Without a stored report, errors and methods are not known; sizes, levels and entropies are. `nbytes_file` of the
+    report is what the file takes on disk, header and all.
 
     Args:
       path: as in `load`.
@@ -372,7 +375,9 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
     ...     inspect(os.path.join(folder, "model.safetensors")).total["nbytes_after"]
     2112
     """
-    return inspect_bundle(open_bundle(path), verify)
+    bundle = open_bundle(path)
+    files = {bundle.name, *(file.name for file in bundle.files.values())}
+    return replace(inspect_bundle(bundle, verify), nbytes_file=sum(map(os.path.getsize, files)))
 
 
 def inspect_bundle(bundle: Bundle, verify: bool) -> Report:

@@ -21,7 +21,8 @@ _EXPANSION, _FREE = 64, 1 << 16
 """A stream of n bytes never stands for more than 64·n + 65,536 bytes of packed indices: what would, is not coded."""
 
 
-def _library() -> Any:
+def constriction_library() -> Any:
+    """The library that codes; ImportError says how it is installed."""
     try:
         import constriction
     except ImportError as error:
@@ -48,7 +49,7 @@ def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.nd
     >>> stream.nbytes + weights.nbytes, packing.packed_size(2350, 2)
     (212, 588)
     """
-    library = _library()
+    library = constriction_library()
     if packed.size == 0:
         return None
     rows = packed.reshape(-1, packed.shape[-1])
@@ -88,7 +89,7 @@ def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count:
         raise ValueError(f"a stream of {stream.nbytes} bytes that would expand to {size}, more than {_EXPANSION}-fold")
     if weights.shape != (1 << bits,) or not weights.any():
         raise ValueError(f"model weights of shape {weights.shape}, but {1 << bits} are wanted that are not all zero")
-    library = _library()
+    library = constriction_library()
     model = _model(library, weights)
     coder = library.stream.stack.AnsCoder(np.array(stream, np.uint32))  # refuses a last word of zero
     packed = np.empty((rows, packing.packed_size(count, bits)), np.uint8)

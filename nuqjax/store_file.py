@@ -1,4 +1,4 @@
-"""Safetensors files: a header that is trusted in nothing, tensors mapped and not read, writes that are whole or absent.
+"""Safetensors files: a header that is trusted in nothing, tensors mapped and not read.
 
 The container is that of `safetensors`: eight bytes with the length of the header, the header as JSON, the tensors'
 bytes one behind the other. Several files with an index are laid out as Hugging Face lays them out.
@@ -8,12 +8,10 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -283,157 +281,3 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 def index_path(path: str) -> str:
     """Where the index of shards saved under this name is."""
     return path if path.endswith(".index.json") else f"{path}.index.json"
-
-
-# Writing
-
-
-def header(tensors: Sequence[Stored], metadata: Mapping[str, str]) -> tuple[bytes, list[Stored]]:
-    """The header of a file, and its tensors in the order in which they follow: widest first, so all are aligned."""
-    ordered = sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.code])
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for tensor in ordered:
-        end = position + tensor.nbytes
-        entries[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [position, end]}
-        position = end
-    text = to_json(entries).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise ValueError(f"a header of {len(text)} bytes, but safetensors files have at most {MAX_HEADER}")
-    return len(text).to_bytes(8, "little") + text, ordered
-
-
-def to_json(value: Any) -> str:
-    """Compact JSON, the same for the same value."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
-@contextmanager
-def replacing(path: str, scratch: str | None = None) -> Iterator[BinaryIO]:
-    """A file to write that takes its place at `path`, whole and on disk, when the block ends.
-
-    Before, it has another name beside it, or in the folder `scratch` of the same disk. What goes wrong in the block
-    leaves what was at `path` as it was, and nothing else.
-    """
-    path = os.path.realpath(path)
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path} is a directory; a file is wanted")
-    beside = os.path.join(scratch, os.path.basename(path)) if scratch else path
-    part = f"{beside}.{secrets.token_hex(4)}.part"
-    file = open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")  # noqa: SIM115
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(part)
-        raise
-    _sync_folder(os.path.dirname(path))
-
-
-def _sync_folder(folder: str) -> None:
-    """The names in a folder on disk, where the system can be asked for it."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write(
-    path: str | os.PathLike[str],
-    tensors: Sequence[Stored],
-    metadata: Mapping[str, str],
-    tag: str,
-    max_shard_size: int | None,
-    scratch: str | None = None,
-) -> None:
-    """Writes tensors as one file at `path`, or as shards beside an index.
-
-    Shards have names with `tag`, which is the contents' own, so that they never replace those of another save; the
-    index is replaced last, and only then the shards of the save before are removed.
-
-    Args:
-      path: the file; of shards, the name that theirs begin with.
-      tensors: in the tree's order.
-      metadata: of the single file, or of the index.
-      tag: eight hexadecimal digits that tell these contents from others.
-      max_shard_size: bytes of tensors in a shard (a larger tensor has one of its own); None for a single file.
-      scratch: as in `replacing`.
-    """
-    path = os.path.realpath(os.fspath(path))
-    index, old = index_path(path), _old_shards(path)
-    groups = _shards(tensors, max_shard_size)
-    if len(groups) <= 1:
-        _write_one(path, tensors, metadata, scratch)
-        with suppress(FileNotFoundError):
-            os.unlink(index)
-        _remove(old)
-        return
-    if os.path.isdir(index):
-        raise IsADirectoryError(f"{index} is a directory; a file is wanted")
-    stem = path.removesuffix(".safetensors")
-    names = [f"{stem}-{tag}-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    weight_map = {
-        tensor.name: os.path.basename(name) for name, group in zip(names, groups, strict=True) for tensor in group
-    }
-    fresh = [name for name in names if not os.path.exists(name)]
-    try:
-        for name, group in zip(names, groups, strict=True):
-            _write_one(name, group, {}, scratch)
-        total = sum(tensor.nbytes for tensor in tensors)
-        with replacing(index, scratch) as file:
-            text = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
-            file.write(to_json(text).encode() + b"\n")
-    except BaseException:
-        _remove(fresh)
-        raise
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-    _remove(name for name in old if name not in names)
-
-
-def _write_one(path: str, tensors: Sequence[Stored], metadata: Mapping[str, str], scratch: str | None) -> None:
-    text, ordered = header(tensors, metadata)
-    with replacing(path, scratch) as file:
-        file.write(text)
-        for tensor in ordered:
-            start = file.tell()
-            for chunk in tensor.chunks():
-                file.write(chunk)
-            if file.tell() - start != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {file.tell() - start} bytes written where {tensor.nbytes} were meant")
-
-
-def _shards(tensors: Sequence[Stored], limit: int | None) -> list[list[Stored]]:
-    """The tensors in runs of at most `limit` bytes."""
-    if limit is None:
-        return [list(tensors)]
-    groups: list[list[Stored]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return groups
-
-
-def _old_shards(path: str) -> list[str]:
-    """The shards that an earlier save under this name wrote, by their names alone."""
-    stem = os.path.basename(path).removesuffix(".safetensors")
-    pattern = re.compile(re.escape(stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
-    folder = os.path.dirname(path)
-    return [os.path.join(folder, name) for name in os.listdir(folder) if pattern.fullmatch(name)]
-
-
-def _remove(paths: Iterable[str]) -> None:
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.unlink(path)

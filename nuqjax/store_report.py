@@ -68,7 +68,7 @@ def _field(name: str, item: Any) -> tuple[bool, Any]:
 
 def with_coded_sizes(report: Report, sizes: Mapping[str, int]) -> Report:
     """The report with the sizes of coded indices, by path."""
-    return Report(tuple(replace(leaf, nbytes_coded=sizes.get(leaf.path)) for leaf in report.leaves))
+    return replace(report, leaves=tuple(replace(leaf, nbytes_coded=sizes.get(leaf.path)) for leaf in report.leaves))
 
 
 def report_entry(entry: Entry, verify: bool) -> LeafReport:

@@ -94,6 +94,7 @@ def test_what_is_written_others_read(format, tmp_path):
     same(nuqjax.open_checkpoint(path).read()["model"], NESTED["model"])
 
 
+@pytest.mark.filterwarnings("ignore:the file takes")
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_is_compressed_as_its_tree_is(format, tmp_path):
     path = written(tmp_path, format)

@@ -209,7 +209,10 @@ def test_interrupted_and_resumed(folder, capsys, ending):
     process.send_signal(ending)
     _, err = process.communicate()
     assert process.returncode == 130, err
-    assert err == "nuqjax: interrupted: out.safetensors.partial has what is done; --resume goes on from there\n"
+    assert (
+        err
+        == "nuqjax: interrupted; out.safetensors.partial has what is done; --resume (resume=True) goes on from there\n"
+    )
     assert not os.path.exists("out.safetensors")
     assert run(shlex.join([*words, "--resume"]), capsys) == (0, "", "")
     resumed = (folder / "out.safetensors").read_bytes()
@@ -237,12 +240,12 @@ def test_no_room_on_the_disk(folder, capsys):
     """A limit on the size of files stands for it."""
     run(COMPRESS + " --quiet", capsys)
     before = (folder / "out.safetensors").read_bytes()
-    command = f"ulimit -f 2; exec {sys.executable} -m nuqjax {COMPRESS} --quiet"
+    command = f"ulimit -f 3; exec {sys.executable} -m nuqjax {COMPRESS} --quiet"
     process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = process.communicate()
     assert (process.returncode, out) == (1, "")
-    kept = "out.safetensors.partial has what is done; --resume goes on from there"
-    assert err == f"nuqjax: error: out.safetensors: File too large; {kept}\n"
+    kept = "out.safetensors.partial has what is done; --resume (resume=True) goes on from there"
+    assert err == f"nuqjax: error: {folder}/out.safetensors.partial: File too large; {kept}\n"
     assert (folder / "out.safetensors").read_bytes() == before
 
 
@@ -253,3 +256,28 @@ def test_a_reader_that_goes_away(folder, capsys):
     assert process.wait() == 1  # it may have been in the middle of its work
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("command", ["inspect out.safetensors", "inspect out.safetensors --json", "demo",
+                                     "compare in.safetensors out.safetensors"])  # fmt: skip
+def test_a_standard_output_that_is_closed(folder, capsys, monkeypatch, command):
+    run(COMPRESS + " --quiet", capsys)
+    monkeypatch.setattr(sys, "stdout", None)
+    status = cli.main(shlex.split(command))
+    monkeypatch.undo()
+    assert status == 1
+    assert capsys.readouterr().err == "nuqjax: error: standard output is closed, so that nothing can be shown\n"
+
+
+def test_no_file_is_opened_under_the_number_of_a_stream_that_is_closed(folder):
+    command = f"exec {sys.executable} -m nuqjax {COMPRESS} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 1  # the report could not be shown
+    assert nuqjax.inspect("out.safetensors").compressed
+
+
+def test_a_file_that_grew_is_told_in_one_line(folder, capsys):
+    np.savez_compressed("zeros.npz", w=np.zeros((16, 16), "f4"))
+    for quiet in ("", " --quiet"):
+        status, _, err = run("compress zeros.npz zeros.safetensors --method normal" + quiet, capsys)
+        assert status == 0
+        assert "nuqjax: warning: the file takes " in err

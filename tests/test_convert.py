@@ -1,10 +1,12 @@
 """Streaming compression: the same as in memory, whenever it is interrupted, and with little memory."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -12,8 +14,9 @@ import pytest
 import safetensors.numpy
 
 import nuqjax
-from nuqjax import InputGroups, Rule
+from nuqjax import InputGroups, Rule, convert
 from nuqjax.codebook_array import is_codebook_array
+from tests.failing_disk import Killed, failing_disk
 
 OPTIONS = {
     "bits": 3,
@@ -126,22 +129,226 @@ def test_killed_and_resumed(source, whole, tmp_path):
 
 def test_without_resume_it_begins_anew(source, whole, tmp_path):
     kept = partial(source, tmp_path, 4)
-    (kept / "journal").write_bytes(b"nonsense")
+    (kept / "tensors").write_bytes(b"nonsense")
+    with pytest.raises(KeyboardInterrupt):
+        nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", progress=interrupt, **OPTIONS)
+    assert len((kept / "journal").read_bytes().splitlines()) == 2
     nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", **OPTIONS)
     assert (tmp_path / "a.safetensors").read_bytes() == whole
 
 
-def test_other_options_or_another_source_are_not_resumed(source, whole, tmp_path):
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def leaves_done(monkeypatch):
+    """The paths of the leaves that are compressed, as they are."""
+    done, compressed = [], convert._compressed
+    monkeypatch.setattr(convert, "_compressed", lambda leaf, plan: done.append(plan.path) or compressed(leaf, plan))
+    return done
+
+
+def test_only_leaves_whose_options_changed_are_done_again(source, whole, tmp_path, monkeypatch):
+    partial(source, tmp_path, 6)
+    done = leaves_done(monkeypatch)
+    changed = OPTIONS | {"rules": [Rule("0/a", bits=5), *OPTIONS["rules"]]}
+    with pytest.raises(KeyboardInterrupt):
+        nuqjax.compress_checkpoint(
+            source, tmp_path / "a.safetensors", resume=True,
+            progress=lambda plan, _: plan.path == "net/1/d" and interrupt(), **changed,
+        )  # fmt: skip
+    assert done == ["net/0/a", "net/1/d"]
+    del done[:]
+    nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)  # the first are still there
+    assert done == ["net/bias", "step"]
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+
+
+def test_another_source_is_not_resumed(source, whole, tmp_path):
     partial(source, tmp_path, 4)
-    for change in ({"bits": 4}, {"rules": []}, {"entropy_coding": False}, {"axis": 1}):
-        with pytest.raises(ValueError, match="is of another source or other options; without resume it is begun anew"):
-            nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS | change)
     other = tmp_path / "other.safetensors"
     shutil.copy(source, other)
-    with pytest.raises(ValueError, match="is of another source"):
+    with pytest.raises(ValueError, match="is of another source; without resume it is begun anew"):
         nuqjax.compress_checkpoint(other, tmp_path / "a.safetensors", resume=True, **OPTIONS)
+    with pytest.raises(ValueError, match="is of another source"):
+        nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, separator="", **OPTIONS)
     nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
     assert (tmp_path / "a.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b"null", b"", b"x" * 99, b"00000000 {}", b"\xff\xfe",
+                                  *(b"%08x %s" % (zlib.crc32(text), text) for text in (b"[]", b"{}"))])  # fmt: skip
+def test_a_line_that_is_none_is_passed_over(source, whole, tmp_path, monkeypatch, line):
+    kept = partial(source, tmp_path, 6)
+    head, *lines = (kept / "journal").read_bytes().splitlines()
+    lines[3] = line
+    (kept / "journal").write_bytes(b"\n".join([head, *lines, b""]))
+    done = leaves_done(monkeypatch)
+    nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
+    assert done == ["net/0/d", "net/1/d", "net/bias", "step"]
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("head", [b'{"mark":"0123"}\n', b'{"nuqjax":"journal 1","mark":"0"}\n'])
+def test_a_journal_of_another_version_is_not_resumed(source, whole, tmp_path, head):
+    kept = partial(source, tmp_path, 1)
+    (kept / "journal").write_bytes(head)
+    with pytest.raises(ValueError, match="is of another version of nuqjax; without resume it is begun anew"):
+        nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
+    nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", **OPTIONS)
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("damage", ["zeros", "a bit", "cut", "gone"])
+def test_tensors_that_are_not_as_they_were_written_are_done_again(source, whole, tmp_path, monkeypatch, number, damage):
+    """Those of a leaf that the journal still names."""
+    kept = partial(source, tmp_path, 6)
+    lines = [json.loads(line[9:]) for line in (kept / "journal").read_bytes().splitlines()[1:]]
+    tensor = list(lines[number]["tensors"].values())[-1]
+    data = bytearray((kept / "tensors").read_bytes())
+    if damage == "cut":
+        del data[tensor["begin"] + tensor["nbytes"] - 1 :]
+    elif damage == "zeros":
+        data[tensor["begin"] : tensor["begin"] + tensor["nbytes"]] = bytes(tensor["nbytes"])
+    else:
+        data[tensor["begin"]] ^= 1
+    (kept / "tensors").write_bytes(data)
+    if damage == "gone":
+        (kept / "tensors").unlink()
+    done = leaves_done(monkeypatch)
+    nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+    again = {"cut": 7 - number, "gone": 7}.get(damage, 1)
+    assert len(done) == again + 3
+
+
+@pytest.mark.parametrize(("old", "limit"), [(None, 700), (700, None)])
+def test_killed_at_any_change_of_the_disk(tmp_path, monkeypatch, limit, old):
+    """The file is the old or the new; the next run gives the same bytes, resumed or not, and leaves nothing else."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    rng = np.random.default_rng(0)
+    source, path, folder = tmp_path / "source", tmp_path / "out" / "a.safetensors", tmp_path / "out"
+    tensors = {name: rng.normal(size=(24, 40)).astype("f4") for name in "a"} | {"n": np.array(3, "i4")}
+    safetensors.numpy.save_file(tensors, source)
+    options = {"method": "normal", "max_shard_size": limit, "entropy_coding": True}
+    before = {"old": np.ones(200, "f4"), "more": np.ones(200, "f4")}
+
+    def contents():
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    folder.mkdir()
+    nuqjax.compress_checkpoint(source, path, **options)
+    wanted, last, news = contents(), 0, []
+    while True:
+        last += 1
+        shutil.rmtree(folder)
+        folder.mkdir()
+        nuqjax.save(path, before, max_shard_size=old)
+        with failing_disk(last):
+            try:
+                nuqjax.compress_checkpoint(source, path, **options)
+                break
+            except Killed:
+                pass
+        keys = nuqjax.load(path).keys()
+        assert keys in (before.keys(), tensors.keys())
+        news.append(keys == tensors.keys())
+        shutil.copytree(folder, tmp_path / "left", dirs_exist_ok=False)
+        for resume in (True, False):
+            shutil.rmtree(folder)
+            shutil.copytree(tmp_path / "left", folder)
+            nuqjax.compress_checkpoint(source, path, resume=resume, **options)
+            assert contents() == wanted
+        shutil.rmtree(tmp_path / "left")
+    assert news == sorted(news)
+    assert set(news) == {False, True}
+    assert contents() == wanted
+
+
+def test_a_kill_while_it_is_resumed(source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    partial(source, tmp_path, 3)
+    for last in (1, 4, 7, 12, 20, 40):
+        with failing_disk(last), pytest.raises(Killed):
+            nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
+    nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over", "gone", "replaced by one of the same time"])
+@pytest.mark.parametrize("number", [1, 5, 10])
+def test_a_source_that_changes_meanwhile_is_told(source, tmp_path, how, number):
+    """No file is made of old leaves and new ones, not by resuming either."""
+    mine, other, path = tmp_path / "mine", tmp_path / "other", tmp_path / "a.safetensors"
+    shutil.copy(source, mine)
+    tensors = safetensors.numpy.load_file(source)
+    safetensors.numpy.save_file({name: np.array(-tensor) for name, tensor in tensors.items()}, other)
+    status, count = mine.stat(), 0
+
+    def change(*_):
+        nonlocal count
+        count += 1
+        if count == number:
+            os.link(mine, tmp_path / "first")
+            if how.startswith("replaced"):
+                os.replace(other, mine)
+            elif how == "gone":
+                os.unlink(mine)
+            else:
+                mine.write_bytes(other.read_bytes())
+            if how.endswith("time"):
+                os.utime(mine, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises((ValueError, FileNotFoundError), match=r"has changed or gone since it was opened|No such file"):
+        nuqjax.compress_checkpoint(mine, path, progress=change, **OPTIONS)
+    assert not path.exists()
+    if how != "gone":
+        with pytest.raises(ValueError, match="is of another source"):
+            nuqjax.compress_checkpoint(mine, path, resume=True, **OPTIONS)
+    if how != "written over":
+        os.replace(tmp_path / "first", mine)
+        nuqjax.compress_checkpoint(mine, path, resume=True, **OPTIONS)
+        nuqjax.compress_checkpoint(source, tmp_path / "b", **OPTIONS)
+        assert path.read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_headers_tell_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "_compressed", None)
+    good, path = {"a": np.ones((40, 50), "f4")}, tmp_path / "a.npz"
+    for bad, options, message in (
+        ({"z": np.array(["text"])}, {}, r"z: dtype <U4, which the format does not hold"),
+        ({"z": np.zeros(3, "M8[s]")}, {}, r"z: dtype datetime64\[s\]"),
+        ({}, {"rules": [Rule("nothing", bits=2)]}, "rule 'nothing' matches none"),
+        ({"z": np.ones((3, 4), "i4")}, {"rules": [Rule("z", skip=False)]}, "dtype int32 is not floating"),
+        ({"z": np.ones((30, 40), "f4")}, {"rules": [Rule("z", axis=2)]}, "output axis 2"),
+        ({"z": np.ones((30, 40), "f4")}, {"rules": [Rule("z", codebook_format="int8")]}, "codebook_format=int8"),
+        ({"z": np.ones((30, 40), "f4")}, {"max_shard_size": "5 apples"}, "max_shard_size="),
+    ):
+        np.savez(path, **good, **bad)
+        with pytest.raises(ValueError, match=message):
+            nuqjax.compress_checkpoint(path, tmp_path / "out", **options)
+        assert os.listdir(tmp_path) == ["a.npz"]
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match="entropy coding needs constriction"):
+        nuqjax.compress_checkpoint(path, tmp_path / "out", entropy_coding=True)
+    assert os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_a_leaf_that_fails_takes_no_other_with_it(tmp_path, monkeypatch):
+    tensors = {name: np.linspace(-1, 1, 960, dtype="f4").reshape(24, 40) for name in "abcz"}
+    tensors["z"][0, 0] = np.nan
+    source, path = tmp_path / "source.safetensors", tmp_path / "out"
+    safetensors.numpy.save_file(tensors, source)
+    with pytest.raises(ValueError, match=r"^z: 1 of 960 values are NaN") as told:
+        nuqjax.compress_checkpoint(source, path, method="normal")
+    assert told.value.__notes__ == [f"{path}.partial has what is done; --resume (resume=True) goes on from there"]
+    done, skip = leaves_done(monkeypatch), {"method": "normal", "rules": [Rule("z", skip=True)]}
+    nuqjax.compress_checkpoint(source, path, resume=True, **skip)
+    assert done == ["z"]
+    nuqjax.compress_checkpoint(source, tmp_path / "anew", **skip)
+    assert path.read_bytes() == (tmp_path / "anew").read_bytes()
 
 
 def test_what_is_refused(source, tmp_path):

@@ -1,5 +1,6 @@
 """Damaged and hostile files: a ValueError that names the entry, or the tree; never anything else."""
 
+import base64
 import copy
 import functools
 import json
@@ -67,7 +68,10 @@ def taken_apart(data):
     """Header, layout and body of a file."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    return header, json.loads(header["__metadata__"]["nuqjax"]), data[8 + length :]
+    layout = json.loads(header["__metadata__"]["nuqjax"])
+    if "deflated" in layout:
+        layout = json.loads(zlib.decompress(base64.b64decode(layout["deflated"])))
+    return header, layout, data[8 + length :]
 
 
 def put_together(header, layout, body):
@@ -173,7 +177,8 @@ A, B = ("leaves", 0), ("leaves", 1)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("version", 2), "FILE: version 2 of the format, but this nuqjax reads version 1; a newer nuqjax r"),
+        (set_at("version", 3), "version 3 of the format, but this nuqjax reads versions 1 and 2; a newer nuqjax reads"),
+        (set_at("version", 2), "FILE: the layout does not have just version and deflated"),
         (set_at("version", 0), "version 0 of the format"),
         (set_at("version", "1"), "the layout has no version"),
         (set_at("version", KeyError), "the layout has no version"),
