@@ -42,6 +42,7 @@ def compress_checkpoint(
     max_shard_size: int | str | None = None,
     format: str | None = None,
     separator: str | None = None,
+    skip: str | None = None,
     resume: bool = False,
     progress: Callable[[LeafPlan, int], None] | None = None,
 ) -> Report:
@@ -51,8 +52,8 @@ def compress_checkpoint(
     the target, and with `resume` the next one goes on from there, to the same file byte for byte.
 
     Args:
-      source: a safetensors file (or index), an npz or msgpack file, or an orbax directory; its tensors' names, parted
-        at `separator`, are the keys of nested dicts. A msgpack file is read whole.
+      source: what `open_checkpoint` opens; its tensors' names, parted at `separator`, are the keys of nested dicts. A
+        msgpack file is read whole.
       target: the file to write, as in `save`.
       bits: as in `compress`, like all that follow to `min_size`.
       method: how levels are fitted.
@@ -66,8 +67,9 @@ def compress_checkpoint(
       min_size: leaves with fewer values stay dense.
       entropy_coding: as in `save`.
       max_shard_size: as in `save`.
-      format: of the source: "safetensors", "npz", "msgpack" or "orbax"; None to see by what is there.
-      separator: what parts the keys in a tensor's name; None for "/" where names have it and "." where not.
+      format: of the source, as in `open_checkpoint`; None to see by what is there.
+      separator: what parts the keys in a tensor's name, as in `open_checkpoint`. The file remembers it.
+      skip: a regular expression: the leaves that it is found in are left out, such as those of a dtype that is not read.
       resume: go on from `TARGET.partial`.
       progress: called with the plan of each leaf that is done, and the bytes that it had before.
 
@@ -94,9 +96,12 @@ def compress_checkpoint(
     target = os.path.realpath(os.fspath(target))
     if os.path.isdir(target):
         raise IsADirectoryError(f"{target} is a directory; a file is wanted")
-    checkpoint = open_checkpoint(source, format, separator)
+    checkpoint = open_checkpoint(source, format, separator, skip)
     if checkpoint.format == "nuqjax":
         raise ValueError(f"{checkpoint.path} is compressed already")
+    for leaf in checkpoint.leaves:
+        if leaf.problem is not None:
+            leaf.read()  # raises it, before any work
     specs = checkpoint.tree(leaf.spec for leaf in checkpoint.leaves)
     plans = plan_leaves(specs, options, rules)
     nodes, _ = tree_to_nodes(specs)
@@ -118,7 +123,8 @@ def compress_checkpoint(
                 progress(plan, plan.nbytes_before)
         report = with_coded_sizes(Report(tuple(journal.reports)), journal.layout.coded)
         text = journal.layout.text(report)
-        write(target, journal.tensors, *metadata(text), limit, scratch=folder)
+        described, tag = metadata(text)
+        write(target, journal.tensors, _of_source(checkpoint) | described, tag, limit, scratch=folder)
     shutil.rmtree(folder)
     return report
 
@@ -130,6 +136,12 @@ def _compressed(leaf: Leaf, plan: LeafPlan) -> tuple[Any, LeafReport]:
         return dense, report_leaf(plan.path, dense, dense, plan.reason)
     kept, certificate = compress_leaf(dense, None, plan)
     return kept, report_leaf(plan.path, dense, kept, None, plan.options.method, certificate)
+
+
+def _of_source(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the file keeps of its source: its metadata, and what parted the names of its tensors."""
+    separator = {} if checkpoint.separator is None else {"nuqjax.separator": checkpoint.separator}
+    return dict(checkpoint.metadata) | separator
 
 
 def _fingerprint(checkpoint: Checkpoint, plans: Sequence[LeafPlan], entropy_coding: bool) -> str:

@@ -315,7 +315,7 @@ def _compare(dense: np.ndarray, leaf: CodebookArray) -> _Comparison:
     levels = 1 << leaf.bits
     signal = noise = largest = 0.0
     used, counts = 0, np.zeros(levels, np.int64)
-    for place in np.ndindex(leaf.stack_shape):
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
         shared = np.zeros(levels, np.int64)  # by the only codebook, of "tensor" granularity
         for original, block in _blocks(dense[place], leaf[place]):
             x = original.astype(np.float64)

@@ -45,7 +45,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "shardings": (LEAF, ARRAYS),
     # `store` stands for store.py and its parts store_*.py.
     "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
-    "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "orbax"}),
+    # `checkpoint` stands for checkpoint.py and its parts checkpoint_*.py.
+    "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "h5py", "msgpack", "orbax"}),
     "convert": ({"rules", "plan", "compress", "report", "store", "checkpoint"}, ARRAYS),
     "fisher": (set(), ARRAYS),
     # `export` stands for export.py and export_onnx.py.
@@ -162,6 +163,8 @@ def test_importing_nuqjax_needs_the_core_dependencies_only():
         "tensorflow_datasets",
         "constriction",
         "orbax",
+        "h5py",
+        "msgpack",
         "shtab",
         "jax2onnx",
         "onnx",
