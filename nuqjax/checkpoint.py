@@ -122,10 +122,18 @@ def _check_keys(checkpoint: Checkpoint, format: str) -> None:
                 raise ValueError(f"{where}: the key {key.key!r} is no text, and {format} would make it so")
             if format == "msgpack" and getattr(key, "key", None) == "__msgpack_chunked_array__":
                 raise ValueError(f"{where}: a key that Flax's msgpack has another use for")
+        if format == "orbax" and len(leaf.path.encode()) > 32_000:
+            raise ValueError(f"{where[:300]}…: a name longer than orbax holds")
         if leaf.shape is not None:
             if format == "orbax" and 0 in leaf.shape:
                 raise ValueError(f"{where} has no values, and orbax holds no such arrays")
+            if leaf.dtype is None:
+                leaf.read()  # raises what is wrong with it
+            elif format == "orbax" and leaf.dtype.name in _NOT_ORBAX:
+                raise ValueError(f"{where} has dtype {leaf.dtype}, which orbax lacks")
             continue
+        if format == "msgpack" and not path:
+            raise ValueError(f"{where} stands alone and is no array, as no msgpack file has it")
         value = leaf.read()
         if type(value) not in kinds or (type(value) is int and not -(2**63) <= value < most):
             raise ValueError(f"{where} is {_what(value)}, which {format} does not hold")
@@ -188,13 +196,14 @@ def _write_npz(path: Any, checkpoint: Checkpoint, separator: str) -> None:
         for (name, leaf), part in zip(named, parts[1:], strict=True):
             if "\0" in name or len(name.encode()) > _COMMENT - 4:
                 raise ValueError(f"{checkpoint.path}: leaf {leaf.path[:200]!r} has a name that npz does not hold")
+            if leaf.dtype is None or not (leaf.dtype.type.__module__ == "numpy" or leaf.dtype == jnp.bfloat16):
+                raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which npz lacks")
             array = np.asarray(leaf.read())
-            if array.dtype.kind == "V" and array.dtype != np.dtype(jnp.bfloat16):
-                raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {array.dtype}, which npz lacks")
             info = zipfile.ZipInfo(f"{name}.npy")  # without the time of day: the same leaves give the same bytes
             info.comment = part
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+_NOT_ORBAX = {"float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "uint4", "uint2"}
 _COMMENT = 65_535  # bytes of a zip archive's comment, of each of its members', and of a name

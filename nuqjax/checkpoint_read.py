@@ -4,6 +4,7 @@ import math
 import os
 import re
 import stat
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -230,9 +231,13 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
     if info.file_size > (1 if info.compress_type == zipfile.ZIP_STORED else _DEFLATED) * (info.compress_size + 1):
         raise ValueError(f"{where} says that it expands to {info.file_size} bytes, more than it can")
 
-    def read() -> np.ndarray:
-        with zipfile.ZipFile(path) as archive, archive.open(info.filename) as file:
-            return _npy_array(file)
+    def read() -> np.ndarray:  # by the member's place: a ZipFile would read the names of all members each time
+        with open(path, "rb") as file:
+            file.seek(info.header_offset)
+            lengths = struct.unpack("<26x2H", file.read(30))
+            file.seek(sum(lengths), os.SEEK_CUR)
+            with zipfile.ZipExtFile(file, "r", info) as member:  # type: ignore[arg-type]
+                return _npy_array(member)
 
     with reading(where, "no NumPy array"), archive.open(info) as file:
         return _npy_leaf(path, name, file, info.file_size, read)
@@ -242,7 +247,12 @@ def _npy_leaf(path: str, name: str, file: Any, size: int, read: Callable[[], Any
     """A leaf by the header of an npy file of `size` bytes."""
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = reader(file)
+    try:
+        shape, _, dtype = reader(file)
+    except ValueError as error:
+        if "valid dtype" not in str(error):
+            raise
+        return unreadable(path, name, f"values whose dtype NumPy does not know ({error})"[:200])
     where = f"{path}: {name[:200]!r}"
     count = check_shape(list(shape), where)
     if dtype == np.dtype("V2"):  # how NumPy writes bfloat16

@@ -26,7 +26,7 @@ LACKING = {
     "safetensors": {"complex128"} | NARROW - {"float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz"},
     "npz": NARROW,
     "msgpack": set(),
-    "orbax": set(),
+    "orbax": {"uint2"},
 }
 ALL = ("safetensors", "npz", "msgpack", "orbax")
 # name: (tree, formats that do not hold it, what the message names)
@@ -52,8 +52,8 @@ TREES = {
     "a name with a NUL": ({"a\0b": X}, ("npz",), "leaf 'a\\\\x00b'"),
     "a name of safetensors": ({"__metadata__": X}, ("safetensors",), "leaf '__metadata__'"),
     "a name of Flax": ({"a": {"__msgpack_chunked_array__": X}}, ("msgpack",), "leaf 'a/__msgpack_chunked_array__'"),
-    "a very long name": ({"k" * 70_000: X}, ("npz",), "leaf 'kkk"),
-    "many keys": ({i: X for i in range(3000)}, ("msgpack", "orbax"), "is no text"),
+    "a very long name": ({"k" * 70_000: X}, ("npz", "orbax"), "leaf 'kkk"),
+    "many keys": ({i: X for i in range(300)}, ("msgpack", "orbax"), "is no text"),
     "an integer": ({"opt": {"step": 7}, "w": X}, (), ""),
     "integers at their ends": ({"a": 2**63 - 1, "b": -(2**63), "c": -5}, (), ""),
     "a large integer": ({"a": 2**63}, ("safetensors", "npz", "orbax"), "leaf 'a' is an integer of 64 bits"),
@@ -62,7 +62,7 @@ TREES = {
     "truth": ({"on": True, "off": False}, (), ""),
     "a complex number": ({"z": 1 - 2j}, ("safetensors", "orbax"), "leaf 'z'"),
     "text": ({"name": "é\0"}, ("safetensors", "npz"), "leaf 'name' is of type str"),
-    "a number alone": (3, (), ""),
+    "a number alone": (3, ("msgpack",), "leaf '' stands alone"),
     "random keys": ({"key": jax.random.key(0)}, ALL, "leaf 'key'"),
     "no axes": ({"a": np.array(3, np.int64), "b": np.array(True)}, (), ""),
     "no values": ({"a": np.zeros((0, 3), np.float32)}, ("orbax",), "leaf 'a' has no values"),
@@ -103,16 +103,16 @@ def test_a_tree_comes_back_from_every_format_or_is_refused_by_name(name, tmp_pat
             assert told(found, format == "msgpack") == told(source, format == "msgpack"), format
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(("nuqjax", *ALL), 2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(("nuqjax", *ALL), 2)))
 def test_every_pair_of_formats_keeps_names_keys_and_numbers(first, second, tmp_path):
-    """All that both hold, in one tree."""
+    """There and back, of all that both hold, in one tree."""
     formats = {first, second} - {"nuqjax"}
     trees = [tree for tree, lacking, _ in TREES.values() if isinstance(tree, dict) and not formats & set(lacking)]
     nuqjax.save(tmp_path / "a", {f"tree {i}": tree for i, tree in enumerate(trees)})
     here = nuqjax.open_checkpoint(tmp_path / "a")
     wanted = told(here, "msgpack" in formats)
     assert len(wanted) > 20
-    for i, format in enumerate((first, second, first)):
+    for i, format in enumerate((first, second, first)[first == "nuqjax" :]):
         if format == "nuqjax":
             nuqjax.compress_checkpoint(here.path, tmp_path / f"{i}", rules=[nuqjax.Rule("", skip=True)])
             here = nuqjax.open_checkpoint(tmp_path / f"{i}")
