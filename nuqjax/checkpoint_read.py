@@ -19,7 +19,7 @@ from nuqjax.checkpoint_tree import Checkpoint, Leaf, array_leaf, checkpoint_of, 
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.store import read_layout
 from nuqjax.store_file import Bundle, Entry, check_regular, check_shape, open_bundle
-from nuqjax.store_foreign import SIGNED, foreign, foreign_zip
+from nuqjax.store_foreign import SIGNED, foreign_file, foreign_zip
 from nuqjax.store_layout import NUMPY_DTYPES
 from nuqjax.store_tree import check_hashes
 
@@ -50,9 +50,10 @@ def locate(path: str | os.PathLike[str], format: str | None = None) -> tuple[str
     with open(path, "rb") as file:
         start = file.read(SIGNED)
     seen = _seen(path, start)
-    what = foreign(start)
-    if what is not None and seen not in ("npz", "npy", "h5"):
-        raise ValueError(f"{path} is {what}")
+    if seen not in ("npz", "npy", "h5") or format not in (None, "npz", "npy", "h5"):
+        what = foreign_file(path)
+        if what is not None:
+            raise ValueError(f"{path} is {what}")
     if format in ("npz", "npy", "h5") and format != seen:
         named = {"npz": "not a zip file, as npz is", "npy": "no NumPy array", "h5": "no HDF5 file"}
         raise ValueError(f"{path}: {named[format]}")

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from nuqjax.store_foreign import SIGNED, foreign
+from nuqjax.store_foreign import foreign_file
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -198,11 +198,10 @@ def open_mapped(path: str) -> File:
     check_regular(path)
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: 0 bytes, too few for a safetensors file")
-    data = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    what = foreign(data[:SIGNED].tobytes())
+    what = foreign_file(path)
     if what is not None:
         raise ValueError(f"{path} is {what}")
-    return parse(data, path)
+    return parse(np.memmap(path, np.uint8, "r").view(np.ndarray), path)
 
 
 class Bundle(NamedTuple):

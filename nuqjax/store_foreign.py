@@ -26,6 +26,19 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
 SIGNED = 512  # bytes that are looked at
 
 
+def foreign_file(path: str) -> str | None:
+    """What the file at a path is, and what to do; None where its first bytes do not tell."""
+    with open(path, "rb") as file:
+        start = file.read(SIGNED)
+    if not start.startswith(b"PK") or start[8:9] == b"{":
+        return foreign(start)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return foreign_zip(archive) or foreign(start)
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        return foreign(start)
+
+
 def foreign(start: bytes) -> str | None:
     """What a file with these first bytes is, and what to do; None where they do not tell.
 
