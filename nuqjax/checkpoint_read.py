@@ -411,7 +411,9 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
 
 def _restore_args(ocp: Any, info: Any) -> Any:
     kind = type(info).__name__
-    return ocp.RestoreArgs() if kind in ("ScalarMetadata", "StringMetadata") else ocp.RestoreArgs(restore_type=np.ndarray)
+    return (
+        ocp.RestoreArgs() if kind in ("ScalarMetadata", "StringMetadata") else ocp.RestoreArgs(restore_type=np.ndarray)
+    )
 
 
 def _orbax_leaf(path: str, info: Any, read: Callable[[], Any]) -> Leaf:

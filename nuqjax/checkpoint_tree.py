@@ -239,7 +239,9 @@ def _matching(where: str, skip: str, paths: list[str]) -> list[str]:
     found = [path for path in paths if pattern.search(path)]
     if not found:
         near = ", ".join(map(repr, nearest(skip, paths)))
-        raise ValueError(f"{where}: skip={skip!r} matches none of the {len(paths)} leaves; the nearest paths are {near}")
+        raise ValueError(
+            f"{where}: skip={skip!r} matches none of the {len(paths)} leaves; the nearest paths are {near}"
+        )
     return found
 
 

@@ -14,7 +14,7 @@ from nuqjax import packing, rows
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.fit import check_method
 from nuqjax.fixed_point import AutoQFormat, QFormat
-from nuqjax.report import render
+from nuqjax.report import add_row, render
 from nuqjax.rows import InputGroups
 from nuqjax.rules import Options, Rule, path_name, resolve
 
@@ -91,7 +91,7 @@ class Plan:
             o = leaf.options
             chosen = (o.method, str(o.bits), str(o.granularity)) if leaf.reason is None else ("dense", "", leaf.reason)
             sizes = f"{leaf.nbytes_before:,}", f"{leaf.nbytes_after:,}"
-            table.add_row(leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
+            add_row(table, leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
         table.add_section()
         table.add_row("in all", "", "", "", "", "", f"{self.nbytes_before:,}", f"{self.nbytes_after:,}")
         return render(table)

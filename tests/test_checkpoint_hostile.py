@@ -42,7 +42,11 @@ def array_of(shape, name, raw):
 
 
 def chunked(shape, *chunks):
-    return {"__msgpack_chunked_array__": True, "shape": shape, "chunks": {str(i): chunk for i, chunk in enumerate(chunks)}}
+    return {
+        "__msgpack_chunked_array__": True,
+        "shape": shape,
+        "chunks": {str(i): chunk for i, chunk in enumerate(chunks)},
+    }
 
 
 def deep(depth, wrap):
@@ -153,7 +157,9 @@ def test_a_leaf_that_no_file_holds(tmp_path):
     nuqjax.save(tmp_path / "a", {"f": len, "w": X})
     found = {leaf.path: leaf for leaf in nuqjax.open_checkpoint(tmp_path / "a").leaves}
     assert found["w"].read().tobytes() == X.tobytes()
-    with pytest.raises(ValueError, match="'f' holds a builtins.builtin_function_or_method, which is not read; skip='f'"):
+    with pytest.raises(
+        ValueError, match="'f' holds a builtins.builtin_function_or_method, which is not read; skip='f'"
+    ):
         found["f"].read()
 
 
@@ -186,7 +192,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("what", FOREIGN)
-@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors", "weights.ckpt", "weights.msgpack", "weights.npz"])
+@pytest.mark.parametrize(
+    "name", ["weights.bin", "weights.safetensors", "weights.ckpt", "weights.msgpack", "weights.npz"]
+)
 def test_a_file_of_another_kind_is_named_for_what_it_is(what, name, tmp_path):
     data, format = FOREIGN[what]
     path = tmp_path / name
@@ -238,7 +246,11 @@ def with_unreadable(folder):
     }.items():  # fmt: skip
         np.savez(folder / f"{name}.npz", bad=array, good=X)
         yield folder / f"{name}.npz"
-    for name, value in {"bytes": b"1", "unknown": msgpack.ExtType(77, b"1"), "new": array_of((1,), "float3", b"1")}.items():
+    for name, value in {
+        "bytes": b"1",
+        "unknown": msgpack.ExtType(77, b"1"),
+        "new": array_of((1,), "float3", b"1"),
+    }.items():
         good = array_of((2, 3), "float32", X.tobytes())
         (folder / f"{name}.msgpack").write_bytes(msgpack.packb({"bad": value, "good": good}))
         yield folder / f"{name}.msgpack"
@@ -344,7 +356,21 @@ def forged(value, rng):
 def headers(rng):
     """A header of an npy file that is not quite one."""
     fields = {
-        "descr": ["<f4", ">f4", "|O", "<U2", "|V2", "<f1", "<i16", 3, [("a", "<f4")], ("<f4", (2, 2)), None, "M8[ns]", ""],
+        "descr": [
+            "<f4",
+            ">f4",
+            "|O",
+            "<U2",
+            "|V2",
+            "<f1",
+            "<i16",
+            3,
+            [("a", "<f4")],
+            ("<f4", (2, 2)),
+            None,
+            "M8[ns]",
+            "",
+        ],
         "fortran_order": [False, True, 0, "no", None],
         "shape": [(2, 3), (6,), (), (-6,), (2**62, 0), (2**31, 2**31), (True, 6), (6.0,), [6], None, 6, "6", (0,) * 70],
     }
@@ -353,7 +379,9 @@ def headers(rng):
         for name, values in fields.items()
         if rng.random() < 0.97
     }
-    return npy(repr(chosen) if rng.random() < 0.9 else damaged(repr(chosen).encode(), rng), version=int(rng.integers(1, 4)))
+    return npy(
+        repr(chosen) if rng.random() < 0.9 else damaged(repr(chosen).encode(), rng), version=int(rng.integers(1, 4))
+    )
 
 
 def test_fuzz_of_npz(tmp_path, fuzz):

@@ -74,7 +74,9 @@ def told(checkpoint, as_text):
     found = []
     for keys, leaf in zip(checkpoint.keys, checkpoint.leaves, strict=True):
         value = leaf.read()
-        what = (value.dtype, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else (type(value), repr(value))
+        what = (
+            (value.dtype, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else (type(value), repr(value))
+        )
         found.append((tuple((type(key), key) for key in (map(str, keys) if as_text else keys)), what))
     return sorted(found, key=repr)
 

@@ -67,7 +67,7 @@ def test_there_and_back(folder, capsys):
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, found, dense))
         status, out, _ = run(f"compare out.safetensors {target}", capsys)
         assert status == 0
-        assert out.endswith("no value differs\n")
+        assert out.endswith("no bit differs\n")
 
 
 def test_inspect_and_compare(folder, capsys):
@@ -83,7 +83,7 @@ def test_inspect_and_compare(folder, capsys):
         assert found[leaf.path]["largest_error"] == pytest.approx(leaf.largest_error, rel=1e-9)
     assert found["conv/bias"] | {"equal": True, "sqnr_db": None} == found["conv/bias"]
     status, out, _ = run("compare in.safetensors out.safetensors", capsys)
-    assert "SQNR of all" in out
+    assert "SQNR of all floating tensors" in out
 
 
 def test_plot(folder, capsys):
@@ -122,7 +122,11 @@ def test_help(folder, capsys, command):
     ("command", "message"),
     [
         ("compress nothing.safetensors out", "nothing.safetensors: No such file or directory"),
-        ("compress . out", ".: a directory that is no orbax checkpoint"),
+        (
+            "compress . out",
+            ".: a directory with several files of weights (in.safetensors, other.safetensors): name one",
+        ),
+        ("compress empty out", "empty: a directory that is no orbax checkpoint and has no safetensors or msgpack file"),
         ("compress in.safetensors .", "is a directory; a file is wanted"),
         ("compress in.safetensors no/out", "no/out.partial: No such file or directory"),
         ("compress in.safetensors /dev/null/out", "/dev/null/out.partial: Not a directory"),
@@ -141,6 +145,7 @@ def test_help(folder, capsys, command):
 )
 def test_one_line_says_what_is_wrong(folder, capsys, command, message):
     safetensors.numpy.save_file({"x": np.ones(1)}, "other.safetensors")
+    os.mkdir("empty")
     before = sorted(os.listdir())
     status, out, err = run(command, capsys)
     assert (status, out) == (1, "")
