@@ -301,11 +301,16 @@ def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any]
         saved_as = entry.shape_and_dtype()
         if saved_as is not None and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             wanted = tuple(leaf.shape), np.dtype(leaf.dtype).name
-            if wanted != saved_as:
+            if wanted != saved_as and not (entry.kind == "codebook" and saved_as == _as_compressed(leaf)):
                 raise ValueError(
                     f"{entry.where}: {saved_as[1]}{list(saved_as[0])}, but like has {wanted[1]}{list(wanted[0])}"
                 )
     return [leaf for _, leaf in flat], treedef
+
+
+def _as_compressed(leaf: Any) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a dense leaf as `compress` took it: float64 as float32, unless x64 is on."""
+    return tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype).name
 
 
 def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
