@@ -185,7 +185,7 @@ def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit:
 def _write_npz(path: Any, checkpoint: Checkpoint, separator: str) -> None:
     named, notes = _named_arrays(checkpoint, separator, "npz")
     if checkpoint.metadata:
-        notes = {"separator": separator} | notes | {"metadata": dict(checkpoint.metadata)}
+        notes = {"separator": separator} | dict(notes) | {"metadata": dict(checkpoint.metadata)}
     text = b"nuqjax " + to_json(notes).encode() if notes else b""
     parts = [text[start : start + _COMMENT] for start in range(0, len(text), _COMMENT)]
     if len(parts) > 1 + len(named):

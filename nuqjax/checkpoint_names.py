@@ -74,7 +74,7 @@ def named_tree(
         return nested(where, named, parted), parted
     if len(set(notes.names)) < len(notes.names) or set(notes.names) != set(named):
         raise ValueError(
-            f"{where}: its notes name other tensors than it has; separator={notes.separator!r} reads them by their names"
+            f"{where}: its notes name other tensors than it has; separator={notes.separator!r} reads them by name"
         )
     with reading(where, "notes on its names that are none"):
         structure = Structure(notes.nodes, notes.nbytes)

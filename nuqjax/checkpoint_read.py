@@ -1,6 +1,5 @@
 """Readers of checkpoints: each gives a `Checkpoint`, and a ValueError that begins with the file's name for all else."""
 
-import math
 import os
 import re
 import stat
@@ -131,6 +130,7 @@ def _is_step(path: str) -> bool:
 
 
 def open_safetensors(path: str, separator: str | None, skip: str | None) -> Checkpoint:
+    """A safetensors file, shards with an index, or a file of `save`."""
     bundle = open_bundle(path)
     nbytes = sum(file.start for file in {file.name: file for file in bundle.files.values()}.values())
     if "nuqjax" in bundle.metadata:
@@ -197,6 +197,7 @@ def _open_saved(path: str, bundle: Bundle, nbytes: int, skip: str | None) -> Che
 
 
 def open_npz(path: str, separator: str | None, skip: str | None) -> Checkpoint:
+    """An npz file: its members' headers are read."""
     named: dict[str, Leaf] = {}
     size = os.path.getsize(path)
     with reading(path, "a damaged npz file"), zipfile.ZipFile(path) as archive:
@@ -269,6 +270,8 @@ def _npy_array(file: Any) -> np.ndarray:
 
 
 def open_npy(path: str, skip: str | None) -> Checkpoint:
+    """An npy file: one array, without a name."""
+
     def read() -> np.ndarray:
         with open(path, "rb") as file:
             return _npy_array(file)
@@ -283,6 +286,7 @@ def open_npy(path: str, skip: str | None) -> Checkpoint:
 
 
 def open_msgpack(path: str, skip: str | None) -> Checkpoint:
+    """A msgpack file as Flax writes it, read whole."""
     try:
         import msgpack
     except ImportError as error:
@@ -366,6 +370,7 @@ def _in_memory(path: str, value: Any) -> Leaf:
 
 
 def orbax() -> Any:
+    """The orbax library."""
     try:
         import orbax.checkpoint
     except ImportError as error:
@@ -374,6 +379,7 @@ def orbax() -> Any:
 
 
 def open_orbax(path: str, skip: str | None) -> Checkpoint:
+    """An orbax checkpoint of one tree, each array of which is read when it is asked for."""
     ocp = orbax()
     path = os.path.abspath(path)
     files, nbytes = _files_of(path)
@@ -452,15 +458,21 @@ def _files_of(path: str) -> tuple[list[str], int]:
 
 
 def open_h5(path: str, skip: str | None) -> Checkpoint:
+    """An HDF5 file: groups are dicts, and datasets leaves. Attributes and links are not followed."""
     try:
         import h5py
     except ImportError as error:
         raise ImportError("HDF5 checkpoints need h5py: pip install h5py") from error
+    library: Any = h5py
+
+    def address(group: Any) -> int:
+        return library.h5o.get_info(group.id).addr
+
     size = os.path.getsize(path)
     tree: dict[str, Any] = {}
     with reading(path, "a damaged HDF5 file"), h5py.File(path, "r") as file:
         groups: list[tuple[Any, dict[str, Any]]] = [(file, tree)]
-        seen = {h5py.h5o.get_info(file.id).addr}
+        seen = {address(file)}
         while groups:
             group, here = groups.pop()
             for name in group:
@@ -470,10 +482,9 @@ def open_h5(path: str, skip: str | None) -> Checkpoint:
                     continue
                 item = group[name]
                 if isinstance(item, h5py.Group):
-                    address = h5py.h5o.get_info(item.id).addr
-                    if address in seen:
+                    if address(item) in seen:
                         raise ValueError(f"{path}: the group {where[:200]!r} has two names")
-                    seen.add(address)
+                    seen.add(address(item))
                     here[name] = {}
                     groups.append((item, here[name]))
                 else:
@@ -494,7 +505,8 @@ def _h5_leaf(path: str, size: int, where: str, item: Any) -> Leaf:
 
     def read() -> Any:
         with h5py.File(path, "r") as file:
-            return file[where][()]
+            found: Any = file[where]
+            return found[()]
 
     return array_leaf(path, where, item.shape, item.dtype, read)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, whatever its format: leaves that are read when they are asked for, in a tree that was checked."""
+"""What a checkpoint is, whatever its format: leaves that are read when asked for, in a tree that was checked."""
 
 import errno
 import math

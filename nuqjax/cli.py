@@ -176,8 +176,9 @@ def parser() -> argparse.ArgumentParser:
         "compress", "compress a checkpoint, tensor by tensor", epilog=_COMPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).add_argument  # fmt: skip
-    add("source", metavar="IN", help="safetensors (or its .index.json), npz, npy, Flax msgpack, .h5, an orbax "
-        "directory, or a folder: a Hugging Face model, or checkpoints by step, of which the newest is taken")  # fmt: skip
+    add("source", metavar="IN",
+        help="safetensors (or its .index.json), npz, npy, Flax msgpack, .h5, an orbax directory, or a folder: a "
+        "Hugging Face model, or checkpoints by step, of which the newest is taken")  # fmt: skip
     add("target", metavar="OUT", help="the safetensors file to write")
     add("--bits", type=int, default=4, choices=range(1, 9), metavar="1…8", help="index width (default: 4)")
     add("--method", default="knq", help="knq, enq, uniform, uniform_pow2, dfp, normal, quantile, pow2 (default: knq)")
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        print(f"nuqjax: error: {printable(_one_line(error))}", file=sys.stderr)
+        print(f"nuqjax: error: {printable(_one_line(error), 4000)}", file=sys.stderr)
         return 1
     return 0
 
@@ -414,16 +415,17 @@ def _compare(first: str, second: str, json: bool, separator: str | None, skip: s
             row["equal"], row["equal_values"] = same_object(leaf.read(), other.read())
             continue
         found = difference(leaf.read(), other.read())
-        if found.signal is not None:
+        if found.signal is not None and found.noise is not None:
             sums.append((found.signal, found.noise))
         row |= {
             "shape": list(leaf.shape), "dtypes": [str(leaf.dtype), str(other.dtype)], "equal": found.equal,
             "equal_values": found.equal_values, "nan": list(found.nan), "sqnr_db": found.sqnr_db,
             "largest_error": found.largest_error,
         }  # fmt: skip
-    signal_, noise = (total(part) for part in zip(*sums, strict=True)) if sums else (None, None)
     whole = {
-        "sqnr_db": None if signal_ is None else ratio_db(signal_, noise),  # of floating tensors
+        "sqnr_db": ratio_db(*(total(part) for part in zip(*sums, strict=True)))
+        if sums
+        else None,  # of floating tensors
         "equal": all(row["equal"] is not False for row in rows),
         "equal_values": all(row["equal_values"] is not False for row in rows),
         "not_read": sum("not_read" in row for row in rows),

@@ -69,7 +69,7 @@ def compress_checkpoint(
       max_shard_size: as in `save`.
       format: of the source, as in `open_checkpoint`; None to see by what is there.
       separator: what parts the keys in a tensor's name, as in `open_checkpoint`. The file remembers it.
-      skip: a regular expression: the leaves that it is found in are left out, such as those of a dtype that is not read.
+      skip: a regular expression: leaves that it is found in are left out, such as those of a dtype that is not read.
       resume: go on from `TARGET.partial`.
       progress: called with the plan of each leaf that is done, and the bytes that it had before.
 

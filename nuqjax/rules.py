@@ -17,7 +17,6 @@ class _Inherit:
 
 
 INHERIT: Any = _Inherit()
-_LONGEST = 400  # characters of a name that are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +97,15 @@ def path_name(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def printable(text: Any) -> str:
-    """Text that does nothing but stand there: what is not printable is escaped, and what is very long is cut.
+def printable(text: Any, longest: int = 400) -> str:
+    r"""Text that does nothing but stand there: what is not printable is escaped, and what is very long is cut.
 
     >>> printable("a\x1b[31m b\u202e")
     'a\\x1b[31m b\\u202e'
     """
     text = str(text)
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 

@@ -1,4 +1,4 @@
-"""What a file is that is none of ours, told by its first bytes, so that a message names it before more of it is read."""
+"""What a file is that is none of ours, told by its first bytes, so that a message names it before more is read."""
 
 import re
 import zipfile

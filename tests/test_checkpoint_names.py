@@ -53,7 +53,7 @@ TREES = {
     "a name of safetensors": ({"__metadata__": X}, ("safetensors",), "leaf '__metadata__'"),
     "a name of Flax": ({"a": {"__msgpack_chunked_array__": X}}, ("msgpack",), "leaf 'a/__msgpack_chunked_array__'"),
     "a very long name": ({"k" * 70_000: X}, ("npz", "orbax"), "leaf 'kkk"),
-    "many keys": ({i: X for i in range(300)}, ("msgpack", "orbax"), "is no text"),
+    "many keys": (dict.fromkeys(range(300), X), ("msgpack", "orbax"), "is no text"),
     "an integer": ({"opt": {"step": 7}, "w": X}, (), ""),
     "integers at their ends": ({"a": 2**63 - 1, "b": -(2**63), "c": -5}, (), ""),
     "a large integer": ({"a": 2**63}, ("safetensors", "npz", "orbax"), "leaf 'a' is an integer of 64 bits"),
@@ -176,7 +176,7 @@ def test_metadata_of_shards_are_kept(tmp_path):
         ('{"separator":".","nodes":["leaf"],"names":["a","a"]}', "its notes name other tensors"),
         ('{"separator":".","nodes":[["list",2],"leaf","leaf"],"names":["a"]}', "1 names of 2 leaves"),
         ('{"separator":".","nodes":[["list",9]],"names":["a"]}', "node 0 of the tree has 9 children"),
-        ('{"separator":".","nodes":["leaf"],"names":["a"],"types":{"0":"int"}}', "'a' is of type int, but it is no int64"),
+        ('{"separator":".","nodes":["leaf"],"names":["a"],"types":{"0":"int"}}', "'a' is of type int, but it is no int"),
     ],
 )  # fmt: skip
 def test_notes_that_lie(notes, message, tmp_path):

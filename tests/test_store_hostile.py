@@ -513,8 +513,8 @@ def test_time_and_memory_are_linear_in_the_bytes(tmp_path):
     """Files that took the square of their bytes, or what no machine has, ten times as large as those that showed it."""
     python = {"kind": "python", "type": "int", "value": 1}
     equal = [n * (2**61 - 1) for n in range(600_000)]
-    twice = [{"path": str(n), "kind": "array", "tensors": {"data": {"name": "t", "dtype": "int8", "shape": [0], "crc32": 0}}}
-             for n in range(40_000)]  # fmt: skip
+    data = {"name": "t", "dtype": "int8", "shape": [0], "crc32": 0}
+    twice = [{"path": str(n), "kind": "array", "tensors": {"data": data}} for n in range(40_000)]
     bombs = {
         "no values in very long rows": nothing_of_many([0, 2**50], 0),
         "no values in a very long stack": nothing_of_many([2**50, 0, 4], 1),
