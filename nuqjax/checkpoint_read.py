@@ -1,11 +1,12 @@
 """Readers of checkpoints: each gives a `Checkpoint`, and a ValueError that begins with the file's name for all else."""
 
+import math
 import os
 import re
 import stat
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -400,19 +401,52 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
         flat, structure = jax.tree.flatten(metadata)
     arguments = jax.tree.unflatten(structure, [_restore_args(ocp, info) for info in flat])
 
+    def restored(numbers: Sequence[int]) -> dict[int, Any]:
+        asked = [ocp.PLACEHOLDER] * len(flat)
+        for number in numbers:
+            asked[number] = 0
+        item = jax.tree.unflatten(structure, asked)
+        found = jax.tree.leaves(
+            checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
+        )
+        return {number: found[number] for number in numbers}
+
+    run_of, held = _runs(flat), {}  # orbax reads the whole tree's metadata for each call: neighbours come together
+
     def leaf(number: int, info: Any) -> Leaf:
         def read() -> Any:
-            asked = [ocp.PLACEHOLDER] * len(flat)
-            asked[number] = 0
-            item = jax.tree.unflatten(structure, asked)
+            if number in held:
+                return held.pop(number)
+            held.clear()
             with reading(f"{path}: {info.name[:200]!r}", "cannot be read"):
-                found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
-                return jax.tree.leaves(found)[number]
+                try:
+                    held.update(restored(run_of[number]))
+                except Exception:  # noqa: BLE001 - one of its neighbours may be damaged
+                    return restored([number])[number]
+                return held.pop(number)
 
         return _orbax_leaf(path, info, read)
 
     tree = jax.tree.unflatten(structure, [leaf(i, x) for i, x in enumerate(flat)])
     return checkpoint_of(path, "orbax", tree, nbytes, skip, files=files)
+
+
+def _runs(infos: Sequence[Any]) -> list[list[int]]:
+    """For each leaf the numbers of those that are read with it: neighbours, of 16 MiB together or alone."""
+    runs: list[list[int]] = [[]]
+    size = 0
+    for number, info in enumerate(infos):
+        shape, dtype = getattr(info, "shape", None) or (), getattr(info, "dtype", None)
+        try:
+            nbytes = math.prod(shape) * (8 if dtype is None else np.dtype(dtype).itemsize)
+        except TypeError:
+            nbytes = 8
+        if runs[-1] and (size + nbytes > 1 << 24 or len(runs[-1]) >= 1024):
+            runs.append([])
+            size = 0
+        runs[-1].append(number)
+        size += nbytes
+    return [run for run in runs for _ in run]
 
 
 def _restore_args(ocp: Any, info: Any) -> Any:

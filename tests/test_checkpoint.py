@@ -251,3 +251,17 @@ def test_a_group_of_two_names_is_not_followed_for_ever(tmp_path):
         file["a/again"] = file["a"]
     with pytest.raises(ValueError, match="the group '/a/again' has two names"):
         nuqjax.open_checkpoint(tmp_path / "a.h5")
+
+
+def test_many_leaves_of_orbax(tmp_path):
+    """Read together, each the one that it is, in whatever order they are asked for."""
+    tree = {"large": np.zeros((1 << 21) + 1), "small": [np.full(3, i, np.int32) for i in range(40)], "n": 5}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", tree)
+    leaves = nuqjax.open_checkpoint(tmp_path / "a").leaves
+    for leaf in [*leaves, *leaves[::-1], leaves[3], leaves[3]]:
+        value = leaf.read()
+        if leaf.path == "n":
+            assert value == 5
+        elif leaf.path != "large":
+            assert value.tolist() == [int(leaf.path.removeprefix("small/"))] * 3

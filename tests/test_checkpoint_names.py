@@ -176,7 +176,7 @@ def test_metadata_of_shards_are_kept(tmp_path):
         ('{"separator":".","nodes":["leaf"],"names":["a","a"]}', "its notes name other tensors"),
         ('{"separator":".","nodes":[["list",2],"leaf","leaf"],"names":["a"]}', "1 names of 2 leaves"),
         ('{"separator":".","nodes":[["list",9]],"names":["a"]}', "node 0 of the tree has 9 children"),
-        ('{"separator":".","nodes":["leaf"],"names":["a"],"types":{"0":"int"}}', "'a' is of type int, but it is no int"),
+        ('{"separator":".","nodes":["leaf"],"names":["a"],"types":{"0":"int"}}', "'a' is of type int, but it is no"),
     ],
 )  # fmt: skip
 def test_notes_that_lie(notes, message, tmp_path):
