@@ -535,7 +535,7 @@ def _h5_leaf(path: str, size: int, where: str, item: Any) -> Leaf:
         return unreadable(path, where, "values that are in other files")
     count = check_shape(list(item.shape), f"{path}: {where[:200]!r}")
     if count * item.dtype.itemsize > _DEFLATED * size:
-        raise ValueError(f"{path}: {where[:200]!r} says that it is of {count} values, more than the file can hold")
+        return unreadable(path, where, f"{count} values, more than its bytes can stand for", item.shape)
 
     def read() -> Any:
         with h5py.File(path, "r") as file:

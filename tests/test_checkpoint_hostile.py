@@ -140,6 +140,38 @@ def test_members_of_an_archive_expand_to_no_more_than_they_can(compression, tmp_
     assert size == (10**7 + 128,)
 
 
+def test_small_files_of_other_formats_do_not_claim_much(tmp_path):
+    """What takes the square of a file's bytes, or more than they can stand for."""
+    path = tmp_path / "twice.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", GOOD)
+        archive.writestr("b.npy", GOOD)
+    path.write_bytes(path.read_bytes().replace(b"b.npy", b"a.npy"))
+    with pytest.raises(ValueError, match="'a' stands twice in it"):
+        nuqjax.open_checkpoint(path)
+    path = tmp_path / "overlap.npz"
+    data = npz(a=npy("{'descr': '|i1', 'fortran_order': False, 'shape': (1000, ), }", bytes(1000)))
+    place = data.index(b"PK\1\2")
+    entry, end = data[place : data.index(b"PK\5\6")], data[data.index(b"PK\5\6") :]
+    many = b"".join(entry[:46] + b"%05d" % n + entry[51:] for n in range(100))
+    counts = struct.pack("<HHII", 100, 100, len(many), place)
+    path.write_bytes(data[:place] + many + end[:8] + counts + end[20:])
+    with pytest.raises(ValueError, match="^" + str(path)):
+        nuqjax.open_checkpoint(path)
+    path = tmp_path / "key.msgpack"
+    path.write_bytes(msgpack.packb({"k" * 1_000_000: list(range(30_000))}))
+    with pytest.raises(ValueError, match="the paths of the leaves are far longer than the"):
+        nuqjax.open_checkpoint(path)
+    path = tmp_path / "fill.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("bad", (1 << 40,), "f8", chunks=(1 << 20,))
+        file["good"] = X
+    found = {leaf.path: leaf for leaf in nuqjax.open_checkpoint(path).leaves}
+    assert found["good"].read().tobytes() == X.tobytes()
+    with pytest.raises(ValueError, match="'bad' holds 1099511627776 values, more than its bytes can stand for"):
+        found["bad"].read()
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     for name in ("a", "a.npz", "a.msgpack", "a.safetensors"):
         os.mkfifo(tmp_path / name)
