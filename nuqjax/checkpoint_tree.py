@@ -13,7 +13,7 @@ import numpy as np
 
 from nuqjax.rules import nearest, path_name
 from nuqjax.store_layout import is_stored
-from nuqjax.store_tree import MAX_DEPTH, PathRoom, check_hashes
+from nuqjax.store_tree import MAX_DEPTH, PathRoom
 
 _SYSTEM = {getattr(errno, name) for name in ("EACCES", "EPERM", "EIO", "EMFILE", "ENFILE", "ETIMEDOUT")}
 
@@ -208,13 +208,12 @@ def _is_leaf(value: Any) -> bool:
 
 
 def check_tree(where: str, tree: Any, nbytes: int) -> None:
-    """Raises ValueError for a tree that is too deep, or whose paths or keys would take the square of `nbytes`."""
+    """Raises ValueError for a tree that is too deep, or whose paths would take the square of `nbytes`."""
     room = PathRoom(nbytes)
     stack: list[tuple[Any, int, int]] = [(tree, 0, 0)]
     while stack:
         here, depth, length = stack.pop()
         if isinstance(here, dict):
-            check_hashes(here, where)
             children: Iterable[tuple[Any, Any]] = here.items()
         elif type(here) in (list, tuple):
             children = enumerate(here)

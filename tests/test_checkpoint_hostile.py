@@ -150,13 +150,15 @@ def test_small_files_of_other_formats_do_not_claim_much(tmp_path):
     with pytest.raises(ValueError, match="'a' stands twice in it"):
         nuqjax.open_checkpoint(path)
     path = tmp_path / "overlap.npz"
-    data = npz(a=npy("{'descr': '|i1', 'fortran_order': False, 'shape': (1000, ), }", bytes(1000)))
-    place = data.index(b"PK\1\2")
-    entry, end = data[place : data.index(b"PK\5\6")], data[data.index(b"PK\5\6") :]
-    many = b"".join(entry[:46] + b"%05d" % n + entry[51:] for n in range(100))
-    counts = struct.pack("<HHII", 100, 100, len(many), place)
-    path.write_bytes(data[:place] + many + end[:8] + counts + end[20:])
-    with pytest.raises(ValueError, match="^" + str(path)):
+    inner, central = np.split(np.frombuffer(npz(b=bytes(1000)), np.uint8), [1035])  # a member in a member
+    outer = npz(a=inner.tobytes())
+    place = outer.index(b"PK\1\2")
+    second = bytearray(central[:-22].tobytes())
+    second[42:46] = struct.pack("<I", 35)
+    entries = outer[place:-22] + second
+    end = b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 2, 2, len(entries), place, 0)
+    path.write_bytes(outer[:place] + entries + end)
+    with pytest.raises(ValueError, match=r"overlap\.npz: members that overlap, so that few bytes would stand for many"):
         nuqjax.open_checkpoint(path)
     path = tmp_path / "key.msgpack"
     path.write_bytes(msgpack.packb({"k" * 1_000_000: list(range(30_000))}))
