@@ -72,6 +72,7 @@ def save(
     layout = Layout(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
     text = layout.text(report)
+    Structure(nodes, len(text))  # what `load` refuses is not saved
     write(path, tensors, *metadata(text), limit)
 
 

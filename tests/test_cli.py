@@ -175,7 +175,7 @@ def test_names_are_plain_text_wherever_they_are_shown(folder, capsys):
     text = ""
     for command in ("compress evil.safetensors out.safetensors --method normal", "inspect out.safetensors",
                     "compare evil.safetensors out.safetensors", "inspect out.safetensors --json",
-                    "plot out.safetensors pictures", "compare evil.safetensors out.safetensors --skip smile",
+                    "plot out.safetensors dir --leaves x_", "compare evil.safetensors out.safetensors --skip smile",
                     "decompress out.safetensors back.npz", "compare evil.safetensors in.safetensors"):  # fmt: skip
         status, out, err = run(command, capsys)
         assert status == (1 if "in.safe" in command else 0), err

@@ -278,6 +278,12 @@ def test_other_nodes_come_from_a_template(name, tmp_path):
         same(tree, nuqjax.load(tmp_path / "a", like=jax.tree.structure(OTHER_TREES[name]())))
 
 
+def test_what_load_would_refuse_as_hostile_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="100 keys of which hashes are equal"):
+        nuqjax.save(tmp_path / "a", dict.fromkeys((n * (2**61 - 1) for n in range(100)), 1))
+    assert not (tmp_path / "a").exists()
+
+
 def test_like_the_tree_that_was_compressed(tmp_path):
     """Whatever NumPy dtypes it has: `compress` takes float64 as float32, and leaves what stays dense as it is."""
     tree = {"w": np.random.default_rng(0).normal(size=(24, 40)), "b": np.ones(3), "h": np.ones((16, 32), np.float16)}
