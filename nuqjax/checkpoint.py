@@ -1,67 +1,26 @@
-"""Checkpoints, tensor by tensor: safetensors (also sharded), npz, Flax msgpack, orbax, and files of `save`.
+"""Checkpoints, tensor by tensor: safetensors (also sharded), npz, npy, Flax msgpack, orbax, HDF5, and files of `save`.
 
 A checkpoint is opened without being read: its leaves have paths, shapes and dtypes, and each is read when it is asked
 for. (A msgpack file can be read only whole.)
 """
 
-import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nuqjax.codebook_array import is_codebook_array
-from nuqjax.rules import path_name
-from nuqjax.store import read_layout, shard_size
-from nuqjax.store_file import Bundle, Entry, Stored, open_bundle
-from nuqjax.store_layout import NUMPY_DTYPES, to_part
-from nuqjax.store_write import replacing, write
+from nuqjax.checkpoint_names import NOTES, names_of, notes_for
+from nuqjax.checkpoint_read import CODES, READABLE, locate, open_as, orbax
+from nuqjax.checkpoint_tree import Checkpoint, Leaf
+from nuqjax.store import shard_size
+from nuqjax.store_file import Stored
+from nuqjax.store_write import replacing, to_json, write
 
-FORMATS = ("safetensors", "npz", "msgpack", "orbax")
-
-
-class Leaf(NamedTuple):
-    """A leaf of a checkpoint: its path, its shape and dtype (None for what is no array), and how to read it."""
-
-    path: str
-    shape: tuple[int, ...] | None
-    dtype: np.dtype | None
-    read: Callable[[], Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array; 0 for what is no array."""
-        return 0 if self.shape is None or self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def spec(self) -> Any:
-        """A `jax.ShapeDtypeStruct`; of what is no array, the value."""
-        return self.read() if self.shape is None else jax.ShapeDtypeStruct(self.shape, self.dtype)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that is open: its format, its leaves in JAX's order, their structure, and the files it is of."""
-
-    path: str
-    format: str
-    leaves: tuple[Leaf, ...]
-    structure: Any
-    files: tuple[str, ...]
-
-    def tree(self, leaves: Iterable[Any]) -> Any:
-        """The tree with these in place of its leaves."""
-        return jax.tree.unflatten(self.structure, leaves)
-
-    def read(self) -> Any:
-        """The tree, read whole."""
-        return self.tree(leaf.read() for leaf in self.leaves)
+FORMATS = ("safetensors", "npz", "msgpack", "orbax")  # that are written; `READABLE` has those that are read
 
 
 def detect_format(path: str | os.PathLike[str]) -> str:
@@ -71,217 +30,35 @@ def detect_format(path: str | os.PathLike[str]) -> str:
       OSError: nothing is there.
       ValueError: it is none of the known formats.
     """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        names = set(os.listdir(path))
-        if names & {"_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"}:
-            return "orbax"
-        raise ValueError(f"{path}: a directory that is no orbax checkpoint (of shards, name their .index.json)")
-    if not os.path.exists(path) and os.path.exists(f"{path}.index.json"):
-        return "safetensors"
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "npz"
-    if path.endswith((".safetensors", ".index.json")) or start[8:9] == b"{":
-        return "safetensors"
-    if path.endswith((".msgpack", ".ckpt")) or (start and (start[0] >> 4 == 8 or start[0] in (0xDE, 0xDF))):
-        return "msgpack"
-    raise ValueError(f"{path}: neither safetensors, npz, Flax msgpack nor an orbax directory")
+    return locate(path)[1]
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], format: str | None = None, separator: str | None = None
+    path: str | os.PathLike[str], format: str | None = None, separator: str | None = None, skip: str | None = None
 ) -> Checkpoint:
     """Opens a checkpoint.
 
     Args:
-      path: a safetensors file, its index or the name its shards share; an npz or msgpack file; an orbax directory.
-      format: one of `FORMATS`; None to see by what is there.
-      separator: what parts the keys in a tensor's name (safetensors, npz): None for "/" where names have it and "."
-        where not; "" for none, so that names are keys as they are.
+      path: a safetensors file, its index or the name its shards share; an npz, npy, msgpack or HDF5 file; an orbax
+        directory; or a folder: a Hugging Face model, or a `CheckpointManager`'s, of whose steps the newest is opened.
+      format: one of `READABLE`; None to see by what is there.
+      separator: what parts the keys in a tensor's name (safetensors, npz): None for what the file remembers, or else
+        "/" where names have it and "." where not; "" for none, so that names are keys as they are.
+      skip: a regular expression: the leaves that it is found in are left out.
+
+    Returns:
+      The `Checkpoint`. A leaf of a dtype that is not read does not keep the others from being read: its `problem` says
+      what it holds, and its `read` raises.
 
     Raises:
-      ValueError: the file is damaged, or a name is the beginning of another.
+      ValueError: the file is damaged or of another kind, or a name is the beginning of another.
       OSError: there is no such file.
       ImportError: the library of the format is not installed.
     """
-    path = os.fspath(path)
-    format = format or detect_format(path)
-    if format == "safetensors":
-        return _open_safetensors(path, separator)
-    if format == "npz":
-        return _open_npz(path, separator)
-    if format == "msgpack":
-        return _open_msgpack(path)
-    if format == "orbax":
-        return _open_orbax(path)
-    raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-
-
-def _nested(
-    path: str, format: str, named: Mapping[str, Leaf], separator: str | None, files: Iterable[str] = ()
-) -> Checkpoint:
-    """A checkpoint of named tensors as a tree of dicts."""
-    if separator is None:
-        separator = "/" if any("/" in name for name in named) else "."
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *keys, last = name.split(separator) if separator else [name]
-        here = tree
-        for key in keys:
-            here = here.setdefault(key, {})
-            if isinstance(here, Leaf):
-                break
-        if isinstance(here, Leaf) or last in here:
-            raise ValueError(
-                f"{path}: the tensor {name!r} and another have names of which one is the beginning of the other when "
-                f'parted at {separator!r}; separator="" (--separator "") keeps names whole'
-            )
-        here[last] = leaf
-    return _checkpoint(path, format, tree, files)
-
-
-def _checkpoint(path: str, format: str, tree: Any, files: Iterable[str] = ()) -> Checkpoint:
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Leaf))
-    leaves = tuple(leaf._replace(path=path_name(keys)) for keys, leaf in flat)
-    return Checkpoint(path, format, leaves, structure, tuple(files) or (path,))
-
-
-def _open_safetensors(path: str, separator: str | None) -> Checkpoint:
-    bundle = open_bundle(path)
-    if "nuqjax" in bundle.metadata:
-        return _open_saved(path, bundle)
-    named = {}
-    for name, file in bundle.files.items():
-        entry = file.entries[name]
-        if entry.code not in NUMPY_DTYPES:
-            raise ValueError(f"{path}: tensor {name!r} has dtype {entry.code}, which is not read here")
-        dtype = np.dtype(NUMPY_DTYPES[entry.code])
-        named[name] = Leaf(name, entry.shape, dtype, _from_file(file.name, file.start, entry, dtype))
-    return _nested(path, "safetensors", named, separator, _files(bundle))
-
-
-def _files(bundle: Bundle) -> list[str]:
-    """The files that a bundle is of: its index, where it has one, and its shards."""
-    return sorted({bundle.name, *(file.name for file in bundle.files.values())})
-
-
-def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    """Reads a tensor into memory of its own: what is mapped would count as the process's for as long as it is open."""
-
-    def read() -> np.ndarray:
-        raw = np.fromfile(name, np.uint8, entry.end - entry.begin, offset=start + entry.begin)
-        if raw.size != entry.end - entry.begin:
-            raise ValueError(f"{name}: the file has become shorter")
-        return raw.view(dtype).reshape(entry.shape)
-
-    return read
-
-
-def _open_saved(path: str, bundle: Bundle) -> Checkpoint:
-    """A file of `save`: its compressed leaves decode when they are read."""
-    structure, entries, _ = read_layout(bundle, verify=True)
-    leaves = []
-    for entry in entries:
-
-        def read(entry=entry):
-            leaf = entry.read(verify=True)
-            return np.asarray(leaf) if is_codebook_array(leaf) else leaf
-
-        shape, dtype = entry.shape_and_dtype() or (None, None)
-        leaves.append(Leaf(entry.path, shape, None if dtype is None else np.dtype(dtype), read))
-    return _checkpoint(path, "nuqjax", structure.build(leaves), _files(bundle))
-
-
-def _open_npz(path: str, separator: str | None) -> Checkpoint:
-    named = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                with archive.open(info) as file:
-                    shape, dtype = _npy_header(file, f"{path}: {name!r}")
-                    if file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-                        raise ValueError(f"{path}: {name!r} is not as long as its shape {shape} says")
-                named[name] = Leaf(name, shape, dtype, _from_npz(path, info.filename))
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: {error}") from error
-    return _nested(path, "npz", named, separator)
-
-
-def _npy_header(file: Any, where: str) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = reader(file)
-    if dtype.hasobject:
-        raise ValueError(f"{where} holds Python objects, which are not loaded")
-    return shape, np.dtype(jnp.bfloat16) if dtype == np.dtype("V2") else dtype  # how NumPy writes bfloat16
-
-
-def _from_npz(path: str, member: str) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path}: {member!r}: {error}") from error
-        return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
-
-    return read
-
-
-def _open_msgpack(path: str) -> Checkpoint:
-    try:
-        from flax import serialization
-    except ImportError as error:
-        raise ImportError("msgpack checkpoints need flax: pip install 'nuqjax[flax]'") from error
-    try:
-        tree = serialization.msgpack_restore(Path(path).read_bytes())
-    except Exception as error:  # msgpack raises its own kinds, and whatever its hooks do
-        raise ValueError(f"{path}: no Flax msgpack file: {error}") from error
-    return _checkpoint(path, "msgpack", jax.tree.map(_in_memory, tree))
-
-
-def _in_memory(value: Any) -> Leaf:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return Leaf("", tuple(value.shape), np.dtype(value.dtype), lambda: np.asarray(value))
-    return Leaf("", None, None, lambda: value)
-
-
-def _orbax() -> Any:
-    try:
-        import orbax.checkpoint
-    except ImportError as error:
-        raise ImportError("orbax checkpoints need orbax: pip install 'nuqjax[orbax]'") from error
-    return orbax.checkpoint
-
-
-def _open_orbax(path: str) -> Checkpoint:
-    ocp = _orbax()
-    path = os.path.abspath(path)
-    checkpointer = ocp.PyTreeCheckpointer()
-    try:
-        metadata = checkpointer.metadata(path).item_metadata.tree
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise ValueError(f"{path}: no orbax checkpoint of one tree: {error}") from error
-    flat, structure = jax.tree.flatten(metadata)
-    arguments = jax.tree.unflatten(structure, [ocp.RestoreArgs(restore_type=np.ndarray)] * len(flat))
-
-    def leaf(number: int, info: Any) -> Leaf:
-        def read() -> Any:
-            asked = [ocp.PLACEHOLDER] * len(flat)
-            asked[number] = 0
-            item = jax.tree.unflatten(structure, asked)
-            found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
-            return jax.tree.leaves(found)[number]
-
-        if getattr(info, "shape", None) is None or getattr(info, "dtype", None) is None:
-            return Leaf("", None, None, read)
-        return Leaf("", tuple(info.shape), np.dtype(info.dtype), read)
-
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-    return _checkpoint(path, "orbax", jax.tree.unflatten(structure, [leaf(i, x) for i, x in enumerate(flat)]), files)
+    if format is not None and format not in READABLE:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(READABLE)}")
+    place, format = locate(path, format)
+    return open_as(place, format, separator, skip)
 
 
 # Writing
@@ -292,7 +69,7 @@ def write_checkpoint(
     checkpoint: Checkpoint,
     format: str,
     *,
-    separator: str = ".",
+    separator: str | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
     """Writes the leaves of a checkpoint, decoded, as a dense checkpoint of another format.
@@ -304,13 +81,17 @@ def write_checkpoint(
         no file, nor a file that the checkpoint is read from.
       checkpoint: where the leaves come from.
       format: one of `FORMATS`.
-      separator: what joins keys to a tensor's name.
+      separator: what joins keys to a tensor's name (safetensors, npz); None for what parted them in the checkpoint's
+        source, "." where nothing did. Where names alone do not give the keys back, the file has notes that do.
       max_shard_size: of a safetensors file, as in `save`.
 
     Raises:
-      ValueError: a leaf is of a kind that the format does not hold, or a file would be replaced that is read.
+      ValueError: a leaf or a key is of a kind that the format does not hold, two leaves would have one name, or a file
+        would be replaced that is read.
       OSError: the file cannot be written, what is there is no file or not this library's, or another process writes it.
     """
+    if separator is None:
+        separator = checkpoint.separator or "."
     if format == "safetensors":
         _write_safetensors(path, checkpoint, separator, shard_size(max_shard_size))
     elif format == "npz":
@@ -320,47 +101,113 @@ def write_checkpoint(
             from flax import serialization
         except ImportError as error:
             raise ImportError("msgpack checkpoints need flax: pip install 'nuqjax[flax]'") from error
+        _check_keys(checkpoint, format)
         with replacing(path, checkpoint.files) as file:
             file.write(serialization.msgpack_serialize(serialization.to_state_dict(checkpoint.read())))
     elif format == "orbax":
-        ocp = _orbax()
+        ocp = orbax()
+        _check_keys(checkpoint, format)
+        names_of(checkpoint, ".")  # orbax has them so, and merges what is named alike
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(os.path.abspath(path), checkpoint.read())
     else:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
 
 
-def _named_arrays(checkpoint: Checkpoint, separator: str) -> Sequence[tuple[str, Leaf]]:
-    named = []
-    for leaf in checkpoint.leaves:
+def _check_keys(checkpoint: Checkpoint, format: str) -> None:
+    """Raises ValueError for what msgpack and orbax would change without a word."""
+    kinds = {"msgpack": (bool, int, float, complex, str), "orbax": (bool, int, float, str)}[format]
+    most = {"msgpack": 2**64, "orbax": 2**63}[format]
+    flat, _ = jax.tree_util.tree_flatten_with_path(checkpoint.tree(range(len(checkpoint.leaves))))
+    for (path, _), leaf in zip(flat, checkpoint.leaves, strict=True):
+        where = f"{checkpoint.path}: leaf {leaf.path!r}"
+        for key in path:
+            if isinstance(key, jax.tree_util.DictKey) and not isinstance(key.key, str):
+                raise ValueError(f"{where}: the key {key.key!r} is no text, and {format} would make it so")
+            if format == "msgpack" and getattr(key, "key", None) == "__msgpack_chunked_array__":
+                raise ValueError(f"{where}: a key that Flax's msgpack has another use for")
+        if format == "orbax" and len(leaf.path.encode()) > 32_000:
+            raise ValueError(f"{where[:300]}…: a name longer than orbax holds")
+        if leaf.shape is not None:
+            if format == "orbax" and 0 in leaf.shape:
+                raise ValueError(f"{where} has no values, and orbax holds no such arrays")
+            if leaf.dtype is None:
+                leaf.read()  # raises what is wrong with it
+            elif format == "orbax" and leaf.dtype.name in _NOT_ORBAX:
+                raise ValueError(f"{where} has dtype {leaf.dtype}, which orbax lacks")
+            continue
+        if format == "msgpack" and not path:
+            raise ValueError(f"{where} stands alone and is no array, as no msgpack file has it")
+        value = leaf.read()
+        if type(value) not in kinds or (type(value) is int and not -(2**63) <= value < most):
+            raise ValueError(f"{where} is {_what(value)}, which {format} does not hold")
+
+
+def _what(value: Any) -> str:
+    return f"an integer of {value.bit_length()} bits" if type(value) is int else f"of type {type(value).__name__}"
+
+
+def _named_arrays(
+    checkpoint: Checkpoint, separator: str, format: str
+) -> tuple[Sequence[tuple[str, Leaf]], Mapping[str, Any]]:
+    """Leaves by name, Python's numbers as arrays without axes, and the notes that tell them and the keys."""
+    names, types, named = names_of(checkpoint, separator), {}, []
+    for number, (name, leaf) in enumerate(zip(names, checkpoint.leaves, strict=True)):
         if leaf.shape is None:
-            raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} is no array, which the format does not hold")
-        named.append((leaf.path.replace("/", separator) or "leaf", leaf))
-    if len(dict(named)) < len(named):
-        raise ValueError(f"{checkpoint.path}: two leaves have the same name when joined by {separator!r}")
-    return named
+            value = leaf.read()
+            array = np.asarray(value) if type(value) in (bool, int, float, complex) else None
+            if array is None or array.dtype.kind not in "bifc":
+                raise ValueError(
+                    f"{checkpoint.path}: leaf {leaf.path!r} is {_what(value)}, which {format} does not hold"
+                )
+            types[str(number)] = type(value).__name__
+            leaf = Leaf(leaf.path, (), array.dtype, lambda array=array: array)
+        elif leaf.dtype is None:
+            leaf.read()  # raises what is wrong with it
+        named.append((name, leaf))
+    return named, notes_for(checkpoint, names, separator, types)
 
 
 def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit: int | None) -> None:
-    codes = {np.dtype(name): code for code, name in NUMPY_DTYPES.items()}
+    codes = {np.dtype(name): code for code, name in CODES.items()}
+    named, notes = _named_arrays(checkpoint, separator, "safetensors")
     tensors = []
-    for name, leaf in _named_arrays(checkpoint, separator):
+    for name, leaf in named:
         if leaf.dtype is None or leaf.dtype not in codes:
             raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which safetensors lacks")
+        if name == "__metadata__":
+            raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r}: safetensors has another use for that name")
 
         def chunks(leaf=leaf):
-            yield np.ascontiguousarray(to_part(leaf.read(), leaf.path).array).reshape(-1).view(np.uint8).data
+            yield np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8).data
 
         tensors.append(Stored(name, codes[leaf.dtype], leaf.shape or (), chunks))
-    write(path, tensors, {}, None, limit, checkpoint.files)
+    noted = {NOTES: to_json(notes)} if notes else {}
+    write(path, tensors, dict(checkpoint.metadata) | noted, None, limit, checkpoint.files)
 
 
 def _write_npz(path: Any, checkpoint: Checkpoint, separator: str) -> None:
+    named, notes = _named_arrays(checkpoint, separator, "npz")
+    if checkpoint.metadata:
+        notes = {"separator": separator} | dict(notes) | {"metadata": dict(checkpoint.metadata)}
+    text = b"nuqjax " + to_json(notes).encode() if notes else b""
+    parts = [text[start : start + _COMMENT] for start in range(0, len(text), _COMMENT)]
+    if len(parts) > 1 + len(named):
+        raise ValueError(f"{checkpoint.path}: its metadata are longer than an npz file of so few leaves holds")
+    parts += [b""] * (1 + len(named) - len(parts))
     with replacing(path, checkpoint.files) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, leaf in _named_arrays(checkpoint, separator):
+        archive.comment = parts[0]
+        for (name, leaf), part in zip(named, parts[1:], strict=True):
+            if "\0" in name or len(name.encode()) > _COMMENT - 4:
+                raise ValueError(f"{checkpoint.path}: leaf {leaf.path[:200]!r} has a name that npz does not hold")
+            if leaf.dtype is None or not (leaf.dtype.type.__module__ == "numpy" or leaf.dtype == jnp.bfloat16):
+                raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which npz lacks")
             array = np.asarray(leaf.read())
-            if array.dtype.kind == "V" and array.dtype != np.dtype(jnp.bfloat16):
-                raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {array.dtype}, which npz lacks")
             info = zipfile.ZipInfo(f"{name}.npy")  # without the time of day: the same leaves give the same bytes
+            info.comment = part
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+_NOT_ORBAX = {"float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "uint4", "uint2"}
+_COMMENT = 65_535  # bytes of a zip archive's comment, of each of its members', and of a name

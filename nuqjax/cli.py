@@ -21,7 +21,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -34,6 +33,9 @@ from rich.progress import (
 from rich.table import Table
 
 import nuqjax
+from nuqjax.compare import difference, ratio_db, same_object, total
+from nuqjax.report import add_row, plain_console
+from nuqjax.rules import printable
 
 _GROUPS = {"channels": nuqjax.ChannelGroups, "inputs": nuqjax.InputGroups}
 _COMPRESS = """\
@@ -167,11 +169,18 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.", **more)
 
     formats = ["safetensors", "npz", "msgpack", "orbax"]
+    sources = [*formats, "npy", "h5"]
+
+    def skip(add: Any) -> None:
+        add("--skip", metavar="PATTERN", help="leave out tensors whose path matches, such as those that are not read")
+
     add = command(
         "compress", "compress a checkpoint, tensor by tensor", epilog=_COMPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).add_argument  # fmt: skip
-    add("source", metavar="IN", help="safetensors (or its .index.json), npz, Flax msgpack, or an orbax directory")
+    add("source", metavar="IN",
+        help="safetensors (or its .index.json), npz, npy, Flax msgpack, .h5, an orbax directory, or a folder: a "
+        "Hugging Face model, or checkpoints by step, of which the newest is taken")  # fmt: skip
     add("target", metavar="OUT", help="the safetensors file to write")
     add("--bits", type=int, default=4, choices=range(1, 9), metavar="1…8", help="index width (default: 4)")
     add("--method", default="knq", help="knq, enq, uniform, uniform_pow2, dfp, normal, quantile, pow2 (default: knq)")
@@ -187,7 +196,8 @@ def parser() -> argparse.ArgumentParser:
         help="options for tensors whose path matches; may be given several times, the first match wins")  # fmt: skip
     add("--entropy-coding", action="store_true", help="entropy-code the indices (needs the entropy extra)")
     add("--max-shard-size", metavar="SIZE", help="part the file beyond this size, such as 5GB")
-    add("--format", choices=formats, help="of IN, where it is not seen by itself")
+    add("--format", choices=sources, help="of IN, where it is not seen by itself")
+    skip(add)
     add("--separator", help='what parts a tensor\'s name into keys (default: "/" where names have it, else ".")')
     add("--resume", action="store_true", help="go on where an interrupted run ended")
     add("--quiet", action="store_true", help="no progress and no report")
@@ -196,7 +206,8 @@ def parser() -> argparse.ArgumentParser:
     add("source", metavar="IN", help="a compressed file")
     add("target", metavar="OUT", help="what to write: .safetensors, .npz, .msgpack; another name is an orbax directory")
     add("--format", choices=formats, help="of OUT, where its name does not say it")
-    add("--separator", default=".", help='what joins keys to a tensor\'s name (default: ".")')
+    add("--separator", help='what joins keys to a tensor\'s name (default: as in the source of IN, else ".")')
+    skip(add)
     add("--max-shard-size", metavar="SIZE", help="part a safetensors file beyond this size, such as 5GB")
 
     add = command("inspect", "show what a compressed file holds").add_argument
@@ -214,6 +225,7 @@ def parser() -> argparse.ArgumentParser:
     add("second", metavar="B")
     add("--json", action="store_true", help="as JSON")
     add("--separator", help="what parts a tensor's name into keys")
+    skip(add)
 
     command("demo", "compress a small made-up network, and say what happens")
     add = command(
@@ -241,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        print("; ".join([f"nuqjax: error: {_one_line(error)}", *_notes(error)]), file=sys.stderr)
+        print("; ".join([f"nuqjax: error: {printable(_one_line(error), 4000)}", *_notes(error)]), file=sys.stderr)
         return 1
     return 0
 
@@ -311,13 +323,21 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _say_skipped(checkpoint: Any) -> None:
+    if checkpoint.skipped:
+        names = ", ".join(printable(path) for path in checkpoint.skipped[:10])
+        more = f" and {len(checkpoint.skipped) - 10} more" if len(checkpoint.skipped) > 10 else ""
+        print(f"nuqjax: left out of {checkpoint.path}: {names}{more}", file=sys.stderr)
+
+
 def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options: Any) -> None:
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(),
         TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), disable=quiet,
+        console=plain_console(stderr=True), disable=quiet,
     )  # fmt: skip
-    checkpoint = nuqjax.open_checkpoint(source, options["format"], options["separator"])
+    checkpoint = nuqjax.open_checkpoint(source, options["format"], options["separator"], options["skip"])
+    _say_skipped(checkpoint)
     total = sum(leaf.nbytes for leaf in checkpoint.leaves)
     with bar:
         task = bar.add_task("compress", total=total)
@@ -326,7 +346,7 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
         def progress(plan: Any, nbytes: int) -> None:
             nonlocal done
             done += 1
-            text = f"{done}/{len(checkpoint.leaves)} {plan.path[-40:]}"
+            text = f"{done}/{len(checkpoint.leaves)} {printable(plan.path[-40:])}"
             bar.update(task, advance=nbytes, description=text)
 
         report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
@@ -334,10 +354,13 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
         print(report)
 
 
-def _decompress(source: str, target: str, format: str | None, separator: str, max_shard_size: str | None) -> None:
+def _decompress(
+    source: str, target: str, format: str | None, separator: str | None, max_shard_size: str | None, skip: str | None
+) -> None:
     suffixes = {".safetensors": "safetensors", ".npz": "npz", ".msgpack": "msgpack"}
     format = format or suffixes.get(os.path.splitext(target)[1], "orbax")
-    checkpoint = nuqjax.open_checkpoint(source)
+    checkpoint = nuqjax.open_checkpoint(source, skip=skip)
+    _say_skipped(checkpoint)
     if checkpoint.format != "nuqjax":
         raise ValueError(f"{source}: not a compressed file")
     nuqjax.write_checkpoint(target, checkpoint, format, separator=separator, max_shard_size=max_shard_size)
@@ -382,7 +405,7 @@ def _plot(file: str, folder: str, source: str | None, leaves: str) -> None:
         leaf = next(iter(_leaves(tree)))
         weights = np.asarray(dense[path].read())
         if weights.size:
-            figure = plot_levels(weights, leaf, title=f"{path}: {leaf.bits} bits, {leaf.granularity}")
+            figure = plot_levels(weights, leaf, title=f"{printable(path)}: {leaf.bits} bits, {leaf.granularity}")
             figure.savefig(os.path.join(folder, f"levels-{re.sub(r'[^A-Za-z0-9_.-]+', '-', path)}.png"))
     print(f"{1 + len(wanted)} pictures in {folder}")
 
@@ -393,57 +416,85 @@ def _leaves(tree: Any) -> list[nuqjax.CodebookArray]:
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nuqjax.CodebookArray))
 
 
-def _compare(first: str, second: str, json: bool, separator: str | None) -> None:
-    a, b = (nuqjax.open_checkpoint(path, separator=separator) for path in (first, second))
+def _compare(first: str, second: str, json: bool, separator: str | None, skip: str | None) -> None:
+    a, b = (nuqjax.open_checkpoint(path, separator=separator, skip=skip) for path in (first, second))
+    for checkpoint in (a, b):
+        _say_skipped(checkpoint)
     others = {leaf.path: leaf for leaf in b.leaves}
     unmatched = sorted({leaf.path for leaf in a.leaves} ^ set(others))
     if unmatched:
         raise ValueError(f"{unmatched[0]!r} is in only one of {first} and {second}")
-    rows, signal_sum, noise_sum = [], 0.0, 0.0
+    rows, sums = [], []
     for leaf in a.leaves:
         other = others[leaf.path]
+        row: dict[str, Any] = {"path": leaf.path}
+        rows.append(row)
+        problem = leaf.problem or other.problem
+        if problem is not None:
+            row |= {"equal": None, "equal_values": None, "not_read": problem}
+            continue
         if leaf.shape != other.shape:
             raise ValueError(f"{leaf.path}: shape {leaf.shape} in {first}, but {other.shape} in {second}")
         if leaf.shape is None:
-            rows.append({"path": leaf.path, "equal": bool(leaf.read() == other.read())})
+            row["equal"], row["equal_values"] = same_object(leaf.read(), other.read())
             continue
-        signal_, noise, largest, equal = _difference(leaf.read(), other.read())
-        signal_sum, noise_sum = signal_sum + signal_, noise_sum + noise
-        rows.append(
-            {"path": leaf.path, "shape": list(leaf.shape), "dtypes": [str(leaf.dtype), str(other.dtype)],
-             "sqnr_db": _sqnr(signal_, noise), "largest_error": largest, "equal": equal}
-        )  # fmt: skip
-    total = _sqnr(signal_sum, noise_sum)
+        found = difference(leaf.read(), other.read())
+        if found.signal is not None and found.noise is not None:
+            sums.append((found.signal, found.noise))
+        row |= {
+            "shape": list(leaf.shape), "dtypes": [str(leaf.dtype), str(other.dtype)], "equal": found.equal,
+            "equal_values": found.equal_values, "nan": list(found.nan), "sqnr_db": found.sqnr_db,
+            "largest_error": found.largest_error,
+        }  # fmt: skip
+    whole = {
+        "sqnr_db": ratio_db(*(total(part) for part in zip(*sums, strict=True)))
+        if sums
+        else None,  # of floating tensors
+        "equal": all(row["equal"] is not False for row in rows),
+        "equal_values": all(row["equal_values"] is not False for row in rows),
+        "not_read": sum("not_read" in row for row in rows),
+        "nan": [sum(row["nan"][side] for row in rows if "nan" in row) for side in (0, 1)],
+    }
     if json:
-        print(_json({"leaves": rows, "total": {"sqnr_db": total, "equal": all(row["equal"] for row in rows)}}))
+        print(_json({"leaves": rows, "total": whole}))
         return
-    table = Table("tensor", "shape", title=f"{first} and {second}")
-    for name in ("SQNR dB", "largest error"):
+    table = Table("tensor", "shape", title=f"{printable(first)} and {printable(second)}")
+    nan = any(whole["nan"])
+    for name in ("SQNR dB", "largest error", *(["NaN"] if nan else [])):
         table.add_column(name, justify="right")
     for row in rows:
-        same = "equal" if row["equal"] else f"{row['sqnr_db']:.2f}" if "sqnr_db" in row else "differs"
-        shape = "×".join(map(str, row.get("shape", [])))
-        table.add_row(row["path"], shape, same, "" if row["equal"] else f"{row.get('largest_error', 0):.3g}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print(f"SQNR of all {total:.2f} dB" if noise_sum else "no value differs")
+        cells = [row["path"], "×".join(map(str, row.get("shape", []))), *_told(row)]
+        add_row(table, *cells, *(["/".join(map(str, row.get("nan", [])))] if nan else []))
+    plain_console(width=None if sys.stdout.isatty() else 160).print(table)
+    print(_summary(whole))
 
 
-def _difference(first: Any, second: Any) -> tuple[float, float, float, bool]:
-    """Σ x², Σ (x − y)², max |x − y| in float64, a million values at a time; and whether all are equal."""
-    x, y = np.asarray(first).reshape(-1), np.asarray(second).reshape(-1)
-    signal_ = noise = largest = 0.0
-    for start in range(0, x.size, 1 << 20):
-        one, two = (v[start : start + (1 << 20)] for v in (x, y))
-        one, two = (v.astype(np.complex128 if v.dtype.kind == "c" else np.float64) for v in (one, two))
-        error = np.abs(one - two)
-        signal_ += float(np.vdot(np.abs(one), np.abs(one)))
-        noise += float(np.vdot(error, error))
-        largest = max(largest, float(error.max(initial=0)))
-    return signal_, noise, largest, noise == 0
+def _told(row: dict[str, Any]) -> tuple[str, str]:
+    """What the table says of a tensor: how alike, and the largest error."""
+    if "not_read" in row:
+        return "not read", row["not_read"]
+    if row["equal"]:
+        return "equal", ""
+    if row["equal_values"]:
+        return "equal values", ""
+    number = row.get("sqnr_db")
+    error = row.get("largest_error")
+    shown = "" if error is None else str(error) if isinstance(error, int) else f"{error:.3g}"
+    return "differs" if number is None else f"{number:.2f}", shown
 
 
-def _sqnr(signal_: float, noise: float) -> float:
-    return math.inf if noise == 0 else 10 * math.log10(signal_ / noise) if signal_ > 0 else -math.inf
+def _summary(whole: dict[str, Any]) -> str:
+    if whole["equal"]:
+        text = "no bit differs"
+    elif whole["equal_values"]:
+        text = "no value differs, but dtypes or bits do"
+    elif whole["sqnr_db"] is None or whole["sqnr_db"] == math.inf:
+        text = "no floating value differs, but others do"
+    else:
+        text = f"SQNR of all floating tensors {whole['sqnr_db']:.2f} dB"
+    if whole["nan"][0] or whole["nan"][1]:
+        text += f"; {whole['nan'][0]} and {whole['nan'][1]} NaN"
+    return text + (f"; {whole['not_read']} tensors are not read" if whole["not_read"] else "")
 
 
 def _demo() -> None:

@@ -14,7 +14,7 @@ from nuqjax import store_entropy
 from nuqjax.checkpoint import Checkpoint, Leaf, open_checkpoint
 from nuqjax.compress import compress_leaf
 from nuqjax.convert_journal import Journal
-from nuqjax.plan import LeafPlan, plan_leaves
+from nuqjax.plan import LeafPlan, Plan, plan_leaves
 from nuqjax.report import LeafReport, Report, report_leaf
 from nuqjax.rules import Options, Rule
 from nuqjax.store import Layout, described, metadata, shard_size
@@ -42,6 +42,7 @@ def compress_checkpoint(
     max_shard_size: int | str | None = None,
     format: str | None = None,
     separator: str | None = None,
+    skip: str | None = None,
     resume: bool = False,
     progress: Callable[[LeafPlan, int], None] | None = None,
 ) -> Report:
@@ -52,8 +53,8 @@ def compress_checkpoint(
     from there, to the same file byte for byte; a leaf is done again only where its own options have changed.
 
     Args:
-      source: a safetensors file (or index), an npz or msgpack file, or an orbax directory; its tensors' names, parted
-        at `separator`, are the keys of nested dicts. A msgpack file is read whole.
+      source: what `open_checkpoint` opens; its tensors' names, parted at `separator`, are the keys of nested dicts. A
+        msgpack file is read whole.
       target: the file to write, as in `save`.
       bits: as in `compress`, like all that follow to `min_size`.
       method: how levels are fitted.
@@ -67,8 +68,9 @@ def compress_checkpoint(
       min_size: leaves with fewer values stay dense.
       entropy_coding: as in `save`.
       max_shard_size: as in `save`.
-      format: of the source: "safetensors", "npz", "msgpack" or "orbax"; None to see by what is there.
-      separator: what parts the keys in a tensor's name; None for "/" where names have it and "." where not.
+      format: of the source, as in `open_checkpoint`; None to see by what is there.
+      separator: what parts the keys in a tensor's name, as in `open_checkpoint`. The file remembers it.
+      skip: a regular expression: leaves that it is found in are left out, such as those of a dtype that is not read.
       resume: go on from `TARGET.partial`.
       progress: called with the plan of each leaf that is done, and the bytes that it had before.
 
@@ -94,9 +96,12 @@ def compress_checkpoint(
         keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
     )  # fmt: skip
     limit = shard_size(max_shard_size)
-    checkpoint = open_checkpoint(source, format, separator)
+    checkpoint = open_checkpoint(source, format, separator, skip)
     if checkpoint.format == "nuqjax":
         raise ValueError(f"{checkpoint.path} is compressed already")
+    for leaf in checkpoint.leaves:
+        if leaf.problem is not None:
+            leaf.read()  # raises it, before any work
     specs = checkpoint.tree(leaf.spec for leaf in checkpoint.leaves)
     plans = plan_leaves(specs, options, rules)
     nodes, _ = tree_to_nodes(specs)
@@ -104,6 +109,9 @@ def compress_checkpoint(
     source_is = _identity(checkpoint)
     mark = _mark(os.path.abspath(checkpoint.path), checkpoint.format, source_is, nodes)
     keys = [_mark(number, repr(plan), entropy_coding) for number, plan in enumerate(plans)]
+    notes = Plan(tuple(plans)).notes
+    for note in notes:
+        warnings.warn(f"compress_checkpoint: {note}", stacklevel=2)
     sharded = limit is not None and sum(plan.nbytes_after for plan in plans) > limit
 
     with claim(target, checkpoint.files, sharded) as place, Journal(place.folder, mark, resume) as journal:
@@ -121,8 +129,9 @@ def compress_checkpoint(
                 *parts, leaf_report = journal.leaf(key)
                 tensors += layout.place(*parts)
                 reports.append(leaf_report)
-            report = with_coded_sizes(Report(tuple(reports)), layout.coded)
-            files = write(place, tensors, *metadata(layout.text(report)), limit)
+            report = with_coded_sizes(Report(tuple(reports), notes), layout.coded)
+            about, tag = metadata(layout.text(report))
+            files = write(place, tensors, _of_source(checkpoint) | about, tag, limit)
             written, read = sum(map(os.path.getsize, files)), sum(size for _, size, *_ in source_is)
             report = replace(report, nbytes_file=written, nbytes_source=read)
         except BaseException as error:
@@ -144,6 +153,12 @@ def _compressed(leaf: Leaf, plan: LeafPlan) -> tuple[Any, LeafReport]:
     kept, certificate = compress_leaf(dense, None, plan)
     kept = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, kept)
     return kept, report_leaf(plan.path, dense, kept, None, plan.options.method, certificate)
+
+
+def _of_source(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the file keeps of its source: its metadata, and what parted the names of its tensors."""
+    separator = {} if checkpoint.separator is None else {"nuqjax.separator": checkpoint.separator}
+    return dict(checkpoint.metadata) | separator
 
 
 def _check_headers(plans: Sequence[LeafPlan], leaves: Sequence[Leaf], entropy_coding: bool) -> None:

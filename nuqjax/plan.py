@@ -16,7 +16,7 @@ from nuqjax.codebook_array import is_codebook_array
 from nuqjax.fit import check_method
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.host import native_dtype, why_unfit
-from nuqjax.report import render
+from nuqjax.report import add_row, render
 from nuqjax.rows import InputGroups
 from nuqjax.rules import Options, Rule, path_name, resolve
 from nuqjax.stacks import Stack, likely_stacks, no_parameters, stack_of
@@ -105,7 +105,7 @@ class Plan:
             o = leaf.options
             chosen = (o.method, str(o.bits), str(o.granularity)) if leaf.reason is None else ("dense", "", leaf.reason)
             sizes = f"{leaf.nbytes_before:,}", f"{leaf.nbytes_after:,}"
-            table.add_row(leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
+            add_row(table, leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
         table.add_section()
         table.add_row("in all", "", "", "", "", "", f"{self.nbytes_before:,}", f"{self.nbytes_after:,}")
         return "\n".join([render(table), *self.notes])

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nuqjax.codebook_array import CodebookArray, level_values
+from nuqjax.rules import printable
 
 if TYPE_CHECKING:
     from nuqjax.report import Report
@@ -47,7 +48,9 @@ def plot_report(report: "Report") -> Figure:
     memory, quality = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _plot_memory(memory, report)
     _plot_quality(quality, report)
-    memory.set_yticks(range(len(leaves)), [_shortened(leaf.path) for leaf in leaves], fontsize=8)
+    memory.set_yticks(
+        range(len(leaves)), [_shortened(printable(leaf.path)) for leaf in leaves], fontsize=8, parse_math=False
+    )
     memory.set_ylim(len(leaves) - 0.4, -0.6)
     for axes in (memory, quality):
         axes.grid(axis="x", alpha=0.4)
@@ -147,7 +150,7 @@ def plot_levels(weights: Any, levels: Any, *, title: str = "", bins: int = 200) 
     reach = [min(dense.min(), *values[:1]), max(dense.max(), *values[-1:])]
     histogram.hist(dense, bins, color=_AFTER, alpha=0.75)
     histogram.set_ylabel(f"weights per bin (of {dense.size:,})")
-    histogram.set_title(title, fontsize=11)
+    histogram.set_title(title, fontsize=11, parse_math=False)
     if len(values) <= _MOST_LINES:
         rug.vlines(values, 0, 1, color=_LEVEL, linewidth=1 if len(values) > 64 else 1.5)
         if len(values) <= 64:

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nuqjax import packing
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray, channel_block, dense_on_host, is_codebook_array
 from nuqjax.host import why_unfit
-from nuqjax.rules import path_name
+from nuqjax.rules import path_name, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,8 +198,8 @@ class Report:
             table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
         for x in self.compressed:
             sizes = (x.nbytes_after, x.nbytes_packed, x.nbytes_coded) if coded else (x.nbytes_after,)
-            table.add_row(
-                x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
+            add_row(
+                table, x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
                 f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", _shown(x.entropy, ".2f"),
                 _shown(x.sqnr_db, ".2f"), _shown(x.largest_error, ".2g"), _shown(x.certificate, ".1e"),
                 *(_shown(size, ",") for size in sizes),
@@ -209,7 +210,7 @@ class Report:
             for name in ("leaf", "shape", "dtype", "bytes", "reason"):
                 table.add_column(name, justify="left" if name in ("leaf", "reason") else "right")
             for x in self.dense:
-                table.add_row(x.path, "×".join(map(str, x.shape)), x.dtype, f"{x.nbytes_after:,}", x.reason)
+                add_row(table, x.path, "×".join(map(str, x.shape)), x.dtype, f"{x.nbytes_after:,}", x.reason)
             parts.append(render(table))
         t = self.total
         line = (
@@ -229,9 +230,19 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def add_row(table: Table, *cells: Any) -> None:
+    """A row of plain text: nothing in it is markup, or moves a terminal's cursor."""
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def plain_console(**options: Any) -> Console:
+    """A console to which text is text."""
+    return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
+
+
 def render(table: Table) -> str:
     """A rich table as text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=200, color_system=None, force_jupyter=False)
+    console = plain_console(file=io.StringIO(), width=200, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -341,7 +352,7 @@ def _compare(dense: np.ndarray, leaf: CodebookArray) -> _Comparison:
     levels = 1 << leaf.bits
     signal = noise = largest = 0.0
     used, counts = 0, np.zeros(levels, np.int64)
-    for place in np.ndindex(leaf.stack_shape):
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
         shared = np.zeros(levels, np.int64)  # by the only codebook, of "tensor" granularity
         for original, block in _blocks(dense[place], leaf[place]):
             x = original.astype(np.float64)

@@ -97,6 +97,18 @@ def path_name(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
+def printable(text: Any, longest: int = 400) -> str:
+    r"""Text that does nothing but stand there: what is not printable is escaped, and what is very long is cut.
+
+    >>> printable("a\x1b[31m b\u202e")
+    'a\\x1b[31m b\\u202e'
+    """
+    text = str(text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def resolve(paths: Sequence[str], options: Options, rules: Rule | Iterable[Rule]) -> list[Options]:
     """The options of each leaf.
 
@@ -126,6 +138,16 @@ def resolve(paths: Sequence[str], options: Options, rules: Rule | Iterable[Rule]
     return [replace(options, rule=rule.pattern, **rule.given()) if rule else options for rule in first]
 
 
+def nearest(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Up to three paths that are like a pattern, else the first ones; of many or long ones, not all are compared.
+
+    >>> nearest("kernal", ["conv/bias", "conv/kernel"])
+    ['conv/kernel']
+    """
+    some = [path[:200] for path in paths[:1000]]
+    return difflib.get_close_matches(pattern[:200], some, n=3, cutoff=0.4) or some[:3]
+
+
 def _raise_unused(rule: Rule, paths: Sequence[str], overruled: Sequence[tuple[str, Rule]]) -> None:
     if overruled:
         path, earlier = overruled[0]
@@ -133,7 +155,7 @@ def _raise_unused(rule: Rule, paths: Sequence[str], overruled: Sequence[tuple[st
             f"rule {rule.pattern!r} is always overruled: {path!r} and whatever else it matches "
             f"is taken by the earlier rule {earlier.pattern!r}"
         )
-    near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.4) or list(paths[:3])
+    near = nearest(rule.pattern, paths)
     raise ValueError(
         f"rule {rule.pattern!r} matches none of the {len(paths)} leaves; the nearest paths are "
         f"{', '.join(map(repr, near)) or '(the tree has none)'}"

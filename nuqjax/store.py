@@ -4,10 +4,10 @@
 is data, checked before it is used.
 """
 
-import difflib
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, Sharding
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.host import to_jax
 from nuqjax.report import Report
-from nuqjax.rules import path_name
+from nuqjax.rules import nearest, path_name
 from nuqjax.shardings import shardings
 from nuqjax.store_file import Bundle, Stored, from_array, open_bundle
 from nuqjax.store_layout import Entry, checksum, describe
@@ -74,6 +74,7 @@ def save(
     layout = Layout(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
     text = layout.text(report)
+    Structure(nodes, len(text))  # what `load` refuses is not saved
     write(path, tensors, *metadata(text), limit)
 
 
@@ -223,9 +224,7 @@ def from_bundle(
         if not is_wanted:
             found.append(None)
         elif entry.kind == "absent":
-            if treedef is None:
-                raise ValueError(f"{entry.where} was of type {entry.is_absent()}, which no file holds: like=… gives it")
-            found.append(template[number])
+            found.append(entry.read(verify) if treedef is None else template[number])
         else:
             leaf = entry.read(verify)
             found.append(leaf if numpy else _placed(leaf, places.get(entry.path)))
@@ -251,15 +250,16 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
     if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
         raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
     try:
-        structure = Structure(layout["tree"])
+        structure = Structure(layout["tree"], len(text))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     if len(structure.paths) != len(layout["leaves"]):
         raise ValueError(f"{name}: {len(layout['leaves'])} leaves, but the tree has {len(structure.paths)}")
     entries = [Entry(e, path, bundle) for path, e in zip(structure.paths, layout["leaves"], strict=True)]
     names = [reference["name"] for entry in entries for reference in entry.tensors.values()]
-    if len(set(names)) < len(names) or len(names) < len(bundle.files):
-        unnamed = sorted(set(bundle.files) - set(names)) or sorted(n for n in set(names) if names.count(n) > 1)
+    times = Counter(names)
+    if len(times) < len(names) or len(names) < len(bundle.files):
+        unnamed = sorted(bundle.files.keys() - times.keys()) or sorted(n for n, count in times.items() if count > 1)
         raise ValueError(f"{name}: the tensor {unnamed[0][:200]!r} is not named by just one leaf")
     return structure, entries, layout["report"]
 
@@ -276,7 +276,7 @@ def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], na
     else:
         wanted = [bool(leaves(path)) for path in paths]
     if not any(wanted):
-        near = difflib.get_close_matches(str(leaves), paths, n=3, cutoff=0.4) or list(paths[:3])
+        near = nearest(str(leaves), paths)
         shown = f"leaves={leaves!r} matches" if isinstance(leaves, str) else "the function leaves=… picks"
         raise ValueError(
             f"{name}: {shown} none of the {len(paths)} leaves; the nearest paths are {', '.join(map(repr, near))}"
@@ -293,7 +293,7 @@ def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any]
     flat, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_codebook_array)
     given, saved = [path_name(path) for path, _ in flat], [entry.path for entry in entries]
     if given != saved:
-        for what, here, there in (("has no", saved, given), ("has a", given, saved)):
+        for what, here, there in (("has no", saved, set(given)), ("has a", given, set(saved))):
             wrong = [path for path in here if path not in there]
             if wrong:
                 raise ValueError(
@@ -304,11 +304,16 @@ def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any]
         saved_as = entry.shape_and_dtype()
         if saved_as is not None and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
             wanted = tuple(leaf.shape), np.dtype(leaf.dtype).name
-            if wanted != saved_as:
+            if wanted != saved_as and not (entry.kind == "codebook" and saved_as == _as_compressed(leaf)):
                 raise ValueError(
                     f"{entry.where}: {saved_as[1]}{list(saved_as[0])}, but like has {wanted[1]}{list(wanted[0])}"
                 )
     return [leaf for _, leaf in flat], treedef
+
+
+def _as_compressed(leaf: Any) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a dense leaf as `compress` took it: float64 as float32, unless x64 is on."""
+    return tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype).name
 
 
 def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nuqjax.store_foreign import foreign_file
+
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of dtypes that share bytes, which are passed over, not read
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_COUNT = 2**63 - 1
 _CHUNK = 1 << 24
@@ -147,14 +150,16 @@ def _entry(value: Any, where: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} does not have just dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or code not in ITEMSIZE:
+    if not isinstance(code, str):
         raise ValueError(f"{where}: unknown dtype {str(code)[:40]!r}; known: {', '.join(ITEMSIZE)}")
-    size = check_shape(shape, where) * ITEMSIZE[code]
+    count = check_shape(shape, where)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(x) is int for x in offsets):
         raise ValueError(f"{where}: data_offsets are not two whole numbers")
     begin, end = offsets
     if not 0 <= begin <= end <= _MAX_COUNT:
         raise ValueError(f"{where}: data_offsets from {begin} to {end}")
+    bits = _BITS.get(code, 8 * ITEMSIZE.get(code, 0))
+    size = -(-count * bits // 8) if bits else end - begin  # of what is not known, the others are read
     if end - begin != size:
         raise ValueError(
             f"{where}: {code} of shape {shape} takes {size} bytes, but its data_offsets hold {end - begin}"
@@ -191,6 +196,9 @@ def open_mapped(path: str) -> File:
     check_regular(path)
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: 0 bytes, too few for a safetensors file")
+    what = foreign_file(path)
+    if what is not None:
+        raise ValueError(f"{path} is {what}")
     return parse(np.memmap(path, np.uint8, "r").view(np.ndarray), path)
 
 
@@ -235,15 +243,18 @@ def bundle_index(text: bytes, name: str, open_shard: Callable[[str], File]) -> B
                 "which is no plain name of a .safetensors file beside the index"
             )
         shards.setdefault(shard, []).append(tensor)
-    files = {}
+    files, of_shards = {}, {}
     for shard, tensors in shards.items():
         file = open_shard(shard)
-        wrong = sorted(set(tensors) ^ set(file.entries))
+        asked = set(tensors)
+        # An index of others may be laid over shards that hold more; one of `save` names all that they hold.
+        wrong = sorted(asked ^ file.entries.keys() if "nuqjax" in metadata else asked - file.entries.keys())
         if wrong:
-            there = "not in it" if wrong[0] in tensors else "in it, but not in the index"
+            there = "not in it" if wrong[0] in asked else "in it, but not in the index"
             raise ValueError(f"{name}: tensor {wrong[0][:200]!r} of shard {shard} is {there}")
         files.update(dict.fromkeys(tensors, file))
-    return Bundle(name, files, metadata)
+        of_shards |= {key: value for key, value in file.metadata.items() if key.partition(".")[0] != "nuqjax"}
+    return Bundle(name, files, of_shards | metadata)
 
 
 def is_plain_name(shard: str) -> bool:

@@ -54,14 +54,21 @@ def storage_dtype(name: str) -> str:
     return _AS_INTEGERS[name][0] if name in _AS_INTEGERS else _AS_PAIRS.get(name, name)
 
 
+def is_stored(dtype: np.dtype) -> bool:
+    """Whether the format holds arrays of this dtype, in whatever byte order they are."""
+    return storage_dtype(dtype.name) in _CODES
+
+
 def to_part(array: Any, path: str) -> Part:
-    """What is stored of an array.
+    """What is stored of an array, in whatever order its bytes and axes are.
 
     Raises:
       ValueError: its dtype has no place in the format.
     """
     array = np.asarray(array)
     name = array.dtype.name
+    if is_stored(array.dtype):
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     shape = tuple(array.shape)
     if name in _AS_BYTES:
         stored = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(shape)
@@ -70,7 +77,7 @@ def to_part(array: Any, path: str) -> Part:
     elif name in _AS_PAIRS:
         stored = np.ascontiguousarray(array).reshape(-1).view(_AS_PAIRS[name]).reshape(*shape, 2)
     elif name in _CODES:
-        stored = array.astype(array.dtype.newbyteorder("<"), copy=False) if array.dtype.byteorder == ">" else array
+        stored = array
     else:
         raise ValueError(f"{path}: dtype {array.dtype}, which the format does not hold")
     return Part(name, shape, _CODES[stored.dtype.name], stored)
@@ -373,6 +380,8 @@ class Entry:
         """
         if self.kind == "python":
             return self._value
+        if self.kind == "absent":
+            raise ValueError(f"{self.where} was of type {self.is_absent()}, which no file holds: like=… gives it")
         arrays: dict[str, Any] = {role: self._array(role, verify) for role in self.tensors}
         if self.kind == "array":
             return arrays["data"]

@@ -87,7 +87,7 @@ def report_entry(entry: Entry, verify: bool) -> LeafReport:
     leaf = entry.read(verify)
     counts = np.zeros(1 << leaf.bits, np.int64)
     used = 0
-    for place in np.ndindex(leaf.stack_shape):
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
         table = _index_counts(leaf[place])
         counts += table.sum(axis=0)
         used += int(np.count_nonzero(table))

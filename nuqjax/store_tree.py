@@ -12,8 +12,8 @@ The structure is a list of nodes in pre-order, so that its JSON is flat however 
 A key is a string, an integer, true, false, or {"tuple": [key, …]}.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ from nuqjax.rules import path_name
 
 MAX_DEPTH = 256
 MAX_KEY_DEPTH = 8  # of tuples in tuples
+_MAX_EQUAL_HASHES = 64  # keys of one dict: some, by chance or small floats; many would take time by their square
 _KEYED = {"dict": dict, "OrderedDict": OrderedDict}
 _COUNTED = {"list": list, "tuple": tuple}
 
@@ -54,15 +55,15 @@ def tree_to_nodes(tree: Any) -> tuple[list[Any], list[tuple[str, Any]]]:
             raise ValueError(
                 f"{path_name(path)}: a tree deeper than {MAX_DEPTH} levels, which the format does not hold"
             )
-        kind = type(here).__name__
+        kind, name = type(here).__name__, path_name(path)
         if type(here) in _KEYED.values():
-            nodes.append([kind, [_key_to_json(entry[-1].key, path_name(path)) for entry, _ in children]])
+            nodes.append([kind, [_key_to_json(entry[-1].key, name) for entry, _ in children]])
         elif type(here) in _COUNTED.values():
             nodes.append([kind, len(children)])
         else:
             names = [path_name(entry) for entry, _ in children]
-            for name in names:
-                _check_text(name, path_name(path))
+            for child in names:
+                _check_text(child, name)
             nodes.append(["node", f"{type(here).__module__}.{type(here).__qualname__}", names])
         stack.extend(((*path, *entry), child) for entry, child in reversed(children))
     return nodes, leaves
@@ -96,14 +97,15 @@ def _check_text(text: str, path: str) -> None:
 class Structure:
     """Checked nodes of a tree: `paths` of its leaves, and `build` to put leaves in their places."""
 
-    def __init__(self, nodes: Any):
-        """Checks the nodes, as they come from a file.
+    def __init__(self, nodes: Any, nbytes: int):
+        """Checks the nodes, as they come from `nbytes` bytes of a file.
 
         Raises:
           ValueError: what is wrong, and with which node.
         """
         if not isinstance(nodes, list):
             raise ValueError(f"the tree is {_kind(nodes)}, not a list of nodes")
+        room = PathRoom(nbytes)
         self._nodes: list[tuple[str, list[Any] | int]] = []
         self.paths: list[str] = []
         open_: list[tuple[str, list[str]]] = [("", ["tree"])]  # prefixes, and names of the children still to come
@@ -114,6 +116,7 @@ class Structure:
                 raise ValueError(f"the tree has nodes behind its end, the first of them node {number}")
             prefix, waiting = open_[-1]
             name = waiting.pop()
+            room.take(len(prefix) + len(name))
             path = f"{prefix}/{name}" if len(open_) > 2 else name if len(open_) > 1 else ""
             if node == "leaf":
                 self._nodes.append(("leaf", 0))
@@ -168,6 +171,7 @@ def _check_node(node: Any, where: str, following: int) -> tuple[str, list[Any] |
         return kind, count, list(map(str, range(count)))
     if kind in _KEYED and len(rest) == 1 and isinstance(rest[0], list):
         keys = [_key_from_json(key, where) for key in rest[0]]
+        check_hashes(keys, where)
         try:
             ordered = kind == "OrderedDict" or all(a < b for a, b in pairwise(keys))
         except TypeError as error:
@@ -180,6 +184,33 @@ def _check_node(node: Any, where: str, following: int) -> tuple[str, list[Any] |
             raise ValueError(f"{where}: a child's name that is not a string")
         return kind, rest[1], list(rest[1])
     raise ValueError(f"{where}: {kind[:40]!r} with {len(rest)} fields is no node of the format")
+
+
+def check_hashes(keys: Iterable[Any], where: str) -> None:
+    """Raises ValueError for keys that were chosen to have equal hashes: a dict of n of them takes n² steps.
+
+    >>> check_hashes(range(1000), "here")
+    >>> check_hashes([n * (2**61 - 1) for n in range(1000)], "here")
+    Traceback (most recent call last):
+    ValueError: here: 1000 keys of which hashes are equal, as no honest ones are
+    """
+    count = max(Counter(map(hash, keys)).values(), default=0)
+    if count > _MAX_EQUAL_HASHES:
+        raise ValueError(f"{where}: {count} keys of which hashes are equal, as no honest ones are")
+
+
+class PathRoom:
+    """What the paths of a tree may take: many leaves below a long key would take the square of the file's bytes."""
+
+    def __init__(self, nbytes: int):
+        """Room for the paths of a tree that `nbytes` bytes of a file describe."""
+        self._nbytes, self._left = nbytes, 16 * nbytes + (1 << 20)
+
+    def take(self, length: int) -> None:
+        """Takes so many characters. Raises ValueError where they are not left."""
+        self._left -= length
+        if self._left < 0:
+            raise ValueError(f"the paths of the leaves are far longer than the {self._nbytes} bytes that describe them")
 
 
 def _key_from_json(key: Any, where: str, depth: int = 0) -> Any:

@@ -1,6 +1,8 @@
 """The command line: what it does, what it says, and how it ends."""
 
+import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
@@ -67,7 +69,7 @@ def test_there_and_back(folder, capsys):
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, found, dense))
         status, out, _ = run(f"compare out.safetensors {target}", capsys)
         assert status == 0
-        assert out.endswith("no value differs\n")
+        assert out.endswith("no bit differs\n")
 
 
 def test_inspect_and_compare(folder, capsys):
@@ -83,7 +85,135 @@ def test_inspect_and_compare(folder, capsys):
         assert found[leaf.path]["largest_error"] == pytest.approx(leaf.largest_error, rel=1e-9)
     assert found["conv/bias"] | {"equal": True, "sqnr_db": None} == found["conv/bias"]
     status, out, _ = run("compare in.safetensors out.safetensors", capsys)
-    assert "SQNR of all" in out
+    assert "SQNR of all floating tensors" in out
+
+
+def table_of(out):
+    """The rows of a table, by their first cell."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    return {row[0]: row[1:] for row in rows}
+
+
+NAN = np.float32("nan")
+ALIKE = {
+    # name: (A, B, equal, equal_values, nan, largest error)
+    "large integers": (np.array([2**60]), np.array([2**60 + 1]), False, False, [0, 0], 1),
+    "unsigned integers": (np.array([2**64 - 1], "u8"), np.array([0], "u8"), False, False, [0, 0], 2**64 - 1),
+    "integers of two kinds": (np.array([2**64 - 1], "u8"), np.array([-1]), False, False, [0, 0], 2**64),
+    "an integer beside a float": (np.array([2**60 + 1]), np.array([2.0**60]), False, False, [0, 0], 0.0),
+    "small values": (np.array([1e-200]), np.array([5e-200]), False, False, [0, 0], 4e-200),
+    "the smallest values": (np.array([5e-324]), np.array([0.0]), False, False, [0, 0], 5e-324),
+    "nan on both sides": (np.array([NAN, 1]), np.array([NAN, 1]), True, True, [1, 1], 0.0),
+    "nan on one side": (np.array([NAN, 1]), np.array([2, 1], "f4"), False, False, [1, 0], None),
+    "nan of other bits": (np.array([NAN]), np.array([-NAN]), False, True, [1, 1], 0.0),
+    "infinity": (np.array([np.inf, -np.inf]), np.array([np.inf, -np.inf]), True, True, [0, 0], 0.0),
+    "infinity and its sign": (np.array([np.inf]), np.array([-np.inf]), False, False, [0, 0], None),
+    "two dtypes": (np.array([0.5], "f2"), np.array([0.5]), False, True, [0, 0], 0.0),
+    "the sign of zero": (np.array([0.0]), np.array([-0.0]), False, True, [0, 0], 0.0),
+    "truth": (np.array([True]), np.array([False]), False, False, [0, 0], 1),
+    "complex numbers": (np.array([1 + 1j]), np.array([1 + 2j]), False, False, [0, 0], 1.0),
+    "nothing": (np.zeros((0, 2)), np.zeros((0, 2)), True, True, [0, 0], 0.0),
+}  # fmt: skip
+
+
+def test_compare_tells_bits_from_values(folder, capsys):
+    for i, side in enumerate("ab"):
+        np.savez(f"{side}.npz", **{name: case[i] for name, case in ALIKE.items()})
+    status, out, _ = run("compare a.npz b.npz --json", capsys)
+    assert status == 0
+    found = {leaf["path"]: leaf for leaf in json.loads(out)["leaves"]}
+    for name, (_, _, *wanted) in ALIKE.items():
+        leaf = found[name]
+        assert [leaf[key] for key in ("equal", "equal_values", "nan", "largest_error")] == wanted, name
+        assert (leaf["sqnr_db"] is None) or math.isfinite(leaf["sqnr_db"])
+    assert json.loads(out)["total"]["nan"] == [3, 2]
+    rows = table_of(run("compare a.npz b.npz", capsys)[1])
+    assert rows["large integers"] == ["1", "differs", "1", "0/0"]
+    assert rows["nan on both sides"] == ["2", "equal", "", "1/1"]
+    assert rows["nan on one side"] == ["2", "nan", "nan", "1/0"]
+    assert rows["two dtypes"] == ["1", "equal values", "", "0/0"]
+
+
+def test_compare_of_a_file_with_itself(folder, capsys):
+    for i, side in enumerate("ab"):
+        np.savez(f"{side}.npz", **{name: case[i] for name, case in ALIKE.items()})
+        status, out, _ = run(f"compare {side}.npz {side}.npz", capsys)
+        assert (status, out.splitlines()[-1][:14]) == (0, "no bit differs")
+
+
+def test_the_total_of_compare_is_of_floating_leaves(folder, capsys):
+    float_ = np.array([1.0, 100.0], "f4")
+    np.savez("a.npz", w=float_, step=np.array([2**60]), tiny=np.array([1e-200]))
+    np.savez("b.npz", w=float_ * np.float32(1.1), step=np.array([2**60]), tiny=np.array([1e-200]))
+    status, out, _ = run("compare a.npz b.npz", capsys)
+    assert (status, out.splitlines()[-1]) == (0, "SQNR of all floating tensors 20.00 dB")
+    np.savez("a.npz", w=np.array([1e-200]))
+    np.savez("b.npz", w=np.array([1.1e-200]))
+    assert run("compare a.npz b.npz", capsys)[1].splitlines()[-1] == "SQNR of all floating tensors 20.00 dB"
+
+
+# Nothing from a file is markup or control
+
+
+EVIL = [
+    "a[/b]",
+    "[red]x[/red]",
+    "[link=http://x]y",
+    ":smile:",
+    "\x1b[31mred\x1b]0;title\x07",
+    "a\rb",
+    "b\u202ec",
+    "$x_{",
+    "\x9bJ",
+]
+
+
+def test_names_are_plain_text_wherever_they_are_shown(folder, capsys):
+    rng = np.random.default_rng(0)
+    tensors = {f"{name}/w": rng.normal(size=(24, 40)).astype("f4") for name in EVIL}
+    safetensors.numpy.save_file(tensors, "evil.safetensors")
+    text = ""
+    for command in ("compress evil.safetensors out.safetensors --method normal", "inspect out.safetensors",
+                    "compare evil.safetensors out.safetensors", "inspect out.safetensors --json",
+                    "plot out.safetensors dir --leaves x_", "compare evil.safetensors out.safetensors --skip smile",
+                    "decompress out.safetensors back.npz", "compare evil.safetensors in.safetensors"):  # fmt: skip
+        status, out, err = run(command, capsys)
+        assert status == (1 if "in.safe" in command else 0), err
+        text += out + err
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    for shown in (
+        "a[/b]/w",
+        "[red]x[/red]/w",
+        ":smile:/w",
+        r"\x1b[31mred\x1b]0;title\x07/w",
+        r"b\u202ec/w",
+        r"\x9bJ/w",
+    ):
+        assert shown in text
+
+
+def test_a_stored_report_is_plain_text(folder, capsys):
+    cparams, report = nuqjax.compress({"w": np.ones((24, 40), "f4")}, method="normal", return_report=True)
+    evil = dataclasses.replace(report.leaves[0], method="\x1b[2J[/b]", granularity="[/x]", codebook_format="\x1b")
+    nuqjax.save("out.safetensors", cparams, report=type(report)((evil,)))
+    status, out, err = run("inspect out.safetensors", capsys)
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+    assert r"\x1b[2J[/b]" in out
+
+
+def test_what_is_not_read_is_left_out_and_said(folder, capsys):
+    np.savez("a.npz", good=np.ones((24, 40), "f4"), bad=np.array(["text"]))
+    status, _, err = run("compress a.npz out --quiet", capsys)
+    assert status == 1
+    assert "a.npz: 'bad' holds text or Python objects of dtype <U4, which is not read; skip='bad' leaves it out" in err
+    assert run("compress a.npz out --quiet --skip bad", capsys) == (0, "", "nuqjax: left out of a.npz: bad\n")
+    status, out, _ = run("compare a.npz a.npz", capsys)
+    assert status == 0
+    assert out.endswith("no bit differs; 1 tensors are not read\n")
+    assert run("compare a.npz out --skip bad", capsys)[0] == 1  # which has none
+    status, _, err = run("compress a.npz out --skip nothing", capsys)
+    assert "skip='nothing' matches none of the 2 leaves" in err
 
 
 def test_plot(folder, capsys):
@@ -122,7 +252,11 @@ def test_help(folder, capsys, command):
     ("command", "message"),
     [
         ("compress nothing.safetensors out", "nothing.safetensors: No such file or directory"),
-        ("compress . out", ".: a directory that is no orbax checkpoint"),
+        (
+            "compress . out",
+            ".: a directory with several files of weights (in.safetensors, other.safetensors): name one",
+        ),
+        ("compress empty out", "empty: a directory that is no orbax checkpoint and has no safetensors or msgpack file"),
         ("compress in.safetensors .", "is a directory; a file is wanted"),
         ("compress in.safetensors no/out", "no/out.partial: No such file or directory"),
         ("compress in.safetensors /dev/null/out", "/dev/null/out.partial: Not a directory"),
@@ -141,6 +275,7 @@ def test_help(folder, capsys, command):
 )
 def test_one_line_says_what_is_wrong(folder, capsys, command, message):
     safetensors.numpy.save_file({"x": np.ones(1)}, "other.safetensors")
+    os.mkdir("empty")
     before = sorted(os.listdir())
     status, out, err = run(command, capsys)
     assert (status, out) == (1, "")

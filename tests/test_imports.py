@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "fixed_point": ({"host", "rows"}, ARRAYS),
     "packing": ({"rows"}, ARRAYS),
     "codebook_array": ({"host", "rows", "packing", "fixed_point"}, ARRAYS),
-    "plot": (LEAF, {*ARRAYS, "matplotlib"}),
+    "plot": ({"rules", *LEAF}, {*ARRAYS, "matplotlib"}),
     "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
     "plan": ({"rules", "stacks", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
     "compress": ({"rules", "assign", "fit", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
@@ -46,8 +46,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "shardings": (LEAF, ARRAYS),
     # `store` stands for store.py and its parts store_*.py.
     "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
-    "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "orbax"}),
+    # `checkpoint` stands for checkpoint.py and its parts checkpoint_*.py.
+    "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "h5py", "msgpack", "orbax"}),
     "convert": ({"rules", "plan", "compress", "report", "store", "checkpoint"}, ARRAYS),
+    "compare": (set(), ARRAYS),
     "fisher": (set(), ARRAYS),
     # `export` stands for export.py and export_onnx.py.
     "export": ({"rules", "interpret", "apply", "store", *LEAF}, {*ARRAYS, "flatbuffers", "jax2onnx", "onnx"}),
@@ -71,7 +73,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
-    "cli": ({"plot"}, {*ARRAYS, "rich", "shtab"}),  # public names, and pictures
+    "cli": ({"rules", "plot", "report", "compare"}, {*ARRAYS, "rich", "shtab"}),  # public names, and pictures
     "__main__": ({"cli"}, set()),
 }
 
@@ -163,6 +165,8 @@ def test_importing_nuqjax_needs_the_core_dependencies_only():
         "tensorflow_datasets",
         "constriction",
         "orbax",
+        "h5py",
+        "msgpack",
         "shtab",
         "jax2onnx",
         "onnx",

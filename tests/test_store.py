@@ -278,6 +278,26 @@ def test_other_nodes_come_from_a_template(name, tmp_path):
         same(tree, nuqjax.load(tmp_path / "a", like=jax.tree.structure(OTHER_TREES[name]())))
 
 
+def test_what_load_would_refuse_as_hostile_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="100 keys of which hashes are equal"):
+        nuqjax.save(tmp_path / "a", dict.fromkeys((n * (2**61 - 1) for n in range(100)), 1))
+    assert not (tmp_path / "a").exists()
+
+
+def test_like_the_tree_that_was_compressed(tmp_path):
+    """Whatever NumPy dtypes it has: `compress` takes float64 as float32, and leaves what stays dense as it is."""
+    tree = {"w": np.random.default_rng(0).normal(size=(24, 40)), "b": np.ones(3), "h": np.ones((16, 32), np.float16)}
+    nuqjax.save(tmp_path / "a", nuqjax.compress(tree, method="normal"))
+    found = nuqjax.load(tmp_path / "a", like=tree)
+    assert {name: np.dtype(leaf.dtype).name for name, leaf in found.items()} == {
+        "w": "float32", "b": "float64", "h": "float16"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"leaf 'b': float64\[3\], but like has float32\[3\]"):
+        nuqjax.load(tmp_path / "a", like=tree | {"b": np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match=r"leaf 'w': float32\[24, 40\], but like has float16"):
+        nuqjax.load(tmp_path / "a", like=tree | {"w": tree["w"].astype(np.float16)})
+
+
 def test_other_nodes_without_a_template_are_dicts(tmp_path):
     trees = {name: OTHER_TREES[name]() for name in ("frozen", "named tuple", "equinox")}
     nuqjax.save(tmp_path / "a", trees["frozen"])

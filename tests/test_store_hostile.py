@@ -5,9 +5,11 @@ import copy
 import functools
 import json
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
+import tempfile
 import zlib
 
 import jax
@@ -125,7 +127,8 @@ def tensor(dtype="U8", shape=(4,), offsets=(0, 4)):
         (b'{"a":' + b"9" * 10_000 + b"}", "no JSON that is allowed"),
         ({"a": 3}, "tensor 'a' does not have just dtype, shape and data_offsets"),
         ({"a": tensor() | {"more": 1}}, "tensor 'a' does not have just"),
-        ({"a": tensor("U7")}, "tensor 'a': unknown dtype 'U7'; known: BOOL"),
+        ({"a": tensor("U7")}, "the metadata has no 'nuqjax'"),  # others may have it
+        ({"a": tensor("F4", (9,))}, r"tensor 'a': F4 of shape \[9\] takes 5 bytes, but its data_offsets hold 4"),
         ({"a": tensor(["U8"])}, "tensor 'a': unknown dtype"),
         ({"a": tensor("F32")}, r"tensor 'a': F32 of shape \[4\] takes 16 bytes, but its data_offsets hold 4"),
         ({"a": tensor(shape=(2**62, 4))}, "tensor 'a': a shape of more values than any memory holds"),
@@ -461,6 +464,97 @@ def test_a_small_file_cannot_ask_for_much_memory(files, tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("refused:") == len(bombs), finished.stdout
+
+
+_LINEAR = """
+import resource, sys
+import nuqjax
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 29), hard))
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+done = [
+    lambda path: (str(nuqjax.inspect(path)), nuqjax.load(path), nuqjax.load(path, numpy=True)),
+    lambda path: nuqjax.open_checkpoint(path).read(),
+]
+for path in sys.argv[1:]:
+    for act in done:
+        try:
+            act(path)
+            print(path, "read")
+        except ValueError as error:
+            print(path, "refused:", str(error)[:200])
+"""
+
+
+def layout_file(tree, leaves, tensors=None):
+    """A file of a layout of this tree and these leaves, whose tensors have no bytes."""
+    header = {name: {"dtype": code, "shape": shape, "data_offsets": [0, 0]} for name, (code, shape) in tensors or ()}
+    return put_together(header, {"version": 1, "tree": tree, "leaves": leaves, "report": None}, b"")
+
+
+def nothing_of_many(shape, stack):
+    """A compressed leaf of no values, some axes of which are very long."""
+    header, layout, _ = taken_apart(saved({"w": np.zeros((2, 3, 4), np.float32)}, stack))
+    (entry,) = layout["leaves"]
+    entry |= {"shape": shape, "output_axes": [len(shape) - stack - 1]}
+    outputs, lead = (shape[-1], shape[:stack])
+    shapes = {"packed": [*lead, outputs, 0], "levels": [*lead, 0, 2]}
+    assert entry["granularity"] == {"inputs": 1}
+    for role, reference in entry["tensors"].items():
+        reference |= {"shape": shapes[role], "crc32": 0}
+        header[reference["name"]] |= {"shape": shapes[role], "data_offsets": [0, 0]}
+    return put_together(header, layout, b"")
+
+
+def saved(tree, stack):
+    with tempfile.TemporaryDirectory() as folder:
+        rule = Rule(".", skip=False, granularity=InputGroups(1), bits=1, stack_axes=stack, method="uniform")
+        nuqjax.save(f"{folder}/a", nuqjax.compress(tree, rules=[rule]))
+        return pathlib.Path(folder, "a").read_bytes()
+
+
+def test_time_and_memory_are_linear_in_the_bytes(tmp_path):
+    """Files that took the square of their bytes, or what no machine has, ten times as large as those that showed it."""
+    python = {"kind": "python", "type": "int", "value": 1}
+    equal = [n * (2**61 - 1) for n in range(600_000)]
+    data = {"name": "t", "dtype": "int8", "shape": [0], "crc32": 0}
+    twice = [{"path": str(n), "kind": "array", "tensors": {"data": data}} for n in range(40_000)]
+    bombs = {
+        "no values in very long rows": nothing_of_many([0, 2**50], 0),
+        "no values in a very long stack": nothing_of_many([2**50, 0, 4], 1),
+        "a long key of many leaves": layout_file(
+            [["dict", ["k" * 1_000_000]], ["list", 30_000], *["leaf"] * 30_000], []
+        ),
+        "a long key of many lists": layout_file(
+            [["dict", ["k" * 1_000_000]], *[["list", 1]] * 200, "leaf"], [python | {"path": ""}]
+        ),
+        "keys of equal hashes": layout_file([["dict", equal], *["leaf"] * len(equal)], []),
+        "tuples of equal hashes": layout_file(
+            [["OrderedDict", [{"tuple": [k]} for k in equal[:100_000]]], *["leaf"] * 100_000], []
+        ),
+        "one name of many leaves": layout_file(
+            [["list", len(twice)], *["leaf"] * len(twice)], twice, [("t", ("I8", [0])), ("u", ("I8", [0]))]
+        ),
+        "a name of many keys": container({"." * 3_000_000: tensor(shape=(0,), offsets=(0, 0))}),
+        "names below a long name": container(
+            {f"{'k.' * 100}{n}": tensor(shape=(0,), offsets=(0, 0)) for n in range(3_000)}
+        ),
+    }  # fmt: skip
+    for name, data in bombs.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", _LINEAR, *(str(tmp_path / name) for name in bombs)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    told = [line for line in finished.stdout.splitlines() if "refused:" in line]
+    assert len(finished.stdout.splitlines()) == 2 * len(bombs)
+    assert finished.stdout.count("very long") - sum("very long" in line for line in told) == 4
+    for reason in (
+        "the paths of the leaves are far longer than the",
+        "keys of which hashes are equal",
+        "the tensor 'u' is not named by just one leaf",
+    ):
+        assert any(reason in line for line in told), finished.stdout
 
 
 # Fuzzing
