@@ -145,10 +145,13 @@ def open_safetensors(path: str, separator: str | None, skip: str | None) -> Chec
             named[name] = array_leaf(path, name, entry.shape, dtype, _from_file(file.name, file.start, entry, dtype))
     notes = remembered(bundle.metadata, path) if separator is None else None
     tree, separator = named_tree(path, named, separator, notes)
-    files = sorted({bundle.name, *(f.name for f in bundle.files.values())})
-    return checkpoint_of(
-        path, "safetensors", tree, nbytes, skip, files=files, separator=separator, metadata=_own(bundle.metadata)
-    )
+    own, files = _own(bundle.metadata), _of_bundle(bundle)
+    return checkpoint_of(path, "safetensors", tree, nbytes, skip, files=files, separator=separator, metadata=own)
+
+
+def _of_bundle(bundle: Bundle) -> list[str]:
+    """The files that a bundle is of: its index, where it has one, and its shards."""
+    return sorted({bundle.name, *(file.name for file in bundle.files.values())})
 
 
 def _own(metadata: dict[str, Any]) -> dict[str, str]:
@@ -189,8 +192,8 @@ def _open_saved(path: str, bundle: Bundle, nbytes: int, skip: str | None) -> Che
     with reading(path, "its tree"):
         tree = structure.build(leaves)
     separator = bundle.metadata.get("nuqjax.separator")
-    own = _own(bundle.metadata)
-    return checkpoint_of(path, "nuqjax", tree, nbytes, skip, separator=separator, metadata=own)
+    own, files = _own(bundle.metadata), _of_bundle(bundle)
+    return checkpoint_of(path, "nuqjax", tree, nbytes, skip, files=files, separator=separator, metadata=own)
 
 
 # NumPy

@@ -330,7 +330,7 @@ class TestWrongUses:
             call()
 
     def test_functions_that_are_trees_are_taken(self):
-        partial = jax.tree_util.Partial(lambda b, p, x: x @ p["w"] + b, jnp.ones(8))
+        partial = jax.tree_util.Partial(lambda b, p, x: x @ p["w"] + b, jnp.ones((1, 8)))
         assert_same(nuqjax.apply(partial)(CPARAMS, X), partial(nuqjax.decompress(CPARAMS), X))
 
     @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import safetensors.numpy
 import nuqjax
 from nuqjax.checkpoint import detect_format
 
+pytestmark = pytest.mark.filterwarnings("ignore:the file takes")  # of trees as small as these
+
 NAMED = {
     "model.layers.0.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
     "model.layers.0.bias": np.ones(3, np.float16),

@@ -19,6 +19,8 @@ import pytest
 import nuqjax
 from nuqjax import checkpoint_read
 
+pytestmark = pytest.mark.filterwarnings("ignore:the file takes")  # of trees as small as these
+
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 TREE = {"a": {"b": X, "c": np.ones(3, ml_dtypes.bfloat16)}, "step": np.array(7), "l": {"0": X > 2, "1": X[:0]}}
 

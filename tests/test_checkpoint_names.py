@@ -14,6 +14,8 @@ import safetensors.numpy
 
 import nuqjax
 
+pytestmark = pytest.mark.filterwarnings("ignore:the file takes")  # of trees as small as these
+
 X, Y = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([3, -1], np.int32)
 DTYPES = [
     *map(np.dtype, ("bool", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8", "c16")),

@@ -64,7 +64,8 @@ def test_there_and_back(folder, capsys):
     assert os.path.exists("out.safetensors.index.json")
     dense = nuqjax.decompress(nuqjax.load("out.safetensors"))
     for target in ("back.safetensors", "back.npz", "back.msgpack", "back"):
-        assert run(f"decompress out.safetensors {target}", capsys) == (0, "", "")
+        got = run(f"decompress out.safetensors {target}", capsys)
+        assert got == (0, "", ""), (target, got)
         found = nuqjax.open_checkpoint(target).read()
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, found, dense))
         status, out, _ = run(f"compare out.safetensors {target}", capsys)

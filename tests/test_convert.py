@@ -318,8 +318,8 @@ def test_what_headers_tell_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "_compressed", None)
     good, path = {"a": np.ones((40, 50), "f4")}, tmp_path / "a.npz"
     for bad, options, message in (
-        ({"z": np.array(["text"])}, {}, r"z: dtype <U4, which the format does not hold"),
-        ({"z": np.zeros(3, "M8[s]")}, {}, r"z: dtype datetime64\[s\]"),
+        ({"z": np.array(["text"])}, {}, r"'z' holds text or Python objects of dtype <U4, which is not read; skip='z'"),
+        ({"z": np.zeros(3, "M8[s]")}, {}, r"'z' holds values of dtype datetime64\[s\], which is not read; skip='z'"),
         ({}, {"rules": [Rule("nothing", bits=2)]}, "rule 'nothing' matches none"),
         ({"z": np.ones((3, 4), "i4")}, {"rules": [Rule("z", skip=False)]}, "dtype int32 is not floating"),
         ({"z": np.ones((30, 40), "f4")}, {"rules": [Rule("z", axis=2)]}, "output axis 2"),
