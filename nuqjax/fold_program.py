@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 from nuqjax.interpret import Interpreter, Site, bind, inline, scan_parts
 
@@ -74,7 +74,9 @@ def scoped(scope: str) -> AbstractContextManager[Any]:
 
 
 def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    return bind_in(site.scope, eqn, operands)
+    names = source_info_util.new_name_stack(site.scope)  # in place of the equation's own, which are the end of these
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names):
+        return bind(eqn, operands)
 
 
 def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import settings
 
@@ -32,9 +33,8 @@ def pytest_configure(config):
         "jax_numpy_dtype_promotion": os.environ.get("JAX_NUMPY_DTYPE_PROMOTION", "strict"),
         "jax_numpy_rank_promotion": os.environ.get("JAX_NUMPY_RANK_PROMOTION", "raise"),
     }.items():
-        os.environ[name.upper()] = str(value)
-        if "jax" in sys.modules:  # by a plug-in
-            sys.modules["jax"].config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for what tests start
+        jax.config.update(name, value)
 
 
 _LONG = (
@@ -46,6 +46,15 @@ _LONG = (
 def pytest_collection_modifyitems(items):
     """What takes long begins first, or it would be left to one worker in the end."""
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem not in _LONG))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test of functions that promote, as a user's may, runs as JAX does by default."""
+    if item.get_closest_marker("promotes") is None:
+        return (yield)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return (yield)
 
 
 def pytest_addoption(parser):
@@ -74,7 +83,7 @@ def numbers_printed():
     def run(program: str, *arguments: object) -> list[int]:
         command = [sys.executable, "-c", program, *map(str, arguments)]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        root = Path(__file__).parents[1]  # for `experiments`
+        root = Path(__file__).parents[1]  # for `tests.peak`
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
         assert done.returncode == 0, done.stderr
         return [int(word) for word in done.stdout.split()]

@@ -30,4 +30,5 @@ def filled(shapes: Any, seed: int = 0) -> Any:
 
 def variables(init: Callable, *inputs: Any, seed: int = 0) -> Any:
     """Variables of a flax module for these inputs: of the shapes that `init` gives, which is not run."""
-    return filled(jax.eval_shape(init, jax.random.key(0), *inputs), seed)
+    with jax.numpy_dtype_promotion("standard"):  # as models of one dtype on parameters of another need
+        return filled(jax.eval_shape(init, jax.random.key(0), *inputs), seed)

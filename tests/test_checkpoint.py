@@ -1,6 +1,7 @@
 """Checkpoints of other formats: what is read is what was written, and what is written others read."""
 
 import json
+import os
 import zipfile
 
 import flax.serialization
@@ -268,3 +269,12 @@ def test_many_leaves_of_orbax(tmp_path):
             assert value == 5
         elif leaf.path != "large":
             assert value.tolist() == [int(leaf.path.removeprefix("small/"))] * 3
+
+
+def test_a_file_that_has_become_shorter_since_it_was_opened_is_told(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"w": np.arange(64.0)}, path)
+    [leaf] = nuqjax.open_checkpoint(path).leaves
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(ValueError, match=r"a\.safetensors: the file has become shorter"):
+        leaf.read()

@@ -379,7 +379,7 @@ def test_a_shard_that_changed_is_another_source(source, tmp_path):
 
 _MEMORY = """
 import sys, nuqjax
-from experiments.fresh_process import peak_bytes
+from tests.peak import peak_bytes
 nuqjax.compress_checkpoint(sys.argv[1], sys.argv[2], method="normal")  # compiles, and holds one leaf
 before = peak_bytes()
 nuqjax.compress_checkpoint(sys.argv[3], sys.argv[2], method="normal")

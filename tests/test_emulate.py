@@ -32,6 +32,8 @@ from nuqjax.host import x64
 from tests import draws
 from tests.fixed_point_oracle import Oracle, same_padding
 
+pytestmark = pytest.mark.promotes  # the models do; tests/test_flags.py has one that does not
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import nuqjax
-from experiments import images, networks
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups
 from nuqjax.codebook_array import level_values
 from tests import draws
@@ -75,30 +74,6 @@ def test_a_cnn(onnx, onnxruntime, options, tmp_path):
     kernel = cparams["params"]["Dense_0"]["kernel"]
     np.testing.assert_array_equal(kept["params/Dense_0/kernel.packed"], kernel.packed)
     np.testing.assert_array_equal(kept["params/Dense_0/kernel.levels"], level_values(kernel))
-
-
-def test_a_resnet(onnx, onnxruntime, tmp_path):
-    """With its trained weights where they are, else with random ones."""
-    network = networks.get("resnet20")
-    model = network.trained.apply
-    try:
-        folder = images.data_folder()
-    except FileNotFoundError:
-        x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
-        variables = draws.variables(network.trained.init, x)
-    else:
-        x = network.preprocess(images.load_images(network, folder, 4).pixels)
-        variables = networks.load_features(network, folder)
-    cparams = nuqjax.compress(variables, bits=4)
-    nuqjax.export_onnx(model, cparams, x, tmp_path / "model.onnx")
-    [found] = outputs(onnxruntime, tmp_path / "model.onnx", x)
-    expected = np.asarray(jax.jit(nuqjax.apply(model))(cparams, x))
-    assert_same_up_to_order(found, expected, 20, 576)
-    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
-    size = nuqjax.report(variables, cparams).total["nbytes_after"]
-    print(f"model.onnx: {(tmp_path / 'model.onnx').stat().st_size:,} bytes; {size:,} in memory; "
-          f"largest difference {np.abs(found - expected).max():.2g} of {np.abs(expected).max():.3g}")  # fmt: skip
-    assert (tmp_path / "model.onnx").stat().st_size < 3 * size
 
 
 def test_dense_leaves_numbers_and_several_outputs(onnx, onnxruntime, tmp_path):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.optimality import level_rounding
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_gaps import next_gaps, no_gaps, search
 from nuqjax.fit_knq_long import sort_long_rows
 from nuqjax.fit_knq_rows import sort_rows
 from nuqjax.host import x64
+from tests.families import level_rounding
 
 FAMILIES = {
     "outlier": lambda g, n: np.append(g.standard_normal(n - 1) + 20 * (np.arange(n - 1) % 2), 1e6),

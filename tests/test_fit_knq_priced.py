@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.optimality import FAMILIES
 from nuqjax import fit, fit_knq_priced_host
 from nuqjax.fit_knq_priced import priced_paths
 from nuqjax.host import x64
+from tests.families import FAMILIES
 
 TRIALS = np.int32(32)
 KINDS = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nuqjax import fit_knq_path_host
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_path import nothing_yet, potentials
-from nuqjax.fit_knq_proof import prove
+from nuqjax.fit_knq_proof import _more, prove
 from nuqjax.fit_knq_proof_rows import HostRow
 from nuqjax.host import x64
 
@@ -276,3 +276,11 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
         np.testing.assert_allclose(on_host, expected, rtol=1e-11)
         assert (before[1:] < np.arange(1, size + 1)).all()
         assert 0 < widest <= size
+
+
+def test_the_price_rises_by_what_leaks_exceed_and_by_what_two_of_them_exceed_it():
+    """Two cells may leak on either side of a run, which is then worth less than nothing at too low a price."""
+    leak, assumed = np.array([1.0, 3.0, 2.0]), np.array([1.0, 3.0, 2.0])
+    assert _more(leak, assumed, 7.0) == 0
+    assert _more(leak, assumed - 0.5, 7.0) == 0.5
+    assert _more(leak, assumed, 4.0) == 2.0

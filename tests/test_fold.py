@@ -6,8 +6,6 @@ come from the same function on absolute values.
 """
 
 import functools
-import os
-from pathlib import Path
 
 import equinox as eqx
 import hypothesis.strategies as st
@@ -22,13 +20,12 @@ from jax import lax
 from jax.extend import core
 
 import nuqjax
-from experiments import networks
 from nuqjax.fold import fold_batch_norm
 from nuqjax.host import x64
 from nuqjax.rules import path_name
 
+pytestmark = pytest.mark.promotes  # the models do, and folding runs them
 ROUNDINGS = 16  # at most, beside those of the sum: of the chain, of the kernel's cast, of the offset
-DATA = Path(os.environ.get("NUQJAX_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def unit(dtype):
@@ -681,36 +678,3 @@ def test_nothing_to_fold(module, options):
         assert jax.tree.structure(got) == jax.tree.structure(wanted)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trained networks.
-
-
-@pytest.mark.skipif(not (DATA / "weights").is_dir(), reason="the trained weights are not in this checkout")
-@pytest.mark.parametrize(("name", "size"), [("resnet20", 32), ("tiny_darknet", 64), ("efficientnet_lite0", 64)])
-def test_trained(name, size):
-    """Folding in float64 leaves float64's rounding; in float32 it costs no more than float32 itself does."""
-    module, variables = networks.load(name, DATA)
-    x = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
-    folded_fn, folded = fold_batch_norm(module.apply, variables, x)
-    unfolded = jax.jit(module.apply)
-    float32 = [unfolded(variables, x), jax.jit(folded_fn)(folded, x), unfolded(folded, x)]
-    names = primitives(jax.make_jaxpr(folded_fn)(folded, x).jaxpr)
-    assert not {"sub", "rsqrt", "sqrt"} & set(names)
-    assert names.count("mul") == (15 if name == "tiny_darknet" else 0)  # of leaky rectifiers
-
-    with x64():
-        wide = jax.tree.map(lambda p: np.asarray(p, np.float64), variables)
-        wide_fn, wide_folded = fold_batch_norm(module.apply, wide, x.astype(np.float64))
-        exact = jax.jit(module.apply)(wide, x.astype(np.float64))
-        float64 = jax.jit(wide_fn)(wide_folded, x.astype(np.float64))
-        exact, float64 = np.asarray(exact), np.asarray(float64)
-    assert exact.dtype == np.float64
-    rounding = np.abs(float32[0] - exact).max()
-    assert rounding > 0
-    for logits in float32[1:]:
-        assert np.abs(logits - exact).max() <= 4 * rounding
-    # Rounding errors are in proportion to the unit roundoff, 2⁻²⁹ of float32's; XLA sums in another order, for which
-    # five bits are allowed.
-    assert np.abs(float64 - exact).max() <= 2.0**-24 * rounding

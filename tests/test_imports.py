@@ -178,3 +178,13 @@ def test_importing_nuqjax_needs_the_core_dependencies_only():
 
 def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+LIBRARY_TESTS = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != Path(__file__).name)
+
+
+@pytest.mark.parametrize("path", LIBRARY_TESTS, ids=lambda path: path.name)
+def test_the_tests_of_the_library_need_no_experiments(path):
+    """Not in the programs that they run either."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.lstrip().startswith(("from experiments", "import experiments"))] == []

@@ -7,7 +7,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax import lax
 import nuqjax
-from experiments.fresh_process import peak_bytes
+from tests.peak import peak_bytes
 from nuqjax import packing, rows
 
 kind, shape = sys.argv[1], tuple(map(int, sys.argv[2].split(",")))

@@ -139,3 +139,12 @@ def test_the_table_shows_every_leaf_and_the_sums():
         f"{planned.nbytes_after:,}",
     ):
         assert shown in text
+
+
+def test_a_leaf_that_would_be_exactly_as_large_stays_dense():
+    """Eight levels of 4 bytes and nine indices of 3 bits are as many bytes as nine values: 36 for each channel."""
+    leaves = nuqjax.plan({"w": jnp.zeros((9, 64)), "v": jnp.zeros((10, 64))}, bits=3, granularity="channel").leaves
+    assert {leaf.path: (leaf.nbytes_before, leaf.nbytes_after, leaf.reason) for leaf in leaves} == {
+        "v": (2560, 2304, None),
+        "w": (2304, 2304, "would take 2,304 bytes, not fewer"),
+    }

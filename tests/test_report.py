@@ -161,7 +161,7 @@ def test_long_leaves_are_compared_in_blocks(tree, monkeypatch):
 MEMORY_SCRIPT = """
 import sys
 import numpy as np, jax.numpy as jnp, nuqjax
-from experiments.fresh_process import peak_bytes
+from tests.peak import peak_bytes
 from nuqjax import CodebookArray
 
 def leaf(inputs):

@@ -67,3 +67,22 @@ def test_errors(one_device):
         nuqjax.shardings(cparams, {"v": NamedSharding(one_device, P())})
     with pytest.raises(ValueError, match="not a NamedSharding"):
         nuqjax.shardings(cparams, SingleDeviceSharding(jax.devices()[0]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "spec", "packed"),
+    [
+        ((16, 8), -1, P("m", None), P(None, "m")),  # 8 indices of 3 bits on each device: 3 bytes
+        ((8, 16), -1, P("m", None), P(None, None)),  # 4 of 3 bits are no whole bytes
+        ((8, 15), -1, P(None, "m"), P(None, None)),  # 15 channels are not parted in two
+        ((15, 8), -1, P("m", None), P(None, None)),
+        ((4, 4, 8), -1, P("m", None, None), P(None, "m")),  # the first of the flattened axes: a run of each
+        ((4, 4, 8), -1, P(None, "m", None), P(None, None)),  # the second: not a run
+        ((8, 4, 4), (1, 2), P(None, "m", None), P("m", None)),
+        ((8, 4, 4), (1, 2), P(None, None, "m"), P(None, None)),
+    ],
+)
+def test_an_axis_is_parted_only_where_each_part_is_a_run_of_whole_bytes(shape, axis, spec, packed):
+    mesh = jax.sharding.AbstractMesh((2,), ("m",))
+    leaf = nuqjax.compress({"w": jnp.ones(shape)}, 3, "normal", axis=axis, rules=nuqjax.Rule("w", skip=False))["w"]
+    assert nuqjax.shardings(leaf, NamedSharding(mesh, spec)).packed.spec == packed

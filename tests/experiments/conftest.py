@@ -13,10 +13,14 @@ from experiments import images
 
 
 def pytest_collection_modifyitems(items):
-    """Experiments use public names only, and each of these is tested on all versions: once is enough."""
+    """Experiments use public names only, and each of these is tested on all versions: once is enough.
+
+    They are a user's programs, whose models promote.
+    """
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.versionless)
+            item.add_marker(pytest.mark.promotes)
 
 
 @pytest.fixture(scope="session")
