@@ -11,11 +11,13 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
 from nuqjax.fixed_point import QFormat
 from nuqjax.host import flushed, on_host, to_numpy
+from nuqjax.meshes import as_automatic, explicit_sharding, shards, typed_spec
 from nuqjax.rows import ChannelGroups, Granularity, InputGroups
 
 _LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_format", "scale_group")
@@ -181,7 +183,26 @@ def decode(leaf: CodebookArray) -> jax.Array:
     """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
     if leaf.size == 0:
         return jnp.zeros(leaf.shape, leaf.dtype)
-    return _over_stack(_decode_slice, leaf)(leaf)
+    decoded = _over_stack(_decode_slice, leaf)
+    sharding = dense_sharding(leaf)
+    return decoded(leaf) if sharding is None else as_automatic(decoded, sharding.mesh, sharding.spec)(leaf)
+
+
+def dense_sharding(leaf: CodebookArray) -> NamedSharding | None:
+    """How the dense array is distributed, of a leaf on a mesh with explicit axes; None of others.
+
+    As the packed indices are: the first output axis as the storage rows, the first of the other axes as their bytes.
+    """
+    given = explicit_sharding(leaf.packed, leaf.levels, leaf.scale)
+    if given is None:
+        return None
+    *lead, output, position = typed_spec(leaf.packed)
+    spec: list[Any] = [*lead, *[None] * len(leaf.slice_shape)]
+    others = [a for a in range(len(leaf.slice_shape)) if a not in leaf.axes]
+    for axes, names in ((leaf.axes, output), (others, position)):
+        if axes and names is not None and leaf.slice_shape[axes[0]] % shards(given.mesh, names) == 0:
+            spec[len(lead) + axes[0]] = names
+    return NamedSharding(given.mesh, PartitionSpec(*spec))
 
 
 def is_on_host(leaf: CodebookArray) -> bool:

@@ -7,6 +7,7 @@ For each leaf: choose (`plan`) → view as rows (`rows`) → fit levels (`fit`) 
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,9 +31,11 @@ from nuqjax.fit import fit, levels_on_host
 from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy
+from nuqjax.meshes import explicit_sharding, run_as_automatic
 from nuqjax.plan import LeafPlan, plan_leaves, scale_groups
 from nuqjax.report import build_report
 from nuqjax.rules import Options, Rule, path_name
+from nuqjax.shardings import leaf_specs
 
 
 def compress(
@@ -196,6 +199,25 @@ class _Rows(NamedTuple):
 
 def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
     """The leaf, and its certificate."""
+    sharding = explicit_sharding(array)
+    if sharding is None:
+        return _compress_leaf(array, importance, plan)
+    found = []
+
+    def arrays(array, importance):
+        found.append(_compress_leaf(array, importance, plan))
+        leaf, _ = found[0]
+        return leaf.levels, leaf.packed, leaf.scale
+
+    options = plan.options
+    specs = leaf_specs(sharding, plan.shape, plan.axes, options.bits, options.granularity, options.stack_axes)
+    specs = specs if options.scale is not None else (*specs[:2], None)
+    levels, packed, scale = run_as_automatic(arrays, sharding.mesh, specs, array, importance)
+    [(leaf, certificate)] = found
+    return replace(leaf, levels=levels, packed=packed, scale=scale), certificate
+
+
+def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
     options = plan.options
     if 0 in plan.shape:
         return _empty_leaf(plan), 0.0 if options.method == "knq" and options.tolerance is not None else None
@@ -512,10 +534,10 @@ def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:
             xp = rows.namespace(importance)
             bad = ~(xp.isfinite(importance) & (importance >= 0))
             if bad.any():
-                first = np.unravel_index(int(xp.argmax(bad)), shape)
+                first = np.unravel_index(int(np.argmax(bad)), shape)
                 raise ValueError(
                     f"{path}: {int(bad.sum())} sensitivities are negative, NaN or infinite, the first "
-                    f"{float(importance[first])} at {[int(i) for i in first]}"
+                    f"{float(np.asarray(importance)[first])} at {[int(i) for i in first]}"
                 )
     return result
 

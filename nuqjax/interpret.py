@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from nuqjax.meshes import explicit_sharding
+
 
 class Site(NamedTuple):
     """Where in the program an equation stands.
@@ -103,7 +105,11 @@ class Traced(NamedTuple):
 
 
 def trace(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], is_leaf: Callable[[Any], bool]
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    is_leaf: Callable[[Any], bool],
+    sharding_of: Callable[[Any], Any] = lambda leaf: None,
 ) -> Traced:
     """Traces `fn` on the dense shapes of its arguments.
 
@@ -112,6 +118,7 @@ def trace(
       args: its arguments: pytrees of arrays, of leaves that stand for one, and of anything else.
       kwargs: its arguments by name, likewise.
       is_leaf: tells the leaves that stand for an array; they have a `shape` and a `dtype`.
+      sharding_of: of such a leaf, how its array is distributed over a mesh with explicit axes; None of others.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     kinds = jax.Array | np.ndarray | np.generic
@@ -126,9 +133,12 @@ def trace(
 
     def shape_of(x):
         if is_leaf(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x))
         aval = jax.typeof(x)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+        sharding = None if explicit_sharding(x) is None else aval.sharding
+        return jax.ShapeDtypeStruct(
+            aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False), sharding=sharding
+        )
 
     jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
     return Traced(jaxpr, [flat[n] for n in traced], jax.tree.structure(shapes))

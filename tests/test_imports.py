@@ -17,32 +17,33 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # `fit_knq` stands for fit_knq.py and its parts fit_knq_*.py, which may import one another.
 ARRAYS = {"jax", "numpy"}
 FITS = {"fit_knq", "fit_enq", "fit_grid"}
-LEAF = {"host", "rows", "packing", "fixed_point", "codebook_array"}
+LEAF = {"host", "meshes", "rows", "packing", "fixed_point", "codebook_array"}
 EMULATION = {"emulate", "calibrate", "fold"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"jax"}),
     "host": (set(), ARRAYS),
+    "meshes": (set(), {"jax"}),
     "rows": ({"host"}, ARRAYS),
-    "assign": ({"host", "rows"}, ARRAYS),
+    "assign": ({"host", "meshes", "rows"}, ARRAYS),
     "fit_knq": ({"assign", "host", "rows"}, ARRAYS),
     "fit_enq": ({"assign", "host", "rows"}, ARRAYS),
     "fit_grid": ({"assign", "host", "rows"}, ARRAYS),
-    "fit": ({"assign", "host", *FITS}, ARRAYS),
+    "fit": ({"assign", "host", "meshes", *FITS}, ARRAYS),
     "fit_mesh": ({"assign", "rows", "fit_knq"}, ARRAYS),
     "fixed_point": ({"host", "rows"}, ARRAYS),
     "packing": ({"rows"}, ARRAYS),
-    "codebook_array": ({"host", "rows", "packing", "fixed_point"}, ARRAYS),
+    "codebook_array": ({"host", "meshes", "rows", "packing", "fixed_point"}, ARRAYS),
+    "shardings": (LEAF, ARRAYS),
     "plot": (LEAF, {*ARRAYS, "matplotlib"}),
     "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
     "plan": ({"rules", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "compress": ({"rules", "assign", "fit", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "interpret": (set(), ARRAYS),
+    "compress": ({"rules", "assign", "fit", "fit_mesh", "shardings", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "interpret": ({"meshes"}, ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
     # `emulate` stands for emulate.py and its parts emulate_*.py, too.
     "emulate": ({"rules", "interpret", "report", *LEAF}, {*ARRAYS, "rich"}),
     "calibrate": ({"emulate", *LEAF}, ARRAYS),
     "fold": ({"emulate", "interpret", "rules", *LEAF}, ARRAYS),
-    "shardings": (LEAF, ARRAYS),
     # `store` stands for store.py and its parts store_*.py.
     "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
     "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "orbax"}),
