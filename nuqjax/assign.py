@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.compat import enable_x64
 from nuqjax.host import BLOCK, flushed, on_host, over_blocks, row_by_row, to_jax, to_numpy
 from nuqjax.meshes import as_automatic, explicit_sharding, typed_spec
 from nuqjax.rows import look_up, namespace
@@ -269,7 +270,7 @@ def distortion(
         return to_jax(distortion_on_host(*(row_by_row(to_numpy(x)) for x in (rows, levels, weights, mask))))
     dtype = working_dtype(rows.dtype)
     nearest = look_up(levels, assign(rows, levels))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         error = lax.convert_element_type(rows, jnp.float64) - lax.convert_element_type(nearest, jnp.float64)
         square = error * error
         if weights is not None:

@@ -27,6 +27,7 @@ from nuqjax.codebook_array import (
     level_values,
     with_levels,
 )
+from nuqjax.compat import enable_x64
 from nuqjax.fit import fit, levels_on_host
 from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.fixed_point import AutoQFormat, QFormat
@@ -506,7 +507,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
 @jax.jit
 def _jit_mass(values, levels, weights, mask):
     """`_mass` of arrays that are not on the host, in units of their own."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)
         each = each if mask is None else jnp.where(mask, each, 0.0)
         place = jax.vmap(lambda index, each: jnp.zeros(levels.shape[-1], jnp.float64).at[index].add(each))

@@ -13,7 +13,7 @@ from nuqjax.assign import Fit, fit_by, with_zero
 from nuqjax.fit_enq import enq_levels
 from nuqjax.fit_knq import fit_knq
 from nuqjax.host import flushed, on_host, row_by_row, to_numpy
-from nuqjax.meshes import explicit_sharding, run_as_automatic, typed_spec
+from nuqjax.meshes import as_on_automatic, typed_spec
 
 _LEVELS: dict[str, Callable[..., Any]] = {
     "enq": enq_levels,
@@ -102,17 +102,14 @@ def fit(
     for name, array in (("weights", weights), ("mask", mask)):
         if array is not None and jnp.shape(array) != rows.shape:
             raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {rows.shape}")
+    each = typed_spec(rows)[0]
 
+    @as_on_automatic(Fit(PartitionSpec(each, None), *[PartitionSpec(each)] * 3))
     def fitted(rows, weights, mask) -> Fit:
         weights, mask = _counted(weights, mask, host)
         return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)
 
-    sharding = explicit_sharding(rows, weights, mask)
-    if sharding is None:
-        return fitted(rows, weights, mask)
-    each = typed_spec(rows)[0]
-    specs = Fit(PartitionSpec(each, None), *[PartitionSpec(each)] * 3)
-    return run_as_automatic(fitted, sharding.mesh, specs, rows, weights, mask)
+    return fitted(rows, weights, mask)
 
 
 def levels_on_host(

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.assign import fit_by, working_dtype
+from nuqjax.compat import enable_x64
 from nuqjax.host import flushed, over_blocks
 from nuqjax.rows import namespace
 
@@ -43,7 +44,7 @@ def enq_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = N
     low = jnp.where(any_counted, jnp.min(values, axis=-1, initial=jnp.inf, where=counted), 0)
     high = jnp.where(any_counted, jnp.max(values, axis=-1, initial=-jnp.inf, where=counted), 0)
     importance = None if weights is None else jnp.where(counted, weights, 0).astype(dtype)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return _interval_means(values, counted, importance, low, high, num_levels).astype(dtype)
 
 

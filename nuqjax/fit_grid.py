@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.assign import fit_by, largest_magnitude, row_scale, working_dtype
+from nuqjax.compat import enable_x64
 from nuqjax.host import BLOCK, flushed, over_blocks
 from nuqjax.rows import namespace
 
@@ -182,7 +183,7 @@ def quantile_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: An
     dtype = working_dtype(rows.dtype)
     mass = _mass(rows, weights, mask).astype(dtype)
     values, mass = lax.sort((jnp.where(mass > 0, rows.astype(dtype), jnp.inf), mass), num_keys=2)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         mass = mass.astype(jnp.float64)
         total = mass.sum(axis=-1, keepdims=True)
         middle = jnp.cumsum(mass, axis=-1) - mass / 2
@@ -232,7 +233,7 @@ def _per_row(best: Callable, rows, weights, mask) -> Any:
             values, mass = _histogram(values, mass, largest)
         return best(values, mass, largest).astype(dtype)
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = lax.map(one, (values, mass), batch_size=min(batch, rows.shape[0])) if rows.shape[0] else scale
     return found.astype(dtype) * scale
 

@@ -51,7 +51,7 @@ def dense_rows(
     >>> import numpy as np
     >>> values = np.array([[1.0, 2.0, 3.0, 10.0, 11.0]])
     >>> running = np.concatenate([[[0.0]], np.cumsum(values, axis=1)], axis=1)
-    >>> with jax.enable_x64(True):
+    >>> with enable_x64(True):
     ...     cuts, best = dense_rows(np.arange(6.0)[None], running, np.zeros((1, 6), bool), None, None, num_levels=2)
     >>> cuts.tolist(), best.tolist()
     ([[3]], [-232.5])

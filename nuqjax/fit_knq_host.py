@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax.assign import Fit, working_dtype
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq_error import nearest_errors
 from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_rows
 from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts, places_of
@@ -28,7 +29,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
         some, heavy, counted = (None if x is None else x[here] for x in (rows, weights, mask))
         some = _flushed(some)
         unit = np.ldexp(1.0, scale[here])
-        with jax.enable_x64(True):  # of this thread
+        with enable_x64(True):  # of this thread
             ordered = ordered_rows(some, dtype, unit, heavy, counted, task.keep_zero)
             levels, error, bound = _levels_and_error(ordered, unit, task, dtype)
         if weights is not None:
@@ -55,7 +56,7 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
         there = there if len(there) else np.zeros(1, values_dtype)
         unit = np.ldexp(1.0, _host_scale(there[None], None, dtype))
         units.append(unit)
-        with jax.enable_x64(True):
+        with enable_x64(True):
             ordered = join_counts(row[None], values_dtype, length, unit, task.keep_zero)
             parts.append(_levels_and_error(ordered, unit, task, dtype))
     levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))

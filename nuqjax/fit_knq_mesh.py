@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nuqjax.assign import Fit, assign, row_scale, working_dtype
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq_gaps import SEARCHES, Gaps, chosen, next_gaps, no_gaps
 from nuqjax.fit_knq_host import fit_counted, fit_on_host, rounded_fit
 from nuqjax.fit_knq_levels import SHORT, Task, dense_cuts, interval_means
@@ -366,7 +367,7 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
     """Rows stay where they are, one of each group at a time."""
     parts = []
     for number in range(_rows_of_each(layout)):
-        with jax.enable_x64(True):
+        with enable_x64(True):
             fitted = _fit_row_held(arrays, number, layout, task)
         parts.append([np.asarray(field)[:, None] for field in fitted])
     return _joined(parts)

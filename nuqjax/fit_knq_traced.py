@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq_levels import Task, dense_cuts, fit_sorted, ordered_rows, row_length
 from nuqjax.fit_knq_rows import LONG
 
@@ -58,7 +59,7 @@ def fit_traced(rows, weights, mask, task: Task, dtype, axes=()) -> Fit:
         return levels, bound
 
     length = row_length(rows, axes)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         # Programmes need some 8 MiB, or one long row is handled at a time.
         chunk = 1 if length > LONG else min(max(1, 2**20 // min(length, task.dense_cuts) ** 2), rows.shape[0])
         whole = rows.shape[0] // chunk * chunk

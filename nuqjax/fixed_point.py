@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nuqjax.compat import enable_x64
 from nuqjax.fixed_point_words import (
     drop_bits,
     into_range,
@@ -148,7 +149,7 @@ def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow:
     check_modes(rounding, overflow)
     if on_host(x):
         return to_jax(encode_on_host(np.asarray(x), fmt, rounding, overflow))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         whole = _round(_scaled(x, fmt), rounding)
         return lax.convert_element_type(_overflow(whole, fmt, overflow), jnp.int32)
 
@@ -169,7 +170,7 @@ def overflows(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even") -> jax
     if on_host(x):
         whole = _round(_scaled_on_host(np.asarray(x), fmt), rounding)
         return to_jax((whole < fmt.least) | (whole > fmt.largest))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         whole = _round(_scaled(x, fmt), rounding)
         return (whole < fmt.least) | (whole > fmt.largest)
 
@@ -195,7 +196,7 @@ def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:
     """
     if on_host(raw):
         return to_jax(decode_on_host(np.asarray(raw), fmt))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return lax.convert_element_type(lax.convert_element_type(raw, jnp.float64) * 2.0**-fmt.frac, jnp.float32)
 
 
@@ -234,7 +235,7 @@ def requantize(
     if not jnp.issubdtype(jnp.result_type(raw), jnp.integer):
         raise TypeError(f"requantize: raw words are integers, not {jnp.result_type(raw)}")
     dtype = jnp.int64 if jnp.result_type(raw) == jnp.int64 else jnp.int32
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = lax.convert_element_type(raw, jnp.int64)
         drop = source.frac - target.frac
         kept = into_range(drop_bits(wide, drop, rounding), max(-drop, 0), target, overflow)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nuqjax.compat import enable_x64
+
 if TYPE_CHECKING:
     from nuqjax.fixed_point import QFormat
 
@@ -95,7 +97,7 @@ def saturating_rounding_doubling_high_mul(a: jax.Array, b: jax.Array) -> jax.Arr
     >>> saturating_rounding_doubling_high_mul(jnp.array([1, -1]), jnp.array([1 << 30, 1 << 30])).tolist()
     [1, 0]
     """
-    with jax.enable_x64(True):
+    with enable_x64(True):
         product = lax.convert_element_type(a, jnp.int64) * lax.convert_element_type(b, jnp.int64)
         high = drop_bits(product, 31, "half_up")
         return lax.convert_element_type(jnp.minimum(high, (1 << 31) - 1), jnp.int32)

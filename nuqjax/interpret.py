@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from nuqjax.compat import bind_primitive
 from nuqjax.meshes import explicit_sharding
 
 
@@ -162,7 +163,7 @@ def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
 def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     """The equation's outputs for arrays, exactly as JAX would compute them."""
     with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+        outputs = bind_primitive(eqn.primitive, operands, eqn.params)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 

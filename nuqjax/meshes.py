@@ -5,6 +5,7 @@ nuqjax therefore computes as on automatic axes, and says how the results are dis
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,23 @@ def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> A
     with within:
         results = run(*arrays)
     return results if specs is None else jax.device_put(results, _shardings(mesh, specs))
+
+
+def as_on_automatic(specs: Any) -> Callable[[Callable], Callable]:
+    """A decorator: where there is an array on a mesh with explicit axes among the arguments, by `run_as_automatic`."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            sharding = explicit_sharding(*jax.tree.leaves((args, kwargs)))
+            if sharding is None:
+                return function(*args, **kwargs)
+            given = lambda args, kwargs: function(*args, **kwargs)  # noqa: E731
+            return run_as_automatic(given, sharding.mesh, specs, args, kwargs)
+
+        return run
+
+    return decorate
 
 
 def shards(mesh, names: Any) -> int:

@@ -14,6 +14,7 @@ from jax.extend import core
 
 import nuqjax
 from nuqjax import ChannelGroups, CodebookArray, InputGroups, Rule
+from nuqjax.compat import enable_x64
 from tests import draws
 
 EPS = 2.0**-24  # unit roundoff of float32
@@ -438,7 +439,7 @@ def test_the_tree_is_an_argument_of_the_program():
 
 
 def test_x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((12, 40)))}
         cparams = small(params)
         assert cparams["w"].dtype == jnp.float64

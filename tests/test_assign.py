@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nuqjax import assign
 from nuqjax.assign import _binary_search, _count_by_table, distortion, finish, row_scale, thresholds, working_dtype
+from nuqjax.compat import enable_x64
 
 TINY, HUGE = np.finfo(np.float32).tiny, np.finfo(np.float32).max
 FIRST, LAST = TINY.view(np.int32).item(), HUGE.view(np.int32).item()
@@ -171,7 +172,7 @@ def test_x64(num_levels):
     middle = (levels[0, :-1] + levels[0, 1:]) / 2
     values = np.concatenate([middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf), levels[0]])
     single = rng.normal(size=(1, 50)).astype(np.float32)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         np.testing.assert_array_equal(jit_assign(values[None], levels)[0], exact_assign(values, levels[0]))
         # float32 values and float64 levels meet in float64.
         np.testing.assert_array_equal(jit_assign(single, levels)[0], exact_assign(single[0], levels[0]))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, CodebookArray, InputGroups, QFormat, Rule
 from nuqjax.codebook_array import check
+from nuqjax.compat import enable_x64
 
 GRANULARITIES = ["tensor", "channel", ChannelGroups(3), InputGroups(5)]
 INSIST = Rule(".", skip=False)
@@ -140,7 +141,7 @@ def test_decompress_gives_back_structure_shapes_and_dtypes(name):
 
 
 def test_float64_is_kept_under_x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         array = np.random.default_rng(0).normal(size=(16, 24))
         leaf = compress_one(array, 3, "enq")
         assert leaf.dtype == leaf.levels.dtype == np.float64

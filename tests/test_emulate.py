@@ -21,6 +21,7 @@ from jax.extend import core
 
 import nuqjax
 from nuqjax import Accumulator, CodebookArray, Formats, QFormat, SiteFormat, calibrate, emulate, packing
+from nuqjax.compat import enable_x64
 from nuqjax.emulate_program import build, operands
 from nuqjax.fixed_point import (
     OVERFLOW,
@@ -813,7 +814,7 @@ def test_the_words_do_not_depend_on_jit_nor_x64_nor_the_batch():
         np.testing.assert_array_equal(alone[0], expected[number])
         for site, words in others.words.items():
             np.testing.assert_array_equal(words[0], trace.words[site][number])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         again = calibrate(Linen().apply, cparams, IMAGES, word=12)
         assert again == formats
         wide, others = jax.jit(run)(cparams, many)

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from nuqjax import Accumulator
+from nuqjax.compat import enable_x64
 from nuqjax.emulate_bounds import Words, is_depthwise
 from nuqjax.emulate_program import LINEAR, build
 from nuqjax.emulate_sums import by_int8_limbs, products_sum, scanned_sum
@@ -166,7 +167,7 @@ def test_every_route_gives_the_same_integers(name):
                 found[route, dtype] = products_sum(node, x, w, known(x, w), route, dtype)
         return found
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         for (route, dtype), got in every(given).items():
             assert got.dtype == dtype
             if dtype == "int64" or abs(expected[route]).max() < 2**31:
@@ -191,7 +192,7 @@ def test_sums_of_int8_limbs_are_the_same_integers(name):
         wide = [by_int8_limbs(node, *words, known(*words), "int64") for words in given]
         return wide, by_int8_limbs(node, *given[0], known(*given[0]), "int32")
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found, narrow = every(given)
     for (x, w), wide in zip(given, found, strict=True):
         np.testing.assert_array_equal(wide, reference(node, x, w).astype(np.int64))
@@ -203,7 +204,7 @@ def test_sums_of_int8_limbs_are_the_same_integers(name):
 def test_int8_limbs_hold_the_longest_words(top):
     node = node_of("dot")
     x, w = np.full((3, 6), top, np.int16 if -(2**15) <= top < 2**15 else np.int32), np.full((6, 4), 3, np.int8)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         got = jax.jit(lambda x, w: by_int8_limbs(node, x, w, known(x, w), "int64"))(x, w)
     np.testing.assert_array_equal(got, np.full((3, 4), 18 * top))
 
@@ -216,7 +217,7 @@ def test_scanned_sums(name):
     start = np.random.default_rng(7).integers(-7000, 7000, node.shape)
     modes = {"exact": None, "wrap": 14, "saturate": 14}
     accumulators = {mode: Accumulator(word, mode, frac=6, rounding="half_up") for mode, word in modes.items()}
-    with jax.enable_x64(True):
+    with enable_x64(True):
         scan = jax.jit(
             lambda x, w, start: {
                 mode: scanned_sum(node, x, w, start, 8, accumulator) for mode, accumulator in accumulators.items()

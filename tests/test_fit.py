@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import Fit, fit
+from nuqjax.compat import enable_x64
 from nuqjax.fit import METHODS
 
 K, R, N = 4, 2, 24
@@ -85,7 +86,7 @@ def test_narrow_rows_are_fitted_as_float32(method, dtype):
 @baselines
 def test_float64_rows_are_fitted_in_float64(method):
     rows = np.random.default_rng(0).normal(size=(R, N))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         fitted = jit_fit(rows, K, method)
         assert all(x.dtype == jnp.float64 for x in fitted)
         same_on_the_host(method, rows, fitted)
@@ -235,7 +236,7 @@ def test_eager_jit_and_x64_give_the_same_bits(method):
     weights = jnp.asarray(np.random.default_rng(8).uniform(0.5, 2, (R, N)), jnp.float32)
     compiled = jit_fit(rows, K, method, weights=weights)
     same(fit(rows, K, method, weights=weights), compiled)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         same(jit_fit(rows, K, method, weights=weights), compiled)
         same(fit(rows, K, method, weights=weights), compiled)
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nuqjax.compat import enable_x64
 from nuqjax.fit_enq import fit_enq
 
 jit_enq = jax.jit(fit_enq, static_argnames=("num_levels", "keep_zero"))
@@ -94,7 +95,7 @@ def test_the_widest_range_of_float32():
 
 def test_float64_rows():
     rows = np.random.default_rng(1).normal(size=(2, 500))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         fitted = jit_enq(rows, 16)
         assert fitted.levels.dtype == jnp.float64
         assert_described(fitted.levels, rows, 16)

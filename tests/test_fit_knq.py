@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq import fit_knq
 
 FAMILIES = {
@@ -168,7 +169,7 @@ def test_host_and_traced_paths_agree_bit_for_bit(given_arrays, count, length, nu
     np.testing.assert_array_equal(host.levels, traced.levels)
     np.testing.assert_array_equal(host.scale, traced.scale)
     np.testing.assert_allclose(host.sse, traced.sse, rtol=2.0**-22)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         np.testing.assert_array_equal(fit_knq(rows, num_levels, keep_zero=keep_zero, **arrays).levels, host.levels)
 
 
@@ -243,7 +244,7 @@ def test_the_search_finds_the_optimum_without_the_proof(num_levels, kind):
 
 
 def test_float64_rows():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         row = np.random.default_rng(8).standard_normal(500)
         fitted = fit_knq(jnp.asarray(row)[None], 8)
         assert fitted.levels.dtype == jnp.float64

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import fit_knq_dense_host
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq_dense import dense_rows
 
 ROUNDING = 2.0**-52
@@ -69,7 +70,7 @@ def least_cost(costs, num_levels):
 
 def solve(arrays, num_levels, penalty=None, reach=None):
     count, total, above = arrays
-    with jax.enable_x64(True):
+    with enable_x64(True):
         cuts, best = dense_rows(count, total, above, penalty, reach, num_levels=num_levels)
         assert cuts.dtype == jnp.int32
         assert best.dtype == jnp.float64
@@ -193,7 +194,7 @@ def test_the_same_bits_in_any_batch_eager_or_jitted(cells, num_levels, bounded):
 
     @jax.jit
     def outside(seed):  # traced without 64-bit types, as `fit` is
-        with jax.enable_x64(True):
+        with enable_x64(True):
             count, total = (jnp.asarray(x) + jnp.zeros_like(x) * (seed > 0) for x in arrays[:2])
             return dense_rows(count, total, jnp.asarray(arrays[2]), penalty, reach, num_levels=num_levels)
 
@@ -205,7 +206,7 @@ def test_the_same_bits_in_any_batch_eager_or_jitted(cells, num_levels, bounded):
 @pytest.mark.parametrize("cells", [32, 100])
 def test_exports_to_every_platform(cells):
     _, arrays = sorted_rows(3, cells, 5)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         function = jax.jit(lambda count, total, above: dense_rows(count, total, above, None, None, num_levels=4))
         exported = jax.export.export(function, platforms=["cpu", "cuda", "tpu"])(*map(jnp.asarray, arrays))
         for found, expected in zip(exported.call(*arrays), function(*arrays), strict=True):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.optimality import level_rounding
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_gaps import next_gaps, no_gaps, search
 from nuqjax.fit_knq_long import sort_long_rows
@@ -134,7 +135,7 @@ def test_host_and_traced_paths_agree_bit_for_bit(count, length, given_arrays):
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(0, 2**32 - 1), st.sampled_from([3, 16, 100]), st.booleans())
 def test_gaps_keep_order_distances_and_the_zero(name, seed, num_levels, keep_zero):
     row = rows_of(name, 1, 300, seed)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         unit = np.exp2(np.floor(np.log2(np.abs(row).max(axis=1)))).astype(np.float64)
         rows = sort_rows(row, unit, None, None, keep_zero)
         _, gaps, found = search(rows, num_levels, keep_zero, 256)
@@ -159,7 +160,7 @@ def test_gaps_keep_order_distances_and_the_zero(name, seed, num_levels, keep_zer
 def test_float64_levels_are_proven_where_float32_ones_cannot_be():
     generator = np.random.default_rng(3)
     row = np.append(generator.standard_normal(500), 1e4 + generator.standard_normal(500))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         fitted = fit_knq(jnp.asarray(row[None]), 64)
     assert 1 - float(fitted.lower_bound[0]) / float(fitted.sse[0]) <= 1e-6
 
@@ -168,7 +169,7 @@ def test_float64_levels_are_proven_where_float32_ones_cannot_be():
 @pytest.mark.parametrize("length", [500, 70000])
 def test_values_that_stay_where_they_are_change_no_bit(length, weighted):
     row = np.round(np.random.default_rng(4).standard_normal((1, length)) * 50).astype(np.float32)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         sort = sort_rows if length < 65536 else sort_long_rows
         rows = sort(row, np.full(1, 64.0), weights_of(row) if weighted else None, None, True)
         same = rows.with_values(no_gaps(rows, 16).narrow)

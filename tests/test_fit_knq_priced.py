@@ -1,6 +1,5 @@
 """The priced search against plain dynamic programmes over all intervals, in NumPy: its blocks miss none of them."""
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from experiments.optimality import FAMILIES
 from nuqjax import fit, fit_knq_priced_host
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq_priced import priced_paths
 
 TRIALS = np.int32(32)
@@ -75,7 +75,7 @@ def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin, repeat
         count, total, zero = count[:, cuts], total[:, cuts], np.searchsorted(cuts, zero, "right").astype(np.int32) - 1
     count, total = count.astype(dtype), total.astype(dtype)
     start = np.array([float(total[0, -1]) ** 2 / size / num_levels + 2.0**40])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         places, price, exact, excess = (
             np.asarray(x)[0]
             for x in priced_paths(
@@ -119,7 +119,7 @@ def test_a_path_does_not_depend_on_the_rows_beside_it(pin):
             )
         ]  # fmt: skip
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         together = paths(slice(None))  # 18 rows: one group of 16, and one that is filled up
         alone = [paths(slice(r, r + 1)) for r in range(len(count))]
     for found, single in zip(together, map(np.concatenate, zip(*alone, strict=True)), strict=True):
@@ -146,7 +146,7 @@ def test_the_host_finds_the_same_paths_for_many_rows(pin, num_levels):
                 for x in (masses, masses * values)
             )
         start = total[:, -1].astype(float) ** 2 / size / num_levels + 2.0**40
-        with jax.enable_x64(True):
+        with enable_x64(True):
             traced = priced_paths(
                 count, total, np.int32(size), zero, start, TRIALS, False, num_levels=num_levels, pin=pin
             )  # fmt: skip

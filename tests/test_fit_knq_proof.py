@@ -3,7 +3,6 @@
 import itertools
 import tracemalloc
 
-import jax
 import kmeans1d
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import fit_knq_path_host
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq import fit_knq
 from nuqjax.fit_knq_path import nothing_yet, potentials
 from nuqjax.fit_knq_proof import prove
@@ -41,7 +41,7 @@ def optimum(values, weight, num_levels, zero=None):
 
 def proven(values, weight, num_levels, boundaries, zero=None, tolerance=1e-6, unit=1.0):
     """The cuts and the bound of one row."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         row = HostRow(values, unit, weight, zero)
         cuts, bounds = prove([row], np.asarray(boundaries)[None], num_levels, tolerance)
     return cuts[0], bounds[0]
@@ -161,7 +161,7 @@ def test_many_rows_are_proven_as_one_by_one(weighted, pinned):
         weight = generator.exponential(size=len(values)) if weighted else None
         rows.append(HostRow(values, 1.0, weight, int(np.searchsorted(values, 0.0)) if pinned else None))
     boundaries = np.stack([np.arange(1, 8) * len(row.values) // 8 for row in rows])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         cuts, bounds = prove(rows, boundaries, 8, 1e-6)
         for row, begin, found, bound in zip(rows, boundaries, cuts, bounds, strict=True):
             alone = prove([row], begin[None], 8, 1e-6)
@@ -255,7 +255,7 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
     leak = generator.random((count, size)) * price[:, None] * data.draw(st.sampled_from([0.0, 0.4]))
     zero = np.array([np.searchsorted(row, 0.0) for row in mean], np.int32)
     from_below = np.concatenate([np.zeros((count, 1)), leak[:, :-1]], axis=1)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         carried, found = nothing_yet(count, 512), []
         for begin in (0, 128):
             part = slice(begin, begin + 128)

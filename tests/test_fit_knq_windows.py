@@ -2,10 +2,10 @@
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
 
+from nuqjax.compat import enable_x64
 from nuqjax.fit_knq_search import _windows_rows
 from nuqjax.fit_knq_windows_host import windows_rows
 
@@ -39,7 +39,7 @@ def windows(seed, boundaries, size, number, weighted, pinned):
 def test_the_host_chooses_the_same_places(weighted, pinned):
     for seed, boundaries in ((0, 15), (1, 15), (2, 3), (3, 1)):
         given, _ = windows(seed, boundaries, 33, 20, weighted, pinned)
-        with jax.enable_x64(True):
+        with enable_x64(True):
             np.testing.assert_array_equal(windows_rows(*given), np.asarray(_windows_rows(*given)))
 
 

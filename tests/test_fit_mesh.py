@@ -12,6 +12,7 @@ import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from nuqjax.compat import enable_x64
 import nuqjax
 from nuqjax.fit_knq_mesh import Layout, fit_at_once
 
@@ -194,7 +195,7 @@ def error(row, cuts):  # of a partition
     return square.sum()
 
 
-with jax.enable_x64(True):
+with enable_x64(True):
     for devices, family, dtype, weighted, pinned in (
         (2, "t3", np.float32, False, False),
         (4, "t3", np.float32, False, False),

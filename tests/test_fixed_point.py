@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import AutoQFormat, QFormat
+from nuqjax.compat import enable_x64
 from nuqjax.fixed_point import OVERFLOW, ROUNDING, check_modes, decode, encode, overflows, requantize
 
 jit_encode = jax.jit(encode, static_argnames=("fmt", "rounding", "overflow"))
@@ -226,7 +227,7 @@ def requantize_any(raw):
 @given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-300, 300), min_size=8, max_size=8))
 def test_any_int64_is_requantized_exactly(words):
     words += [2**62, -(2**62), 2**63 - 1, -(2**63), 2**30, -(2**30), 3 * 2**30, -3 * 2**61]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         got = jax.device_get(requantize_any(np.array(words, np.int64)))
     cells = itertools.product(zip(SHIFTS, WIDE * 4, strict=True), MODES)
     for ((shift, fmt), (rounding, overflow)), raw in zip(cells, got, strict=True):
@@ -276,7 +277,7 @@ def test_float64_beside_a_half_is_rounded_exactly():
     at = np.array([0.5, 1.5, 2.5, 1.0, 1e15 + 0.5, 0.25])
     at = np.concatenate([at, -at])
     values = np.concatenate([at, np.nextafter(at, np.inf), np.nextafter(at, -np.inf)])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         check_any(np.concatenate([values * 2.0**-f.frac for f in FORMATS]))
 
 
@@ -332,7 +333,7 @@ def test_the_same_bits_with_x64_on():
     x = np.random.default_rng(0).normal(size=200).astype(np.float32)
     fmt = QFormat(8, 6)
     raw, values = jit_encode(x, fmt), jit_decode(jit_encode(x, fmt), fmt)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert jit_encode(jnp.asarray(x), fmt).dtype == jnp.int32
         assert jit_decode(raw, fmt).dtype == jnp.float32
         np.testing.assert_array_equal(jit_encode(jnp.asarray(x), fmt), raw)

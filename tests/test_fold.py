@@ -23,6 +23,7 @@ from jax.extend import core
 
 import nuqjax
 from experiments import networks
+from nuqjax.compat import enable_x64
 from nuqjax.fold import fold_batch_norm
 from nuqjax.rules import path_name
 
@@ -519,7 +520,7 @@ def test_leaves_used_elsewhere_stay():
 
 def test_x64():
     """With x64 on, float64 stays float64: the difference falls with its unit roundoff."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = jax.tree.map(lambda p: p.astype(jnp.float64), vectors("mean var g b", kernel=(8, 6)))
         x = drawn(jnp.zeros(VECTORS, jnp.float64), seed=1)
         fn = lambda p, x: norm(x @ p["kernel"], p)  # noqa: E731
@@ -699,7 +700,7 @@ def test_trained(name, size):
     assert not {"sub", "rsqrt", "sqrt"} & set(names)
     assert names.count("mul") == (15 if name == "tiny_darknet" else 0)  # of leaky rectifiers
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = jax.tree.map(lambda p: np.asarray(p, np.float64), variables)
         wide_fn, wide_folded = fold_batch_norm(module.apply, wide, x.astype(np.float64))
         exact = jax.jit(module.apply)(wide, x.astype(np.float64))

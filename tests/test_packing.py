@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nuqjax.compat import enable_x64
 from nuqjax.packing import pack, packed_size, unpack, unpack_at
 
 BITS = range(1, 9)
@@ -93,7 +94,7 @@ def test_x64_changes_nothing():
         whole = {bits: unpack(p, bits, 21) for bits, p in packed.items()}
         return packed, whole, {bits: unpack_at(p, bits, jnp.arange(21)) for bits, p in packed.items()}
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         packed, whole, taken = there_and_back(indices)
     for bits in BITS:
         assert packed[bits].dtype == whole[bits].dtype == taken[bits].dtype == jnp.uint8

@@ -18,6 +18,7 @@ from experiments import images, networks
 from experiments.networks import MobileNetV2, ResNet50
 from experiments.networks.efficientnet_lite0 import depthwise_as_sum
 from experiments.networks.network import check_variables
+from nuqjax.compat import enable_x64
 from tests import draws
 
 # --- Forward passes in the layout of the weights files, written independently of the modules: PyTorch's channels come
@@ -240,7 +241,7 @@ def test_every_network_is_tested():
 def test_random_weights_give_the_outputs_of_an_independent_forward_pass(name, random_arrays, tmp_path):
     network, (forward, size) = small(name), FORWARD[name]
     inputs = np.random.default_rng(3).normal(size=(1, size, size, 3))
-    with jax.enable_x64(True):  # so that only rounding far below any mistake remains
+    with enable_x64(True):  # so that only rounding far below any mistake remains
         expected = np.asarray(jax.jit(lambda x: forward(random_arrays, x))(inputs))
         random_arrays.save(tmp_path / "weights" / network.weights)
         variables = networks.load_features(network, tmp_path)

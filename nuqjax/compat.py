@@ -1,0 +1,20 @@
+"""What the releases of JAX name differently, from 0.7.2 on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+if hasattr(jax, "enable_x64"):
+    enable_x64 = jax.enable_x64
+else:  # jax 0.7
+    from jax.experimental import enable_x64  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def bind_primitive(primitive: Any, operands: Sequence[Any], params: Any) -> Any:
+    """What a primitive gives for operands, with the parameters of an equation."""
+    given = primitive.get_bind_params(params)
+    if isinstance(given, tuple):  # jax 0.7
+        functions, given = given
+        return primitive.bind(*functions, *operands, **given)
+    return primitive.bind(*operands, **given)
