@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from nuqjax.codebook_array import CodebookArray, decode, decode_take, dense_sharding, is_codebook_array
 from nuqjax.interpret import Interpreter, Site, bind, trace
-from nuqjax.meshes import as_automatic, explicit_sharding
+from nuqjax.meshes import as_automatic, explicit_sharding, typed_spec
 from nuqjax.rules import path_name
 
 
@@ -102,7 +102,10 @@ _after_p = core.Primitive("after")
 
 def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
     """`packed`, not before `token` is known."""
-    return _after_p.bind(packed, lax.stop_gradient(token))
+    token, sharding = lax.stop_gradient(token), explicit_sharding(packed, token)
+    if sharding is None:
+        return _after_p.bind(packed, token)
+    return as_automatic(_after_p.bind, sharding.mesh, typed_spec(packed))(packed, token)
 
 
 def _after_by_data(packed, token):

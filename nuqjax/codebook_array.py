@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.export
 import jax.numpy as jnp
 import numpy as np
@@ -181,11 +182,19 @@ def level_values(leaf: CodebookArray) -> jax.Array:
 
 def decode(leaf: CodebookArray) -> jax.Array:
     """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in (leaf.levels, leaf.packed, leaf.scale))
+    return _decode(leaf) if traced else _jit_decode(leaf)
+
+
+def _decode(leaf: CodebookArray) -> jax.Array:
     if leaf.size == 0:
         return jnp.zeros(leaf.shape, leaf.dtype)
     decoded = _over_stack(_decode_slice, leaf)
     sharding = dense_sharding(leaf)
     return decoded(leaf) if sharding is None else as_automatic(decoded, sharding.mesh, sharding.spec)(leaf)
+
+
+_jit_decode = jax.jit(_decode)  # one program in place of some dozens
 
 
 def dense_sharding(leaf: CodebookArray) -> NamedSharding | None:

@@ -226,7 +226,6 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
         array = jnp.asarray(array)
     array = _on_host(array)
     _check_finite(array, plan.path)
-    outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     on_mesh = _fit_on_mesh(array, importance, plan)
     view = _view(array, importance, plan)
     levels, certificate = on_mesh if on_mesh is not None else _fit(view, 2**options.bits, options)
@@ -235,17 +234,33 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
         codebook_format = _choose_format(codebook_format, levels, view, plan)
     dtype = jnp.dtype(plan.dtype)
     stored, values = _round_levels(levels, codebook_format, dtype, scaled=view.factors is not None)
-    nearest: Any = assign_on_host if isinstance(view.values, np.ndarray) else assign
-    indices, factors = nearest(view.values, values), view.factors
-    del view  # as many bytes as the leaf
-    if _in_own_order(array, options):
-        back = partial(rows.to_channels, axes=plan.axes)
-        indices = indices.reshape(-1, *plan.slice_shape)
+    factors = view.factors
+    given = options.bits, plan.slice_shape, plan.axes, None if _in_own_order(array, options) else options.granularity
+    if isinstance(view.values, np.ndarray):
+        indices = assign_on_host(view.values, values)
+        del view  # as many bytes as the leaf
+        packed = _packed(indices, *given)
     else:
-        back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=options.granularity)
-        indices = indices.reshape(-1, *rows.row_shape(outputs, inputs, options.granularity))
-    indices = _each(back, indices)
-    return _leaf(plan, stored, packing.pack(indices, options.bits), factors, codebook_format), certificate
+        packed = _assigned_and_packed(view.values, values, *given)
+    return _leaf(plan, stored, packed, factors, codebook_format), certificate
+
+
+def _packed(indices: Any, bits: int, slice_shape: tuple[int, ...], axes: tuple[int, ...], granularity: Any) -> Any:
+    """`[S, O, B]` packed, of the indices `[S·R, N]` of rows; granularity None if they are in the leaf's own order."""
+    outputs, inputs = rows.channel_shape(slice_shape, axes)
+    if granularity is None:
+        back = partial(rows.to_channels, axes=axes)
+        indices = indices.reshape(-1, *slice_shape)
+    else:
+        back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=granularity)
+        indices = indices.reshape(-1, *rows.row_shape(outputs, inputs, granularity))
+    return packing.pack(_each(back, indices), bits)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _assigned_and_packed(values, levels, *given):
+    """One program in place of some dozens."""
+    return _packed(assign(values, levels), *given)
 
 
 def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_format: Any) -> CodebookArray:
