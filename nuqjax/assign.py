@@ -13,7 +13,7 @@ from jax import lax
 
 from nuqjax.compat import enable_x64
 from nuqjax.host import BLOCK, flushed, on_host, over_blocks, row_by_row, to_jax, to_numpy
-from nuqjax.meshes import as_automatic, explicit_sharding, typed_spec
+from nuqjax.meshes import explicit_sharding, run_as_automatic, typed_spec
 from nuqjax.rows import look_up, namespace
 
 
@@ -142,11 +142,11 @@ def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
     num_levels = levels.shape[-1]
     if num_levels > 256:
         raise ValueError(f"assign: {num_levels} levels, but a uint8 index counts at most 256")
-    if on_host(rows, levels):
-        return to_jax(assign_on_host(row_by_row(to_numpy(rows)), to_numpy(levels)))
     sharding = explicit_sharding(rows, levels)
     if sharding is not None:
-        return as_automatic(assign, sharding.mesh, typed_spec(rows))(rows, levels)
+        return run_as_automatic(assign, sharding.mesh, typed_spec(rows), rows, levels)
+    if on_host(rows, levels):
+        return to_jax(assign_on_host(row_by_row(to_numpy(rows)), to_numpy(levels)))
     dtype = jnp.promote_types(working_dtype(rows.dtype), working_dtype(levels.dtype))
     rows, levels = jnp.asarray(rows, dtype), jnp.asarray(levels, dtype)
     if num_levels == 1:

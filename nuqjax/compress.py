@@ -22,6 +22,7 @@ from nuqjax.codebook_array import (
     CodebookArray,
     decode,
     dense_on_host,
+    dense_sharding,
     is_codebook_array,
     is_on_host,
     level_values,
@@ -137,7 +138,7 @@ def decompress(tree: Any) -> Any:
 
 
 def _dense(leaf: CodebookArray) -> jax.Array:
-    return to_jax(dense_on_host(leaf)) if is_on_host(leaf) else decode(leaf)
+    return jax.device_put(dense_on_host(leaf), dense_sharding(leaf)) if is_on_host(leaf) else decode(leaf)
 
 
 def codebooks(tree: Any) -> Any:

@@ -62,9 +62,7 @@ class Trace:
         path = Path(path)
         if path.suffix == ".npz":
             with path.open("wb") as file:
-                np.savez_compressed(
-                    file, allow_pickle=False, **{k: np.asarray(words) for k, words in self.words.items()}
-                )
+                np.savez_compressed(file, **{k: np.asarray(words) for k, words in self.words.items()})
             return
         path.mkdir(parents=True, exist_ok=True)
         formats = dict(self.formats)

@@ -91,6 +91,12 @@ def fit(
     [2.5]
     """
     check_method(method)
+    each = typed_spec(rows)[0] if isinstance(rows, jax.Array) and rows.ndim else None
+    fitted = as_on_automatic(Fit(PartitionSpec(each, None), *[PartitionSpec(each)] * 3))(_fit)
+    return fitted(rows, num_levels, method, weights, mask, keep_zero, tolerance)
+
+
+def _fit(rows, num_levels, method, weights, mask, keep_zero, tolerance) -> Fit:
     host = on_host(rows, weights, mask)
     rows = row_by_row(to_numpy(rows)) if host else jnp.asarray(rows)
     if rows.ndim != 2:
@@ -102,14 +108,8 @@ def fit(
     for name, array in (("weights", weights), ("mask", mask)):
         if array is not None and jnp.shape(array) != rows.shape:
             raise ValueError(f"fit: {name} of shape {jnp.shape(array)}, but the rows are {rows.shape}")
-    each = typed_spec(rows)[0]
-
-    @as_on_automatic(Fit(PartitionSpec(each, None), *[PartitionSpec(each)] * 3))
-    def fitted(rows, weights, mask) -> Fit:
-        weights, mask = _counted(weights, mask, host)
-        return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)
-
-    return fitted(rows, weights, mask)
+    weights, mask = _counted(weights, mask, host)
+    return METHODS[method](rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=tolerance)
 
 
 def levels_on_host(

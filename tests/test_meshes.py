@@ -33,9 +33,8 @@ params = {
 }
 knq = dict(bits=4, rules=[Rule("layers", stack_axes=1, skip=False)])
 others = [
-    dict(knq, granularity="channel", method="normal", scale="channel"),
-    dict(knq, granularity=nuqjax.InputGroups(16), method="normal", codebook_format=nuqjax.AutoQFormat(8)),
-    dict(knq, granularity=nuqjax.ChannelGroups(3), method="dfp", keep_zero=True),
+    dict(knq, granularity=nuqjax.InputGroups(12), method="normal"),
+    dict(knq, granularity="channel", method="normal", scale="channel", codebook_format=nuqjax.QFormat(8, 5)),
 ]
 x, ids = rng.integers(-3, 4, (8, 64)).astype(np.float32), np.array([3, 1, 15, 3])
 
@@ -84,21 +83,19 @@ for shape, specs in (((2,), line), ((8,), line), ((2, 2), square)):
     assert spec(dense["table"]) == (None, "m") and spec(dense["layers"])[2] == "m", jax.tree.map(spec, dense)
     on = NamedSharding(mesh, P())
     given = jax.device_put(x, on), jax.device_put(ids, on)
-    outputs, wanted = jax.jit(nuqjax.apply(model))(many, *given), jax.jit(model)(dense, *given)
-    same(outputs[2:], wanted[2:])
-    for a, b in zip(outputs, wanted, strict=True):
-        assert spec(a) == spec(b)
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    outputs = jax.jit(nuqjax.apply(model))(many, *given)
+    for n, (a, b) in enumerate(zip(outputs, model(nuqjax.decompress(one), x, ids), strict=True)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=0 if n > 1 else 1e-5)
 
+assert [*map(spec, outputs)] == [*map(spec, jax.jit(model)(dense, *given))]
 same(nuqjax.apply(model)(many, *given)[2:], outputs[2:])
 for options in others:
     one, many, dense = compressed(mesh, specs, options)
 
 # Under jit, where types alone say where an array is.
 same(jax.jit(nuqjax.decompress)(many), nuqjax.decompress(one))
-traced = lambda params: nuqjax.compress(params, **others[0])
+traced = lambda params: nuqjax.compress(params, **others[1])
 same(jax.jit(traced)(placed(mesh, specs)), jax.jit(traced)(params))
-one, many, dense = compressed(mesh, specs, dict(others[0], codebook_format=nuqjax.QFormat(8, 5)))
 levels = nuqjax.codebooks(many)
 same(levels, nuqjax.codebooks(one))
 same(nuqjax.decompress(nuqjax.with_codebooks(many, levels)), nuqjax.decompress(one))
@@ -129,24 +126,23 @@ assert spec(mattering) == ("n", "m")
 alone = nuqjax.fisher(squares, params, [x])["kernel"]
 np.testing.assert_allclose(mattering, alone, atol=1e-5 * alone.max())
 
-rows, levels = where["kernel"], np.sort(rng.standard_normal((64, 4), np.float32))
-for method, options in (("knq", {}), ("quantile", {}), ("normal", {"mask": rng.random((64, 32)) < 0.8})):
-    many, one = (nuqjax.fit(r, 4, method, **options) for r in (rows, params["kernel"]))
-    same(many.levels, one.levels)
-    np.testing.assert_allclose(many.sse, one.sse, rtol=1e-6)
-    assert spec(many.levels) == ("n", None) and spec(many.sse) == ("n",)
+rows, mask, levels = where["kernel"], rng.random((64, 32)) < 0.8, np.sort(rng.standard_normal((64, 4), np.float32))
+fitted, alone = (nuqjax.fit(r, 4, "normal", mask=mask) for r in (rows, params["kernel"]))
+same(fitted.levels, alone.levels)
+np.testing.assert_allclose(fitted.sse, alone.sse, rtol=1e-6)
+assert spec(fitted.levels) == ("n", None) and spec(fitted.sse) == ("n",)
 for run in (nuqjax.assign, jax.jit(nuqjax.assign)):
     indices = run(rows, jax.device_put(levels, on))
     same(indices, nuqjax.assign(params["kernel"], levels))
     assert spec(indices) == ("n", "m")
 
 dot = lambda params, x: jax.nn.relu(x @ params["kernel"])
-one, many = ({"kernel": nuqjax.compress(p, **knq)["kernel"]} for p in (params, where))
 formats = nuqjax.calibrate(dot, many, given[0])
 assert formats == nuqjax.calibrate(dot, one, x)
-for lift in (lambda f: f, jax.jit):
-    same(lift(nuqjax.emulate(dot, formats))(many, given[0]), nuqjax.emulate(dot, formats)(one, x))
-assert nuqjax.export(dot, many, given[0]).serialized == nuqjax.export(dot, one, x).serialized
+words = nuqjax.emulate(dot, formats)
+same(words(many, given[0]), words(one, x))
+programs = [nuqjax.export(dot, *args, platforms=["cpu"]).program.mlir_module() for args in ((many, given[0]), (one, x))]
+assert programs[0] == programs[1]
 
 
 def normed(p, x):
@@ -161,8 +157,6 @@ np.testing.assert_allclose(jax.jit(folded)(leaves, given[0]), alone(wanted, x), 
 
 with jax.set_mesh(mesh):  # every array is on it by default
     compressed(mesh, specs, knq)
-    one, many, dense = compressed(mesh, specs, others[1])
-    same(nuqjax.assign(rows, jnp.asarray(levels)), nuqjax.assign(params["kernel"], levels))
     look_up = lambda p, ids: p["table"].at[ids].get(out_sharding=P("n", "m"))
     for lift in (lambda f: f, jax.jit):
         found = lift(nuqjax.apply(look_up))(many, given[1])
@@ -173,7 +167,8 @@ print("the same bits")
 
 
 def test_every_public_function_takes_leaves_on_meshes_with_explicit_axes(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # it mostly compiles
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _PROGRAM, str(tmp_path / "many.safetensors")]
     root = Path(__file__).parents[1]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
@@ -200,3 +195,7 @@ def test_a_leaf_on_one_device_of_a_mesh_is_dense_where_its_array_was(granularity
         for dense in (nuqjax.decompress(cparams), jax.jit(nuqjax.decompress)(cparams)):
             assert jax.typeof(dense["w"]).sharding.spec == jax.typeof(params["w"]).sharding.spec
             assert jnp.abs(dense["w"] - params["w"]).max() < 64
+        spec = jax.typeof(params["w"]).sharding.spec
+        fitted = nuqjax.fit(params["w"], 4)
+        assert jax.typeof(fitted.levels).sharding.spec == P(spec[0], None)
+        assert jax.typeof(nuqjax.assign(params["w"], fitted.levels)).sharding.spec == spec
