@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.experimental
 
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:  # jax 0.7
-    from jax.experimental import enable_x64  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
+# In jax 0.7 it is an experiment.
+enable_x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
 
 def bind_primitive(primitive: Any, operands: Sequence[Any], params: Any) -> Any:

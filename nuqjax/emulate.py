@@ -62,7 +62,8 @@ class Trace:
         path = Path(path)
         if path.suffix == ".npz":
             with path.open("wb") as file:
-                np.savez_compressed(file, **{k: np.asarray(words) for k, words in self.words.items()})
+                arrays: dict[str, Any] = {k: np.asarray(words) for k, words in self.words.items()}
+                np.savez_compressed(file, **arrays)
             return
         path.mkdir(parents=True, exist_ok=True)
         formats = dict(self.formats)

@@ -92,8 +92,9 @@ def fit(
     """
     check_method(method)
     each = typed_spec(rows)[0] if isinstance(rows, jax.Array) and rows.ndim else None
-    fitted = as_on_automatic(Fit(PartitionSpec(each, None), *[PartitionSpec(each)] * 3))(_fit)
-    return fitted(rows, num_levels, method, weights, mask, keep_zero, tolerance)
+    of_rows: Any = PartitionSpec(each)
+    specs = Fit(levels=of_rows, sse=of_rows, lower_bound=of_rows, scale=of_rows)
+    return as_on_automatic(specs)(_fit)(rows, num_levels, method, weights, mask, keep_zero, tolerance)
 
 
 def _fit(rows, num_levels, method, weights, mask, keep_zero, tolerance) -> Fit:

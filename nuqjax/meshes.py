@@ -14,8 +14,8 @@ import jax.core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def explicit_sharding(*arrays: Any) -> NamedSharding | None:
-    """How the first of these arrays that is on a mesh with explicit axes is distributed; None if there is none such.
+def explicit_sharding(*arrays: Any) -> Any:
+    """The `NamedSharding` of the first of these arrays that is on a mesh with explicit axes; None if none is.
 
     Of a traced array, which is on no devices, it is what the type says.
     """
