@@ -21,8 +21,9 @@ from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from nuqjax.codebook_array import CodebookArray, check_layout, decode, decode_take, is_codebook_array
+from nuqjax.codebook_array import CodebookArray, check_layout, decode, decode_take, dense_sharding, is_codebook_array
 from nuqjax.interpret import COMPUTED, CONTROL_FLOW, Interpreter, Rule, Site, argument_name, bind, scan_parts, trace
+from nuqjax.meshes import as_automatic, explicit_sharding, typed_spec
 from nuqjax.rules import path_name
 
 
@@ -117,7 +118,7 @@ class _Lifted:
         for path, x in leaves:
             if is_codebook_array(x):
                 check_layout(x, argument_name(path))
-        traced = trace(self._fn, args, kwargs, is_codebook_array, keep_changes=True)
+        traced = trace(self._fn, args, kwargs, is_codebook_array, dense_sharding, keep_changes=True)
         held = dict(traced.arrays)
         for path, _ in traced.changed:
             if is_codebook_array(held.get(path)):
@@ -205,7 +206,10 @@ _after_p = core.Primitive("after")
 
 def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
     """`packed`, not before `token` is known."""
-    return _after_p.bind(packed, lax.stop_gradient(token))
+    token, sharding = lax.stop_gradient(token), explicit_sharding(packed, token)
+    if sharding is None:
+        return _after_p.bind(packed, token)
+    return as_automatic(_after_p.bind, sharding.mesh, typed_spec(packed))(packed, token)
 
 
 def _after_by_data(packed, token):
@@ -295,7 +299,7 @@ def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pack
     if value.only_cast and not stack and len(cut) == 1:
         [a] = cut
         run = range(start[a], limit[a], strides[a])
-        return [_take(value, jnp.arange(run.start, run.stop, run.step, dtype=jnp.int32), a)]
+        return [_take(eqn, value, jnp.arange(run.start, run.stop, run.step, dtype=jnp.int32), a)]
     return _keep(interpreter, site, eqn, value)
 
 
@@ -317,13 +321,27 @@ def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, val
     if not stack and len(cut) == 1:
         [a] = cut
         first = jnp.clip(start[a], 0, shape[a] - sizes[a])
-        return [_take(value, first + jnp.arange(sizes[a], dtype=first.dtype), a)]
+        return [_take(eqn, value, first + jnp.arange(sizes[a], dtype=first.dtype), a)]
     return bind(eqn, interpreter.lower_all((value, *start)))
 
 
-def _take(value: Packed, index: jax.Array, axis: int) -> jax.Array:
-    with jax.named_scope(f"decode {value.path}"):
-        return value.finish(decode_take(value.leaf, index, axis))
+def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax.Array:
+    def taken(leaf, index):
+        with jax.named_scope(f"decode {value.path}"):
+            return value.finish(decode_take(leaf, index, axis))
+
+    return _of_its_type(eqn, taken)(value.leaf, index)
+
+
+def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function that computes what an equation does: on a mesh with explicit axes, distributed as its output is."""
+
+    def run(*args):
+        sharding = explicit_sharding(*jax.tree.leaves(args))
+        aval: Any = eqn.outvars[0].aval
+        return function(*args) if sharding is None else as_automatic(function, sharding.mesh, aval.sharding.spec)(*args)
+
+    return run
 
 
 def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices):
@@ -331,21 +349,24 @@ def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any
     axis = _taken_axis(eqn)
     if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
         return bind(eqn, interpreter.lower_all((value, indices)))
+    stack = len(value.leaf.stack_shape)
+    if 0 < stack <= axis:
+        return bind(eqn, interpreter.lower_all((value, indices)))
+    return [_of_its_type(eqn, functools.partial(_looked_up, eqn, axis))(value, indices)]
+
+
+def _looked_up(eqn: core.JaxprEqn, axis: int, value: Packed, indices: jax.Array) -> jax.Array:
+    """What a gather gives that takes whole slices along an axis."""
     shape, params = _operand_shape(eqn), eqn.params
     lead = indices.shape[:-1]
     index = indices.reshape(math.prod(lead))
     inside = jnp.clip(index, 0, shape[axis] - 1)
-    stack = len(value.leaf.stack_shape)
-    if axis < stack:  # whole slices: look up their codebooks and indices
-        leaf = jax.tree.map(lambda a: jnp.take(a, inside, axis=axis), value.leaf)
-        taken = replace(value, leaf=leaf)
-        with jax.named_scope(f"decode {value.path}"):
-            taken = value.finish(decode(taken.leaf))
-    elif stack:
-        return bind(eqn, interpreter.lower_all((value, indices)))
-    else:
-        taken = _take(value, inside, axis)
-    taken = jnp.moveaxis(taken, axis, 0)
+    with jax.named_scope(f"decode {value.path}"):
+        if value.leaf.stack_shape:  # whole slices: look up their codebooks and indices
+            taken = decode(jax.tree.map(lambda a: jnp.take(a, inside, axis=axis), value.leaf))
+        else:
+            taken = decode_take(value.leaf, inside, axis)
+        taken = jnp.moveaxis(value.finish(taken), axis, 0)
     if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = params["fill_value"]
         valid = (index == inside).reshape(-1, *(1,) * (taken.ndim - 1))
@@ -353,7 +374,7 @@ def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any
     offset = params["dimension_numbers"].offset_dims
     batch = [d for d in range(len(lead) + len(offset)) if d not in offset]
     order = np.argsort([*batch, *offset])
-    return [taken.reshape(*lead, *taken.shape[1:]).transpose(order)]
+    return taken.reshape(*lead, *taken.shape[1:]).transpose(order)
 
 
 def _operand_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax.host import BLOCK, flushed, on_host, over_blocks, row_by_row, to_jax, to_numpy, working_dtype, x64
+from nuqjax.meshes import explicit_sharding, run_as_automatic, typed_spec
 from nuqjax.rows import look_up, namespace
 
 
@@ -135,6 +136,9 @@ def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
     num_levels = levels.shape[-1]
     if num_levels > 256:
         raise ValueError(f"assign: {num_levels} levels, but a uint8 index counts at most 256")
+    sharding = explicit_sharding(rows, levels)
+    if sharding is not None:
+        return run_as_automatic(assign, sharding.mesh, typed_spec(rows), rows, levels)
     if on_host(rows, levels):
         return to_jax(assign_on_host(row_by_row(to_numpy(rows)), to_numpy(levels)))
     dtype = jnp.promote_types(working_dtype(rows.dtype), working_dtype(levels.dtype))

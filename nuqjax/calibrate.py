@@ -18,6 +18,7 @@ from nuqjax.emulate_program import LINEAR, MOVING, Node, Program, build, consume
 from nuqjax.emulate_sums import weight_sums
 from nuqjax.fixed_point import QFormat, check_modes
 from nuqjax.fixed_point_words import rounds_up
+from nuqjax.meshes import as_on_automatic
 
 CHOICES = ("range", "error", "ristretto")
 
@@ -120,12 +121,16 @@ def calibrate(
     if modes.choose not in CHOICES:
         raise ValueError(f"unknown choose {modes.choose!r}; known: {', '.join(CHOICES)}")
     check_modes("half_even" if modes.rounding == "gemmlowp" else modes.rounding, modes.overflow)
-    program, arrays = build(fn, (cparams, *inputs), options)
-    if formats is None:
-        words = {"word": word, "weight": weight_word, "bias": bias_word, "constant": constant_word}
-        words["input"] = word if input_word is None else input_word
-        formats = _choose(program, arrays, modes, words, fallback)
-    return prove(program, formats, arrays)
+    words = {"word": word, "weight": weight_word, "bias": bias_word, "constant": constant_word}
+    words["input"] = word if input_word is None else input_word
+
+    @as_on_automatic(None)
+    def proven(*args, **options) -> Formats:
+        program, arrays = build(fn, args, options)
+        chosen = _choose(program, arrays, modes, words, fallback) if formats is None else formats
+        return prove(program, chosen, arrays)
+
+    return proven(cparams, *inputs, **options)
 
 
 def prove(program: Program, formats: Formats, arrays: Any) -> Formats:

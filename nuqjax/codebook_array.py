@@ -13,11 +13,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
 from nuqjax.fixed_point import QFormat
 from nuqjax.host import flushed, on_host, to_jax, to_numpy, working_dtype
+from nuqjax.meshes import as_automatic, explicit_sharding, shards, typed_spec
 from nuqjax.rows import ChannelGroups, Granularity, InputGroups
 
 _HOW_TO_RUN = (
@@ -206,9 +208,36 @@ def decode(leaf: CodebookArray) -> jax.Array:
     """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
     check_layout(leaf)
     leaf = held_by_jax(leaf)
+    traced = any(isinstance(x, jax.core.Tracer) for x in (leaf.levels, leaf.packed, leaf.scale))
+    return _decode(leaf) if traced else _jit_decode(leaf)
+
+
+def _decode(leaf: CodebookArray) -> jax.Array:
     if leaf.size == 0:
         return jnp.zeros(leaf.shape, leaf.dtype)
-    return _over_stack(_decode_slice, leaf)(leaf)
+    decoded = _over_stack(_decode_slice, leaf)
+    sharding = dense_sharding(leaf)
+    return decoded(leaf) if sharding is None else as_automatic(decoded, sharding.mesh, sharding.spec)(leaf)
+
+
+_jit_decode = jax.jit(_decode)  # one program in place of some dozens
+
+
+def dense_sharding(leaf: CodebookArray) -> NamedSharding | None:
+    """How the dense array is distributed, of a leaf on a mesh with explicit axes; None of others.
+
+    As the packed indices are: the first output axis as the storage rows, the first of the other axes as their bytes.
+    """
+    given = explicit_sharding(leaf.packed, leaf.levels, leaf.scale)
+    if given is None:
+        return None
+    *lead, output, position = typed_spec(leaf.packed)
+    spec: list[Any] = [*lead, *[None] * len(leaf.slice_shape)]
+    others = [a for a in range(len(leaf.slice_shape)) if a not in leaf.axes]
+    for axes, names in ((leaf.axes, output), (others, position)):
+        if axes and names is not None and leaf.slice_shape[axes[0]] % shards(given.mesh, names) == 0:
+            spec[len(lead) + axes[0]] = names
+    return NamedSharding(given.mesh, PartitionSpec(*spec))
 
 
 def held_by_jax(leaf: CodebookArray) -> CodebookArray:

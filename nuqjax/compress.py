@@ -8,6 +8,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from nuqjax.codebook_array import (
     CodebookArray,
     decode,
     dense_on_host,
+    dense_sharding,
     is_codebook_array,
     is_on_host,
     level_values,
@@ -31,9 +33,11 @@ from nuqjax.fit import fit, levels_on_host
 from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy, working_dtype, x64
+from nuqjax.meshes import explicit_sharding, run_as_automatic
 from nuqjax.plan import LeafPlan, Plan, plan_leaves, scale_groups
 from nuqjax.report import build_report
 from nuqjax.rules import Options, Rule, path_name
+from nuqjax.shardings import leaf_specs
 
 
 def compress(
@@ -150,7 +154,7 @@ def decompress(tree: Any) -> Any:
 
 
 def _dense(leaf: CodebookArray) -> jax.Array:
-    return to_jax(dense_on_host(leaf)) if is_on_host(leaf) else decode(leaf)
+    return jax.device_put(dense_on_host(leaf), dense_sharding(leaf)) if is_on_host(leaf) else decode(leaf)
 
 
 def codebooks(tree: Any) -> Any:
@@ -213,6 +217,25 @@ class _Rows(NamedTuple):
 
 def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
     """The leaf, and its certificate."""
+    sharding = explicit_sharding(array)
+    if sharding is None:
+        return _compress_leaf(array, importance, plan)
+    found = []
+
+    def arrays(array, importance):
+        found.append(_compress_leaf(array, importance, plan))
+        leaf, _ = found[0]
+        return leaf.levels, leaf.packed, leaf.scale
+
+    options = plan.options
+    specs = leaf_specs(sharding, plan.shape, plan.axes, options.bits, options.granularity, options.stack_axes)
+    specs = specs if options.scale is not None else (*specs[:2], None)
+    levels, packed, scale = run_as_automatic(arrays, sharding.mesh, specs, array, importance)
+    [(leaf, certificate)] = found
+    return replace(leaf, levels=levels, packed=packed, scale=scale), certificate
+
+
+def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
     options = plan.options
     if 0 in plan.shape:
         return _empty_leaf(plan), 0.0 if options.method == "knq" and options.tolerance is not None else None
@@ -220,7 +243,6 @@ def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codebook
         array = jnp.asarray(array)
     array = _on_host(array)
     _check_finite(array, plan.path)
-    outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     on_mesh = _fit_on_mesh(array, importance, plan)
     view = _view(array, importance, plan)
     levels, certificate = on_mesh if on_mesh is not None else _fit(view, 2**options.bits, options)
@@ -229,17 +251,33 @@ def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codebook
         codebook_format = _choose_format(codebook_format, levels, view, plan)
     dtype = jnp.dtype(plan.dtype)
     stored, values = _round_levels(levels, codebook_format, dtype, _most_scaled(view.factors, dtype))
-    nearest: Any = assign_on_host if isinstance(view.values, np.ndarray) else assign
-    indices, factors = nearest(view.values, values), view.factors
-    del view  # as many bytes as the leaf
-    if _in_own_order(array, options):
-        back = partial(rows.to_channels, axes=plan.axes)
-        indices = indices.reshape(-1, *plan.slice_shape)
+    factors = view.factors
+    given = options.bits, plan.slice_shape, plan.axes, None if _in_own_order(array, options) else options.granularity
+    if isinstance(view.values, np.ndarray):
+        indices = assign_on_host(view.values, values)
+        del view  # as many bytes as the leaf
+        packed = _packed(indices, *given)
     else:
-        back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=options.granularity)
-        indices = indices.reshape(-1, *rows.row_shape(outputs, inputs, options.granularity))
-    indices = _each(back, indices)
-    return _leaf(plan, stored, packing.pack(indices, options.bits), factors, codebook_format), certificate
+        packed = _assigned_and_packed(view.values, values, *given)
+    return _leaf(plan, stored, packed, factors, codebook_format), certificate
+
+
+def _packed(indices: Any, bits: int, slice_shape: tuple[int, ...], axes: tuple[int, ...], granularity: Any) -> Any:
+    """`[S, O, B]` packed, of the indices `[S·R, N]` of rows; granularity None if they are in the leaf's own order."""
+    outputs, inputs = rows.channel_shape(slice_shape, axes)
+    if granularity is None:
+        back = partial(rows.to_channels, axes=axes)
+        indices = indices.reshape(-1, *slice_shape)
+    else:
+        back = partial(rows.from_rows, outputs=outputs, inputs=inputs, granularity=granularity)
+        indices = indices.reshape(-1, *rows.row_shape(outputs, inputs, granularity))
+    return packing.pack(_each(back, indices), bits)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _assigned_and_packed(values, levels, *given):
+    """One program in place of some dozens."""
+    return _packed(assign(values, levels), *given)
 
 
 def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_format: Any) -> CodebookArray:
@@ -553,10 +591,10 @@ def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:
             xp = rows.namespace(importance)
             bad = ~(xp.isfinite(importance) & (importance >= 0))
             if bad.any():
-                first = np.unravel_index(int(xp.argmax(bad)), shape)
+                first = np.unravel_index(int(np.argmax(bad)), shape)
                 raise ValueError(
                     f"{path}: {int(bad.sum())} sensitivities are negative, NaN or infinite, the first "
-                    f"{float(importance[first])} at {[int(i) for i in first]}"
+                    f"{float(np.asarray(importance)[first])} at {[int(i) for i in first]}"
                 )
     return result
 

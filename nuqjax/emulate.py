@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from nuqjax import fixed_point
 from nuqjax.codebook_array import CodebookArray, decode, is_codebook_array, level_values
+from nuqjax.compat import enable_x64
 from nuqjax.emulate_bounds import Site, Words, as_words, format_words, reciprocals, sites
 from nuqjax.emulate_formats import Formats, SiteFormat
 from nuqjax.emulate_program import LINEAR, MOVING, TELLING, Node, Program, build, whole_numbers
@@ -27,6 +29,7 @@ from nuqjax.fixed_point import QFormat
 from nuqjax.fixed_point_words import divide, drop_bits, drop_bits_twice, into_range, outside
 from nuqjax.host import x64
 from nuqjax.interpret import bind
+from nuqjax.meshes import as_on_automatic
 
 
 @functools.partial(
@@ -60,9 +63,8 @@ class Trace:
         path = Path(path)
         if path.suffix == ".npz":
             with path.open("wb") as file:
-                np.savez_compressed(
-                    file, allow_pickle=False, **{k: np.asarray(words) for k, words in self.words.items()}
-                )
+                arrays: dict[str, Any] = {k: np.asarray(words) for k, words in self.words.items()}
+                np.savez_compressed(file, **arrays)
             return
         path.mkdir(parents=True, exist_ok=True)
         formats = dict(self.formats)
@@ -98,7 +100,8 @@ def emulate(
       trace: parts of the names of the sites whose words are wanted; `[""]` is all. None: no trace.
 
     Returns:
-      A function of the same arguments. With `trace` it returns the outputs and a `Trace`.
+      A function of the same arguments. With `trace` it returns the outputs and a `Trace`. On a mesh with explicit axes
+      these are replicated.
 
     Raises:
       ValueError: `output` is unknown; when called, the formats do not fit the function (the site is named).
@@ -116,6 +119,7 @@ def emulate(
     if output not in ("decoded", "raw"):
         raise ValueError(f"unknown output {output!r}; known: decoded, raw")
 
+    @as_on_automatic(PartitionSpec())
     @functools.wraps(fn)
     def run(*args, **kwargs):
         program, arrays = build(fn, args, kwargs)
@@ -173,7 +177,7 @@ def _evaluate(
         elif node.op in TELLING and any(n in known and n not in program.floats for n in node.inputs):
             values[node] = _telling(node, known, values, parameters)
         else:
-            with jax.enable_x64(False):
+            with enable_x64(False):
                 values[node] = node.floating(*(_plain(n, values, parameters) for n in node.inputs))
     return values
 
@@ -217,7 +221,7 @@ class Parameters:
         if node.op == "leaf":
             x = self._arrays[node]
             return decode(x) if is_codebook_array(x) else jnp.asarray(x)
-        with jax.enable_x64(False):
+        with enable_x64(False):
             return node.floating(*(self.floats(n) for n in node.inputs))
 
     def words(self, node: Node, fmt: QFormat) -> jax.Array:
@@ -455,7 +459,7 @@ def _windows(node: Node, x: jax.Array, start: int, combine: Callable[[Any, Any],
 def _telling(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> jax.Array:
     """Comparisons and positions, told from words as from their values."""
     if node.op in ("argmax", "argmin"):
-        with jax.enable_x64(False):
+        with enable_x64(False):
             return bind(node.eqns[0], [values[node.inputs[0]].astype(jnp.int32)])[0]
     if node.op == "is_finite":
         return jnp.ones(node.shape, bool)
@@ -495,7 +499,7 @@ def _decoded(x: jax.Array, words: Words) -> jax.Array:
 
 def _in_floats(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> Any:
     operands = [_as_float(n, known, values, parameters) for n in node.inputs]
-    with jax.enable_x64(False):
+    with enable_x64(False):
         return node.floating(*operands)
 
 

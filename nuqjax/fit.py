@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from nuqjax import fit_grid
 from nuqjax.assign import Fit, fit_by, with_zero
 from nuqjax.fit_enq import enq_levels
 from nuqjax.fit_knq import fit_knq
 from nuqjax.host import flushed, on_host, row_by_row, to_numpy, why_unfit
+from nuqjax.meshes import as_on_automatic, typed_spec
 
 _LEVELS: dict[str, Callable[..., Any]] = {
     "enq": enq_levels,
@@ -89,6 +91,13 @@ def fit(
     [2.5]
     """
     check_method(method)
+    each = typed_spec(rows)[0] if isinstance(rows, jax.Array) and rows.ndim else None
+    of_rows: Any = PartitionSpec(each)
+    specs = Fit(levels=of_rows, sse=of_rows, lower_bound=of_rows, scale=of_rows)
+    return as_on_automatic(specs)(_fit)(rows, num_levels, method, weights, mask, keep_zero, tolerance)
+
+
+def _fit(rows, num_levels, method, weights, mask, keep_zero, tolerance) -> Fit:
     host = on_host(rows, weights, mask)
     values: Any = np.asarray(rows) if host else jnp.asarray(rows)
     if values.ndim != 2:

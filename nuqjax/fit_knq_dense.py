@@ -49,6 +49,7 @@ def dense_rows(
       `[R, K − 1]` int32 ascending indices of the cuts between the intervals, and `[R]` float64 minus their gain.
 
     >>> import numpy as np
+    >>> from nuqjax.host import x64
     >>> values = np.array([[1.0, 2.0, 3.0, 10.0, 11.0]])
     >>> running = np.concatenate([[[0.0]], np.cumsum(values, axis=1)], axis=1)
     >>> with x64():

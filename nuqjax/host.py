@@ -15,6 +15,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from nuqjax.compat import enable_x64
+
 BLOCK = 2**15  # values whose temporaries stay in a core's own cache
 _SHARED = 2**20  # values from which on threads are worth starting
 
@@ -63,7 +65,7 @@ def why_unfit(dtype: Any) -> str | None:
 @contextlib.contextmanager
 def x64() -> Iterator[None]:
     """Where float64 and int64 are there, and dtypes and ranks are promoted, whatever flags the user has set."""
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 

@@ -16,6 +16,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
+from nuqjax.compat import as_varying, bind_primitive
+from nuqjax.meshes import explicit_sharding
+
 
 class Site(NamedTuple):
     """Where in the program an equation stands.
@@ -116,6 +119,7 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     is_leaf: Callable[[Any], bool],
+    sharding_of: Callable[[Any], Any] = lambda leaf: None,
     *,
     keep_changes: bool = False,
 ) -> Traced:
@@ -126,6 +130,7 @@ def trace(
       args: its arguments: pytrees of arrays, of leaves that stand for one, and of anything else.
       kwargs: its arguments by name, likewise.
       is_leaf: tells the leaves that stand for an array; they have a `shape` and a `dtype`.
+      sharding_of: of such a leaf, how its array is distributed over a mesh with explicit axes; None of others.
       keep_changes: give what the function changes in its arguments, too.
 
     Raises:
@@ -155,10 +160,10 @@ def trace(
     def shape_of(x):
         varying = _varying_type(jax.tree.leaves(x))
         if is_leaf(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, **varying)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, **{"sharding": sharding_of(x)} | varying)
         aval = jax.typeof(x)
-        weak = getattr(aval, "weak_type", False)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak, **varying)
+        placed: dict[str, Any] = {"sharding": None if explicit_sharding(x) is None else aval.sharding} | varying
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False), **placed)
 
     jaxpr, (shapes, _) = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
     return Traced(jaxpr, [flat[n] for n in traced], jax.tree.structure(shapes), changed)
@@ -226,7 +231,7 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     """The equation's outputs for arrays, exactly as JAX would compute them."""
     operands = [_varying(x, _varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
     with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+        outputs = bind_primitive(eqn.primitive, operands, eqn.params)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
@@ -244,7 +249,7 @@ def _varying_axes(aval: Any) -> frozenset[Any]:
 def _varying(x: Any, axes: frozenset[Any]) -> Any:
     """`x` as varying over these axes, too."""
     missing = axes - _varying_axes(jax.typeof(x))
-    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+    return as_varying(x, sorted(missing)) if missing else x
 
 
 def _varying_type(arrays: Sequence[Any]) -> dict[str, Any]:

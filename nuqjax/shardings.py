@@ -9,6 +9,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from nuqjax import rows
 from nuqjax.codebook_array import CodebookArray, is_codebook_array
+from nuqjax.meshes import shards
+from nuqjax.rows import Granularity
 
 
 def shardings(cparams: Any, param_shardings: Any) -> Any:
@@ -52,29 +54,29 @@ def _of_leaf(leaf: CodebookArray, sharding: Any) -> CodebookArray:
     """The leaf with shardings in place of its arrays."""
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"shardings: a compressed leaf of shape {leaf.shape} has {sharding}, not a NamedSharding")
-    mesh, stack = sharding.mesh, len(leaf.stack_shape)
-    spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
+    specs = leaf_specs(sharding, leaf.shape, leaf.axes, leaf.bits, leaf.granularity, len(leaf.stack_shape))
+    levels, packed, scale = (NamedSharding(sharding.mesh, spec) for spec in specs)
+    return replace(leaf, levels=levels, packed=packed, scale=None if leaf.scale is None else scale)
+
+
+def leaf_specs(
+    sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int], bits: int, granularity: Granularity, stack: int
+) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Those of a leaf's levels, packed indices and scales, given how its dense array is distributed."""
+    mesh, slice_shape = sharding.mesh, shape[stack:]
+    spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     lead, inner = spec[:stack], spec[stack:]
-    others = [a for a in range(len(leaf.slice_shape)) if a not in leaf.axes]
-    output = _leading(inner, leaf.axes)
+    others = [a for a in range(len(slice_shape)) if a not in axes]
+    output = _leading(inner, axes)
     position = _leading(inner, others)
-    outputs, inputs = rows.channel_shape(leaf.slice_shape, leaf.axes)
-    if outputs % _shards(mesh, output):
+    outputs, inputs = rows.channel_shape(slice_shape, axes)
+    if outputs % shards(mesh, output):
         output = None
-    parts = _shards(mesh, position)
-    if parts > 1 and (inputs % parts or inputs // parts * leaf.bits % 8):
+    parts = shards(mesh, position)
+    if parts > 1 and (inputs % parts or inputs // parts * bits % 8):
         position = None
-    own = leaf.granularity == "channel"
-
-    def place(*axes):
-        return NamedSharding(mesh, PartitionSpec(*lead, *axes))
-
-    return replace(
-        leaf,
-        levels=place(output if own else None, None),
-        packed=place(output, position),
-        scale=None if leaf.scale is None else place(output, None),
-    )
+    own = output if granularity == "channel" else None
+    return PartitionSpec(*lead, own, None), PartitionSpec(*lead, output, position), PartitionSpec(*lead, output, None)
 
 
 def _leading(spec: Sequence[Any], axes: Sequence[int]) -> Any:
@@ -82,12 +84,3 @@ def _leading(spec: Sequence[Any], axes: Sequence[int]) -> Any:
     if not axes or any(spec[a] is not None for a in axes[1:]):
         return None
     return spec[axes[0]]
-
-
-def _shards(mesh, names: Any) -> int:
-    """Into how many parts these mesh axes part an array axis."""
-    names = () if names is None else (names,) if isinstance(names, str) else names
-    count = 1
-    for name in names:
-        count *= mesh.shape[name]
-    return count

@@ -40,6 +40,7 @@ def pytest_configure(config):
 _LONG = (
     "test_emulation", "test_notebooks", "test_networks", "test_fit_mesh", "test_fit_knq_long", "test_fit_knq_gaps",
     "test_fit_knq_dense", "test_fit_knq", "test_fit_knq_priced", "test_fit_laws", "test_apply", "test_store_hostile",
+    "test_meshes",
 )  # fmt: skip
 
 

@@ -64,8 +64,9 @@ def primitives(jaxpr):
     names = []
     for eqn in jaxpr.eqns:
         names.append(eqn.primitive.name)
-        for inner in core.jaxprs_in_params(eqn.params):
-            names += primitives(inner)
+        for inner in jax.tree.leaves(list(eqn.params.values())):
+            if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
+                names += primitives(getattr(inner, "jaxpr", inner))
     return names
 
 

@@ -17,33 +17,35 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # `fit_knq` stands for fit_knq.py and its parts fit_knq_*.py, which may import one another.
 ARRAYS = {"jax", "numpy"}
 FITS = {"fit_knq", "fit_enq", "fit_grid"}
-LEAF = {"host", "rows", "packing", "fixed_point", "codebook_array"}
+LEAF = {"compat", "host", "meshes", "rows", "packing", "fixed_point", "codebook_array"}
 EMULATION = {"emulate", "calibrate", "fold"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rules": (set(), {"jax"}),
     "stacks": ({"rules"}, {"jax"}),
-    "host": (set(), ARRAYS),
+    "compat": (set(), {"jax"}),
+    "host": ({"compat"}, ARRAYS),
+    "meshes": (set(), {"jax"}),
     "rows": ({"host"}, ARRAYS),
-    "assign": ({"host", "rows"}, ARRAYS),
-    "fit_knq": ({"assign", "host", "rows"}, ARRAYS),
-    "fit_enq": ({"assign", "host", "rows"}, ARRAYS),
-    "fit_grid": ({"assign", "host", "rows"}, ARRAYS),
-    "fit": ({"assign", "host", *FITS}, ARRAYS),
+    "assign": ({"compat", "host", "meshes", "rows"}, ARRAYS),
+    "fit_knq": ({"assign", "compat", "host", "rows"}, ARRAYS),
+    "fit_enq": ({"assign", "compat", "host", "rows"}, ARRAYS),
+    "fit_grid": ({"assign", "compat", "host", "rows"}, ARRAYS),
+    "fit": ({"assign", "host", "meshes", *FITS}, ARRAYS),
     "fit_mesh": ({"assign", "rows", "fit_knq"}, ARRAYS),
-    "fixed_point": ({"host", "rows"}, ARRAYS),
+    "fixed_point": ({"compat", "host", "rows"}, ARRAYS),
     "packing": ({"rows"}, ARRAYS),
-    "codebook_array": ({"host", "rows", "packing", "fixed_point"}, ARRAYS),
+    "codebook_array": ({"host", "meshes", "rows", "packing", "fixed_point"}, ARRAYS),
+    "shardings": (LEAF, ARRAYS),
     "plot": ({"rules", *LEAF}, {*ARRAYS, "matplotlib"}),
     "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
     "plan": ({"rules", "stacks", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "compress": ({"rules", "assign", "fit", "fit_mesh", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "interpret": (set(), ARRAYS),
+    "compress": ({"rules", "assign", "fit", "fit_mesh", "shardings", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
+    "interpret": ({"compat", "meshes"}, ARRAYS),
     "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
     # `emulate` stands for emulate.py and its parts emulate_*.py, too.
     "emulate": ({"rules", "interpret", "report", *LEAF}, {*ARRAYS, "rich"}),
     "calibrate": ({"emulate", *LEAF}, ARRAYS),
     "fold": ({"emulate", "interpret", "rules", *LEAF}, ARRAYS),
-    "shardings": (LEAF, ARRAYS),
     # `store` stands for store.py and its parts store_*.py.
     "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
     # `checkpoint` stands for checkpoint.py and its parts checkpoint_*.py.
@@ -132,6 +134,16 @@ def test_a_room_imports_only_what_the_table_allows(path):
     outside = {name.split(".")[0] for name in modules} - {"nuqjax"} - set(sys.stdlib_module_names)
     assert inside - {room} <= rooms
     assert outside <= packages
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_what_releases_of_jax_name_differently_comes_from_compat(path):
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+    }
+    assert path.stem == "compat" or not used & {"jax.enable_x64", "jax.experimental.enable_x64"}
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda path: path.stem)

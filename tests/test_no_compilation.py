@@ -15,6 +15,7 @@ import safetensors.numpy
 
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, Rule, cli
+from nuqjax.compat import enable_x64
 from nuqjax.fit import METHODS
 
 _compiled: list[str] = []
@@ -54,7 +55,7 @@ def test_fit_and_assign(method, dtype):
     shape = (3, 59)
     rng = np.random.default_rng(1)
     weights, mask = rng.choice(np.float32([0, 1, 2.5]), shape), rng.random(shape) < 0.8
-    with jax.enable_x64(np.dtype(dtype) == np.float64):
+    with enable_x64(np.dtype(dtype) == np.float64):
         for rows in held_by(drawn(shape, dtype)):
             for weighted, masked, keep_zero in itertools.product((False, True), repeat=3):
                 given = {"weights": weights if weighted else None, "mask": mask if masked else None}
@@ -80,7 +81,7 @@ def test_compress_decompress_and_report(method, granularity):
     rules = [Rule("w", skip=False, stack_axes=1)]
     for number, (scale, codebook_format) in enumerate(itertools.product((None, "channel", InputGroups(9)), FORMATS)):
         dtype = DTYPES[number % 4]
-        with jax.enable_x64(np.dtype(dtype) == np.float64):
+        with enable_x64(np.dtype(dtype) == np.float64):
             params = {"w": held_by(drawn(shape, dtype))[number % 2], "empty": np.zeros((0, 67), dtype), "b": 1.0}
             with nothing_compiles():
                 cparams, _ = nuqjax.compress(

@@ -1,0 +1,106 @@
+"""Arrays on meshes with explicit axes, such as `jax.make_mesh` makes: their types say how they are distributed.
+
+JAX refuses an operation on them whose result could be distributed in several ways. Between arguments and results
+nuqjax therefore computes as on automatic axes, and says how the results are distributed.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def explicit_sharding(*arrays: Any) -> Any:
+    """The `NamedSharding` of the first of these arrays that is on a mesh with explicit axes; None if none is.
+
+    Of a traced array, which is on no devices, it is what the type says.
+    """
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            sharding = getattr(jax.typeof(array), "sharding", None)
+            if sharding is not None and sharding.mesh.explicit_axes:
+                return sharding if isinstance(array, jax.core.Tracer) else array.sharding
+    return None
+
+
+def typed_spec(array: Any) -> PartitionSpec:
+    """What an array's type says of each of its axes."""
+    spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else ()
+    return PartitionSpec(*(*spec, *[None] * array.ndim)[: array.ndim])
+
+
+def as_automatic(function: Callable, mesh: Any, specs: Any) -> Callable:
+    """A function of arrays, of which nothing but JAX's operations is asked, computed as on automatic axes.
+
+    Args:
+      function: a function of pytrees of arrays.
+      mesh: the mesh with explicit axes that they are on. None: the function is given back.
+      specs: the `PartitionSpec`s of its results, as a tree like them.
+    """
+    if mesh is None:
+        return function
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=_shardings(mesh, specs))
+
+
+def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> Any:
+    """The results of a function of any arguments, some of them arrays, computed as on automatic axes.
+
+    It may ask for their values, and where they are. With `specs` None its results stay where they are; elsewhere one
+    serves for all results below it.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    places = [n for n, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def run(*arrays):
+        given = list(leaves)
+        for n, x in zip(places, arrays, strict=True):
+            given[n] = x
+        return function(*structure.unflatten(given))
+
+    arrays = [leaves[n] for n in places]
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return as_automatic(run, mesh, specs)(*arrays)
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    arrays = [
+        x if explicit_sharding(x) is None else jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
+        for x in arrays
+    ]  # no value is moved
+    within = contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(automatic)
+    with within:
+        results = run(*arrays)
+    return results if specs is None else jax.device_put(results, _shardings(mesh, specs))
+
+
+def as_on_automatic(specs: Any) -> Callable[[Callable], Callable]:
+    """A decorator: where there is an array on a mesh with explicit axes among the arguments, by `run_as_automatic`."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            sharding = explicit_sharding(*jax.tree.leaves((args, kwargs)))
+            if sharding is None:
+                return function(*args, **kwargs)
+            given = lambda args, kwargs: function(*args, **kwargs)  # noqa: E731
+            return run_as_automatic(given, sharding.mesh, specs, args, kwargs)
+
+        return run
+
+    return decorate
+
+
+def shards(mesh, names: Any) -> int:
+    """Into how many parts these mesh axes part an array axis."""
+    names = () if names is None else (names,) if isinstance(names, str) else names
+    count = 1
+    for name in names:
+        count *= mesh.shape[name]
+    return count
+
+
+def _shardings(mesh: Any, specs: Any) -> Any:
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
