@@ -367,8 +367,13 @@ class Values:
                 return [ELEMENTWISE[name](*operands)]
         avals: list[Any] = [v.aval for v in eqn.invars]
         full = [np.broadcast_to(x, a.shape).astype(a.dtype) for x, a in zip(operands, avals, strict=True)]
+        inside = eqn.params.get(
+            "call_jaxpr"
+        )  # which a function with derivatives of its own has; jax 0.7 binds none here
         with jax.ensure_compile_time_eval():
-            return [wide(x) for x in bind(eqn, [jnp.asarray(x) for x in full])]
+            arrays = [jnp.asarray(x) for x in full]
+            found = bind(eqn, arrays) if inside is None else core.jaxpr_as_fun(inside)(*arrays)
+            return [wide(x) for x in found]
 
 
 def wide(x: Any) -> np.ndarray:

@@ -30,7 +30,7 @@ def small(params, **options):
 
 
 # Before, more of jax.numpy was compiled by itself, where XLA multiplies and adds in one step. What is lifted does not.
-LESS_INSIDE = jax.__version_info__ >= (0, 10)
+LESS_INSIDE = jax.__version_info__ >= (0, 9)
 
 
 def assert_same(got, expected):

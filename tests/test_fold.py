@@ -678,4 +678,7 @@ def test_nothing_to_fold(module, options):
     for got, wanted in ((folded, variables), (folded_fn(folded, *args), expected)):
         assert jax.tree.structure(got) == jax.tree.structure(wanted)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_array_equal(a, b)
+            if jax.__version_info__ >= (0, 9):
+                np.testing.assert_array_equal(a, b)
+            else:  # more of jax.numpy was compiled by itself
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)

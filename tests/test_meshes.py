@@ -69,7 +69,7 @@ def model(params, x, ids):
         return h, jnp.sum(kernel, axis=0)
 
     _, sums = jax.lax.scan(layer, 0.0, params["layers"])
-    hidden = jax.jit(lambda x: jax.nn.relu(x @ params["kernel"] + params["bias"]))(x)  # a call inside
+    hidden = jax.jit(lambda x: jax.nn.relu(x @ params["kernel"] + params["bias"][None]))(x)  # a call inside
     return hidden, sums, params["table"].T[:, 3], params["table"][2:5] * 2, jnp.take(params["table"], ids, axis=0)
 
 
