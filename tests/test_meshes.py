@@ -145,6 +145,7 @@ programs = [nuqjax.export(dot, *args, platforms=["cpu"]).program.mlir_module() f
 assert programs[0] == programs[1]
 
 
+@jax.numpy_rank_promotion("allow")  # as batch-norms of users do
 def normed(p, x):
     return (x @ p["kernel"] - p["bias"]) * (1 / jnp.sqrt(p["bias"] + 1e-3))
 
