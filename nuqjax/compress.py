@@ -63,10 +63,11 @@ def compress(
     values, and gets smaller; `plan` shows the choice, the report gives the reason for every leaf left dense, and a
     `Rule` can overrule it. What is no parameter stays dense: Flax's other collections beside "params", and NNX
     variables that are no `Param`. Stacked layers need a `Rule` with `stack_axes`; a sub-tree that looks like some is
-    named in a warning, in the plan and in the report. The input is never changed; leaves that stay dense are the
-    caller's own arrays, so a later change in place of one that NumPy holds changes both trees. Leaves on the host,
-    which NumPy holds or JAX on one CPU, are compressed by NumPy, and nothing is compiled for them. Under `jit` (and
-    `jax.eval_shape`) everything works but what needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
+    named in a warning, in the plan and in the report. An array that stands at several places is compressed once, and
+    the result stands at all of them. The input is never changed; leaves that stay dense are the caller's own arrays, so
+    a later change in place of one that NumPy holds changes both trees. Leaves on the host, which NumPy holds or JAX on
+    one CPU, are compressed by NumPy, and nothing is compiled for them. Under `jit` (and `jax.eval_shape`) everything
+    works but what needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
 
     Args:
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
@@ -118,10 +119,14 @@ def compress(
     for note in Plan(tuple(plans)).notes:
         warnings.warn(f"compress: {note}", stacklevel=2)
     importances = _importances(sensitivity, plans)
-    results, fits = [], {}
+    results, fits, tied = [], {}, {}
     for leaf, plan in _with_progress(list(zip(leaves, plans, strict=True)), progress):
         if plan.reason is None:
-            leaf, certificate = compress_leaf(leaf, importances.get(plan.path), plan)
+            importance = importances.get(plan.path)
+            same = id(leaf), id(importance), repr(plan.options)  # an array at two places, such as a tied embedding
+            if same not in tied:
+                tied[same] = compress_leaf(leaf, importance, plan)
+            leaf, certificate = tied[same]
             fits[plan.path] = (plan.options.method, certificate)
         results.append(leaf)
     cparams = structure.unflatten(results)

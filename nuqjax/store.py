@@ -22,7 +22,7 @@ from nuqjax.report import Report
 from nuqjax.rules import nearest, path_name
 from nuqjax.shardings import shardings
 from nuqjax.store_file import Bundle, Stored, from_array, open_bundle
-from nuqjax.store_layout import Entry, checksum, describe
+from nuqjax.store_layout import Entry, checksum, describe, tied
 from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
 from nuqjax.store_text import from_text, to_text
 from nuqjax.store_tree import Structure, tree_to_nodes
@@ -86,9 +86,16 @@ class Layout:
         self._nodes, self.entries = nodes, []
         self._names = {"__metadata__"}
         self.coded: dict[str, int] = {}
+        self._added: dict[Any, tuple[int, Any]] = {}  # entry's number and leaf, by its arrays' identities
 
     def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
-        """The next leaf's tensors, to be written; the layout names them."""
+        """The next leaf's tensors, to be written; the layout names them. Those of an earlier leaf are not again."""
+        arrays, layout = jax.tree.flatten(leaf)
+        same = (*map(id, arrays), layout)
+        if same in self._added and arrays and isinstance(arrays[0], jax.Array | np.ndarray):
+            self.entries.append({"path": path, "kind": "tied", "to": self._added[same][0]})
+            return []
+        self._added.setdefault(same, (len(self.entries), leaf))
         return self.place(*described(path, leaf, entropy_coding))
 
     def place(
@@ -225,6 +232,8 @@ def from_bundle(
             found.append(None)
         elif entry.kind == "absent":
             found.append(entry.read(verify) if treedef is None else template[number])
+        elif entry.same_as is not None and found[entry.same_as] is not None and _placed_alike(entry, entries, places):
+            found.append(found[entry.same_as])
         else:
             leaf = entry.read(verify)
             found.append(leaf if numpy else _placed(leaf, places.get(entry.path)))
@@ -255,8 +264,12 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
         raise ValueError(f"{name}: {error}") from error
     if len(structure.paths) != len(layout["leaves"]):
         raise ValueError(f"{name}: {len(layout['leaves'])} leaves, but the tree has {len(structure.paths)}")
-    entries = [Entry(e, path, bundle) for path, e in zip(structure.paths, layout["leaves"], strict=True)]
-    names = [reference["name"] for entry in entries for reference in entry.tensors.values()]
+    entries: list[Entry] = []
+    for path, entry in zip(structure.paths, layout["leaves"], strict=True):
+        is_tied = isinstance(entry, dict) and entry.get("kind") == "tied"
+        entries.append(tied(entry, path, entries, name) if is_tied else Entry(entry, path, bundle))
+    own = [entry for entry in entries if entry.same_as is None]
+    names = [reference["name"] for entry in own for reference in entry.tensors.values()]
     times = Counter(names)
     if len(times) < len(names) or len(names) < len(bundle.files):
         unnamed = sorted(bundle.files.keys() - times.keys()) or sorted(n for n, count in times.items() if count > 1)
@@ -328,6 +341,12 @@ def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
         if entry.path not in given:
             raise ValueError(f"{entry.where}: sharding has none for it")
     return given
+
+
+def _placed_alike(entry: Entry, entries: Sequence[Entry], places: Mapping[str, Any]) -> bool:
+    """Whether a tied leaf is wanted where the one that it is tied to is."""
+    assert entry.same_as is not None
+    return places.get(entry.path) == places.get(entries[entry.same_as].path)
 
 
 def _placed(leaf: Any, place: Sharding | None) -> Any:

@@ -3,9 +3,10 @@
 `docs/format.md` describes the entries; what it promises is checked here, for the file may come from anyone.
 """
 
+import copy
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -188,7 +189,10 @@ class Entry:
       where: what messages call it.
       layout: the entry itself.
       tensors: by role, the reference to each of its tensors: name, dtype, shape and checksum.
+      same_as: the number of the earlier leaf whose arrays it shares; None of others.
     """
+
+    same_as: int | None = None
 
     _ROLES = {"codebook": {"packed", "levels", "scale", "coded", "weights"}, "array": {"data"}, "key": {"data"}}  # noqa: RUF012
     _FIELDS = {  # noqa: RUF012
@@ -449,3 +453,21 @@ def is_floating(dtype: str) -> bool:
 
 def _viewed(raw: np.ndarray, dtype: str) -> np.ndarray:
     return raw.view(np.dtype(dtype).newbyteorder("<")) if np.dtype(dtype).kind in "iufc" else raw.view(dtype)
+
+
+def tied(entry: Mapping[str, Any], path: str, earlier: Sequence[Entry], name: str) -> Entry:
+    """The entry of a leaf that has the arrays of an earlier one.
+
+    Raises:
+      ValueError: what is wrong with the entry.
+    """
+    where = f"{name}: leaf {path[:200]!r}"
+    _only(entry, {"path", "kind", "to"}, where)
+    if entry.get("path") != path:
+        raise ValueError(f"{where}: the layout has {str(entry.get('path'))[:200]!r} in its place")
+    number = _field(entry, "to", int, where)
+    if not 0 <= number < len(earlier) or not earlier[number].tensors or earlier[number].same_as is not None:
+        raise ValueError(f"{where}: tied to leaf {number}, which is no earlier one with tensors of its own")
+    same = copy.copy(earlier[number])
+    same.path, same.where, same.same_as = path, where, number
+    return same

@@ -601,3 +601,40 @@ def test_paths_that_are_none(tmp_path):
 
 
 assert ml_dtypes  # gives NumPy the dtypes that the tests name
+
+
+class TestTiedLeaves:
+    """An array at two places is fitted, stored and loaded once."""
+
+    W = draws.normal(5, 32, 64)
+
+    def tree(self, w):
+        return {"decoder": {"kernel": w}, "embed": w, "other": draws.normal(6, 32, 64), "bias": draws.normal(7, 64)}
+
+    def test_one_leaf_stands_at_both_places(self, tmp_path):
+        cparams = nuqjax.compress(self.tree(self.W), bits=3)
+        assert cparams["decoder"]["kernel"] is cparams["embed"]
+        assert nuqjax.compress(self.tree(self.W), rules=Rule("embed", bits=2))["embed"].bits == 2
+        copied = cparams | {"embed": jax.tree.map(jnp.copy, cparams["embed"])}
+        for name, tree in (("tied", cparams), ("copied", copied)):
+            nuqjax.save(tmp_path / name, tree)
+        sizes = [(tmp_path / name).stat().st_size for name in ("tied", "copied")]
+        assert sizes[1] - sizes[0] >= cparams["embed"].nbytes
+        loaded = nuqjax.load(tmp_path / "tied")
+        assert loaded["decoder"]["kernel"] is loaded["embed"]
+        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(cparams), strict=True):
+            np.testing.assert_array_equal(a, b)
+        alone = nuqjax.load(tmp_path / "tied", leaves="embed")
+        np.testing.assert_array_equal(alone["embed"].packed, cparams["embed"].packed)
+        assert [leaf.path for leaf in nuqjax.inspect(tmp_path / "tied").compressed] == [
+            "decoder/kernel",
+            "embed",
+            "other",
+        ]
+
+    def test_dense_leaves_too_but_not_numbers(self, tmp_path):
+        tree = {"a": self.W, "b": self.W, "c": 3, "d": 3, "e": np.float32(1), "f": np.float32(1)}
+        nuqjax.save(tmp_path / "f", tree)
+        loaded = nuqjax.load(tmp_path / "f", numpy=True)
+        assert loaded["a"] is loaded["b"]
+        assert (loaded["c"], loaded["d"]) == (3, 3)

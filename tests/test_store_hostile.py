@@ -750,3 +750,13 @@ def test_flips_in_tensors_alone_come_back_as_they_are(files, fuzz):
             for role, reference in entry["tensors"].items():
                 begin, end = header[reference["name"]]["data_offsets"]
                 assert getattr(tree[entry["path"]], role).tobytes() == flipped[begin:end]
+
+
+@pytest.mark.parametrize("to", [1, 2, -1, "0", True, None])
+def test_a_leaf_tied_to_none_before_it(to, tmp_path):
+    w = np.arange(6.0, dtype=np.float32)
+    nuqjax.save(tmp_path / "f", {"a": w, "b": w, "c": 3})
+    header, layout, body = taken_apart((tmp_path / "f").read_bytes())
+    assert layout["leaves"][1] == {"path": "b", "kind": "tied", "to": 0}
+    layout["leaves"][1]["to"] = to
+    refused(put_together(header, layout, body), r"leaf 'b'.*('to' is|tied to leaf)")
