@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from nuqjax.assign import Fit, working_dtype
 from nuqjax.fit_knq_error import nearest_errors
 from nuqjax.fit_knq_levels import SHORT, Task, fit_sorted, host_row, ordered_rows
+from nuqjax.fit_knq_light import settled_on_host
 from nuqjax.fit_knq_rows import LONG, SortedRows, join_counts, places_of
 from nuqjax.fit_knq_search import Rows
 from nuqjax.host import over_blocks, x64
@@ -26,11 +28,14 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
     def fit_from(start):
         here = slice(start, start + chunk)
         some, heavy, counted = (None if x is None else x[here] for x in (rows, weights, mask))
-        some = _flushed(some)
+        values: Any = _flushed(some)
         unit = np.ldexp(1.0, scale[here])
         with x64():  # of this thread
-            ordered = ordered_rows(some, dtype, unit, heavy, counted, task.keep_zero)
-            levels, error, bound = _levels_and_error(ordered, unit, task, dtype)
+            ordered = ordered_rows(values, dtype, unit, heavy, counted, task.keep_zero)
+            levels, bound = _levels(ordered, unit, task, dtype)
+            if weights is not None:
+                levels = settled_on_host(values, levels, weights[here], counted, unit, task.keep_zero)
+            error = _host_error(ordered, levels.astype(np.float64) / unit[:, None], task.keep_zero)
         if weights is not None:
             heaviest = _heaviest(heavy, counted)
             error, bound = error * heaviest, bound * heaviest
@@ -57,7 +62,9 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
         units.append(unit)
         with x64():
             ordered = join_counts(row[None], values_dtype, length, unit, task.keep_zero)
-            parts.append(_levels_and_error(ordered, unit, task, dtype))
+            levels, bound = _levels(ordered, unit, task, dtype)
+            error = _host_error(ordered, levels.astype(np.float64) / unit[:, None], task.keep_zero)
+        parts.append((levels, error, bound))
     levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
     return rounded_fit(levels, error, bound, np.concatenate(units), dtype)
 
@@ -87,12 +94,10 @@ def _chunk(count: int, size: int) -> int:
     return min(max(each, _LEAST // size), max(_MOST // size, 1)) or 1
 
 
-def _levels_and_error(ordered: Rows, unit: np.ndarray, task: Task, dtype):
-    """The levels, their error and the bound, for weights relative to the largest."""
+def _levels(ordered: Rows, unit: np.ndarray, task: Task, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The levels, rounded in the units of the rows, and the bound, for weights relative to the largest."""
     levels, bound = fit_sorted(ordered, task)
-    # Levels are rounded in the units of the rows, and their error is that of what was rounded.
-    levels = (levels * unit[:, None]).astype(dtype)
-    return levels, _host_error(ordered, levels.astype(np.float64) / unit[:, None], task.keep_zero), bound
+    return (levels * unit[:, None]).astype(dtype), bound
 
 
 def rounded_fit(levels: np.ndarray, error: np.ndarray, bound: np.ndarray, unit: np.ndarray, dtype) -> Fit:

@@ -6,6 +6,7 @@ from jax import lax
 
 from nuqjax.assign import Fit, distortion, row_scale, working_dtype
 from nuqjax.fit_knq_levels import Task, dense_cuts, fit_sorted, ordered_rows, row_length
+from nuqjax.fit_knq_light import settled
 from nuqjax.fit_knq_rows import LONG
 from nuqjax.host import x64
 
@@ -71,6 +72,8 @@ def fit_traced(rows, weights, mask, task: Task, dtype, axes=()) -> Fit:
             levels, bound = jnp.concatenate([levels, rest[0]]), jnp.concatenate([bound, rest[1]])
         levels = (levels * lax.convert_element_type(scale, jnp.float64)[:, None]).astype(dtype)
         bound = lax.convert_element_type(bound, dtype)
+    if weights is not None:
+        levels = settled(rows, levels, weights, mask, scale, task.keep_zero, axes)
     unit = 1 / scale[:, None]
     error = distortion(rows.astype(dtype) * unit, levels * unit, weights, mask)
     error = lax.psum(error, axes) if axes else error

@@ -1,5 +1,6 @@
 """Rows with gaps so wide that float64 sums do not resolve what lies beside them."""
 
+import functools
 from fractions import Fraction
 
 import jax
@@ -188,3 +189,20 @@ def test_a_level_at_zero_stays_there_beside_weights_that_are_rounded_away():
             fitted = fit_knq(row, num_levels, weights=weights, keep_zero=True, tolerance=tolerance)
             assert (np.asarray(fitted.levels) == 0).any()
             assert float(fitted.lower_bound[0]) <= float(fitted.sse[0])
+
+
+@pytest.mark.parametrize("keep_zero", [False, True])
+@pytest.mark.parametrize("weights_of_far", [(7e-9, 2e-26), (1e-12, 1e-12), (3e-20, 1e-3)])
+def test_a_level_of_values_that_weigh_next_to_nothing_is_their_mean(weights_of_far, keep_zero):
+    """Sums in units of the row's heaviest weight and farthest value do not resolve it: their error was 1 % and more."""
+    rng = np.random.default_rng(3)
+    rows, weights = rng.standard_normal((4, 40)).astype(np.float32), np.ones((4, 40), np.float32)
+    rows[:, [5, 30]], weights[:, [5, 30]] = [1.7221562e9, 7.1385612e10], weights_of_far
+    fitted = fit_knq(rows, 4, weights=weights, keep_zero=keep_zero)
+    traced = jax.jit(functools.partial(fit_knq, num_levels=4, keep_zero=keep_zero))(rows, weights=weights)
+    searched = fit_knq(rows, 4, weights=weights, keep_zero=keep_zero, tolerance=None)
+    np.testing.assert_array_equal(traced.levels, searched.levels)
+    rounding = level_rounding(rows, weights, fitted) * np.asarray(fitted.scale, np.float64) ** 2
+    for r, row in enumerate(rows):
+        best = exact_optimum(row, weights[r], 4, keep_zero)
+        assert exact_error(row, weights[r], fitted.levels[r]) <= best * Fraction(1 + 1e-6) + Fraction(rounding[r])
