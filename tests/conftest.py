@@ -51,10 +51,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A test of functions that promote, as a user's may, runs as JAX does by default."""
+    """A test of functions that promote, as a user's may, runs as JAX does by default, and so does what it starts."""
     if item.get_closest_marker("promotes") is None:
         return (yield)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    defaults = {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        for name, value in defaults.items():
+            patch.setenv(name, value)
         return (yield)
 
 

@@ -1,6 +1,8 @@
 """Stacked layers that no rule names, and leaves that are no parameters."""
 
+import re
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -170,3 +172,15 @@ def test_one_rule_is_taken_and_what_is_none_is_refused_with_the_right_call():
     for rules in ({"w": 8}, "w", 3, [("w", 8)]):
         with pytest.raises(ValueError, match=r'a list of nuqjax.Rule is wanted, such as \[nuqjax.Rule\("kernel"'):
             nuqjax.compress(tree, rules=rules)
+
+
+def test_the_page_on_layers_runs_and_nothing_warns(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "layers.md").read_text(encoding="utf-8")
+    _, linen, nnx_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"__name__": "layers"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(linen, names)
+        assert "CodebookArray(float32[6, 64, 64], bits=4" in capsys.readouterr().out
+        exec(nnx_, names)
+    assert names["y"].shape == (2, 64)
