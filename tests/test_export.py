@@ -24,6 +24,8 @@ from nuqjax.export import by_name
 from nuqjax.store_layout import _AS_BYTES, _AS_INTEGERS, _AS_PAIRS, _CODES, to_part
 from tests import draws
 
+pytestmark = pytest.mark.promotes  # the models do; tests/test_flags.py has one that does not
+
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
 _, LOADER, FLOAT8_LOADER, *_ = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 

@@ -17,6 +17,8 @@ from nuqjax import AutoQFormat, ChannelGroups, InputGroups
 from nuqjax.codebook_array import level_values
 from tests import draws
 
+pytestmark = pytest.mark.promotes  # as models and the converter do
+
 
 @pytest.fixture(scope="module")
 def onnx():

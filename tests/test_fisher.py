@@ -43,7 +43,7 @@ def test_mean_squared_gradient(problem, per_example):
 
 def test_goes_into_compress():
     params = {"w": draws.normal(0, 16, 32)}
-    x = draws.normal(1, 8, 16) * jnp.linspace(0.01, 3, 16)
+    x = draws.normal(1, 8, 16) * jnp.linspace(0.01, 3, 16)[None]
     sensitivity = nuqjax.fisher(lambda p, x: jnp.mean(jnp.tanh(x @ p["w"])), params, [x[None, i] for i in range(8)])
     weighted = nuqjax.compress(params, bits=2, sensitivity=sensitivity)
     plain = nuqjax.compress(params, bits=2)

@@ -7,7 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -84,5 +83,4 @@ def test_fisher_and_export_promote_nothing():
     loss = lambda params, x: jnp.mean(jnp.square(model.apply(params, x)))  # noqa: E731
     jax.eval_shape(functools.partial(nuqjax.fisher, loss), variables, [x])
     cparams = nuqjax.compress(variables, 4, min_size=0)
-    for a, b in zip(jax.tree.leaves(nuqjax.decompress(cparams)), jax.tree.leaves(variables), strict=True):
-        assert np.shape(a) == np.shape(b)
+    assert nuqjax.export(model.apply, cparams, x, platforms=["cpu"]).program.out_avals[0].shape == (4, 10)
