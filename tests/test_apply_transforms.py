@@ -64,6 +64,23 @@ def test_every_transformation_of_every_use(name, closed):
             assert_near(transform(nuqjax.apply(use), tree, X), expected)
 
 
+@pytest.mark.parametrize("closed", [False, True], ids=["argument", "closure"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_no_transformation_leaks_a_tracer(name, closed):
+    transform = TRANSFORMS[name][closed]
+    with jax.checking_leaks():
+        for use in USES.values():
+            jax.make_jaxpr(lambda tree, x, use=use: transform(nuqjax.apply(use), tree, x))(CPARAMS, X)
+
+
+def test_compress_and_decompress_leak_no_tracer():
+    with jax.checking_leaks():
+        for method in ("knq", "enq", "uniform", "quantile"):
+            jax.make_jaxpr(lambda p, m=method: nuqjax.decompress(nuqjax.compress(p, 3, m)))(
+                {"w": draws.normal(0, 24, 16)}
+            )
+
+
 def test_the_arrays_of_a_leaf_are_of_jax():
     """Whoever made it: `compress` of NumPy arrays, or new levels that NumPy holds."""
     made = nuqjax.compress({"w": np.asarray(draws.normal(0, 32, 32))}, method="normal", scale="channel")
