@@ -45,7 +45,10 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long begins first, or it would be left to one worker in the end."""
+    """What takes long begins first, or it would be left to one worker in the end. Examples are a user's programs."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("promotes")
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem not in _LONG))
 
 
