@@ -57,11 +57,11 @@ def rounds_up(whole, negative, inexact, above, tie, rounding: str) -> Any:
         case "half_down":
             return above
         case "half_away":
-            return above | (tie & (negative == 0))
+            return above | (tie & (negative ^ True))
         case "half_toward_zero":
             return above | (tie & negative)
         case "half_even":
-            return above | (tie & (whole & 1 == 1))
+            return above | (tie & ((whole & 1) == 1))
     raise ValueError(f"unknown rounding {rounding!r}")
 
 

@@ -17,6 +17,8 @@ from nuqjax.fixed_point import encode
 from tests import draws
 from tests.fixed_point_oracle import Format, Oracle, encoded
 
+pytestmark = pytest.mark.promotes  # the models do; tests/test_flags.py has one that does not
+
 PARAMS = {
     "first": {"kernel": draws.normal(0, 12, 16), "bias": draws.normal(1, 16)},
     "second": {"kernel": 5 * draws.normal(2, 16, 16), "bias": draws.normal(3, 16)},
