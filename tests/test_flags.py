@@ -1,9 +1,10 @@
-"""The library under JAX's strictest flags, which this suite has set: it promotes nothing that a user must allow.
+"""The library under JAX's strictest flags: it promotes nothing that a user must allow.
 
 Programs are traced, not compiled: it is tracing that heeds the flags.
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, Rule
 from tests import draws
 
+OF_THE_SUITE = jax.config.jax_numpy_dtype_promotion  # pyright: ignore[reportAttributeAccessIssue]
 METHODS = ["knq", "enq", "uniform", "uniform_pow2", "dfp", "normal", "quantile", "pow2"]
 PARAMS = {"w": draws.normal(0, 24, 16), "b": draws.normal(1, 3, 16, 8)}
 OPTIONS = [
@@ -27,7 +29,15 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def strict():
+    """Also where the suite runs without them."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 def test_the_flags_are_set():
+    assert os.environ["JAX_NUMPY_DTYPE_PROMOTION"] == OF_THE_SUITE
     with pytest.raises(ValueError, match="rank_promotion"):
         jnp.add(jnp.ones((2, 3)), jnp.ones(3))
     with pytest.raises(jax.dtypes.TypePromotionError):
