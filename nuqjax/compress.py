@@ -116,7 +116,8 @@ def compress(
     leaves, structure = jax.tree.flatten(params, is_leaf=is_codebook_array)
     plans = plan_leaves(params, options, rules)
     _check_arrays(leaves, plans)
-    for note in Plan(tuple(plans)).notes:
+    notes = Plan(tuple(plans)).notes
+    for note in notes:
         warnings.warn(f"compress: {note}", stacklevel=2)
     importances = _importances(sensitivity, plans)
     results, fits, tied = [], {}, {}
@@ -133,7 +134,7 @@ def compress(
     if not return_report:
         return cparams
     reasons = {plan.path: plan.reason for plan in plans if plan.reason is not None}
-    return cparams, build_report(params, cparams, reasons, fits, Plan(tuple(plans)).notes)
+    return cparams, build_report(params, cparams, reasons, fits, notes)
 
 
 def _check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:

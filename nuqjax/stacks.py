@@ -11,6 +11,7 @@ import jax
 from nuqjax.rules import path_name
 
 _NO_PARAMETERS = ("cache", "batch_stats")  # Flax's collections, where they are given without "params"
+_DEEPEST = 32  # keys above a stack, at most: a stranger's file may nest without end
 
 
 class Stack(NamedTuple):
@@ -50,7 +51,7 @@ def likely_stacks(shapes: dict[str, tuple[int, ...]]) -> list[Stack]:
     below: dict[tuple[str, ...], dict[tuple[str, ...], tuple[int, ...]]] = {}
     for path, shape in shapes.items():
         *keys, _ = parts = path.split("/")
-        for depth in range(len(keys) + 1):
+        for depth in range(min(len(keys), _DEEPEST) + 1):
             below.setdefault(tuple(keys[:depth]), {})[tuple(parts)] = shape
     taken: set[tuple[str, ...]] = set()
     found: list[Stack] = []
