@@ -498,3 +498,19 @@ def test_orbax_metadata_that_is_deep_or_no_metadata(tmp_path):
         (path / "_METADATA").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="^" + str(path)):
             nuqjax.open_checkpoint(path).read()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's own threads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_damaged_leaf_of_orbax_is_named_and_its_neighbours_are_read(tmp_path):
+    """Neighbours are read together, and one by one where that fails."""
+    tree = {name: np.arange(64.0) + number for number, name in enumerate("abc")}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(tmp_path / "x", tree)
+    (tmp_path / "x" / "b" / "0").write_bytes(b"spoilt")
+    a, b, c = nuqjax.open_checkpoint(tmp_path / "x").leaves
+    np.testing.assert_array_equal(a.read(), tree["a"])
+    with pytest.raises(ValueError, match="x: 'b': cannot be read"):
+        b.read()
+    np.testing.assert_array_equal(c.read(), tree["c"])
+    gc.collect()  # so that what orbax left behind is told here
