@@ -74,11 +74,20 @@ def save(
     >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
     (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
     """
-    limit = shard_size(max_shard_size)
+    _save(path, cparams, report, entropy_coding, shard_size(max_shard_size))
+
+
+def save_by_name(path: str | os.PathLike[str], cparams: Any) -> None:
+    """As `save`, every tensor under a name of its own, however many and small: as what does not know of us asks."""
+    _save(path, cparams, pooled=False)
+
+
+def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=True) -> None:
     nodes, leaves = tree_to_nodes(cparams)
     layout = Layout(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
-    tensors = layout.pool(tensors, limit)
+    if pooled:
+        tensors = layout.pool(tensors, limit)
     text = layout.text(report)
     Structure(nodes, len(text))  # what `load` refuses is not saved
     write(path, tensors, *metadata(text), limit)

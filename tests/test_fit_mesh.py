@@ -124,6 +124,14 @@ fit_knq_gaps.partition = fit_knq_mesh.partition = found
 tied = values.copy()
 tied[0, [5, size - 9]] = 1e9
 same(tied, 8, mesh_of((4,), ("d",)), P(None, "d"), keep_zero=True, **heavy)
+# Levels of values that weigh next to nothing are their means there too.
+tied[0, [5, size - 9]] = [1.7221562e9, 7.1385612e10]
+heavy = {name: np.array(x) for name, x in heavy.items()}
+heavy["weights"][0, [5, size - 9]], heavy["mask"][0, [5, size - 9]] = [7e-9, 2e-26], True
+placed = jax.device_put(tied, NamedSharding(mesh_of((4,), ("d",)), P(None, "d")))
+one, many = (nuqjax.fit(row, 8, keep_zero=True, **heavy) for row in (tied, placed))
+np.testing.assert_array_equal(many.levels, one.levels)
+assert many.levels[0, -1] == tied[0, 5] and max(gap(one), gap(many)) < 0.01
 print("the same bits")
 """
 )
