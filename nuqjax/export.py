@@ -47,8 +47,8 @@ class Exported:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `program.jax_export` and `weights.safetensors` into a folder, which is made if there is none.
 
-        The weights are a file as `nuqjax.save` writes it, every tensor under its own name; `nuqjax.load` reads it. Each file is written whole or not
-        at all; what was there is replaced.
+        The weights are a file as `nuqjax.save` writes it, every tensor under its own name; `nuqjax.load` reads it. Each
+        file is written whole or not at all; what was there is replaced.
 
         Raises:
           OSError: the folder cannot be made or written to.
@@ -87,8 +87,9 @@ def export(
       The program and the weights; `.save(folder)` writes both.
 
     Raises:
-      ValueError: an input is no array; the function changes one of its arguments in place; an input or output is of a type of node that JAX cannot write down; a leaf has
-        a dtype that no program could read from the file; a platform is unknown.
+      ValueError: an input is no array; the function changes one of its arguments in place; an input or output is of a
+        type of node that JAX cannot write down; a leaf has a dtype that no program could read from the file; a platform
+        is unknown.
       ImportError: `flatbuffers` is missing, which JAX needs to serialize a program.
 
     >>> import jax, jax.numpy as jnp, nuqjax

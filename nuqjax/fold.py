@@ -165,7 +165,9 @@ def _read(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             raise ValueError(
                 f"leaf {path_name(path[2:])!r} is compressed: fold first; then wrap folded_fn in nuqjax.apply"
             )
-    traced = trace(fn, args, kwargs, lambda x: isinstance(x, jax.ShapeDtypeStruct), lambda x: x.sharding, caller=_CALLER)
+    traced = trace(
+        fn, args, kwargs, lambda x: isinstance(x, jax.ShapeDtypeStruct), lambda x: x.sharding, caller=_CALLER
+    )
     is_leaf = [path[:2] == _FIRST and jnp.issubdtype(x.dtype, np.number) for path, x in traced.arrays]
     names = [path_name(path[2:]) or "params" for path, _ in traced.arrays]
     roles = ["parameter" if leaf else "activation" for leaf in is_leaf]
