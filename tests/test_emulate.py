@@ -1152,15 +1152,6 @@ def test_floats_are_made_of_words_only_in_the_sums_that_the_formats_prove(word):
     assert set(found) == {"convert_element_type", "dot_general", "conv_general_dilated"}
 
 
-class Counting(nnx.Module):
-    def __init__(self):
-        self.dense, self.calls = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Variable(jnp.int32(0))
-
-    def __call__(self, x):
-        self.calls.set_value(self.calls.get_value() + 1)
-        return self.dense(x)
-
-
 def test_a_function_that_changes_its_arguments_in_place_is_refused():
     """What it changed was lost without a word."""
     x, tree = jnp.ones((2, 4)), {"w": jnp.ones((4, 3)), "seen": jnp.float32(0)}
@@ -1173,5 +1164,5 @@ def test_a_function_that_changes_its_arguments_in_place_is_refused():
     for call in (lambda: emulate(seeing, formats)(tree, x), lambda: calibrate(seeing, tree, x)):
         with pytest.raises(ValueError, match=r"the function changes argument 0, seen in place, which raw integers"):
             call()
-    with pytest.raises(ValueError, match=r"the function changes argument 0, calls/value in place, .*model.eval"):
-        calibrate(lambda model, x: model(x), Counting(), x)
+    with pytest.raises(ValueError, match=r"the function changes argument 0, mean.* in place, .*model.eval"):
+        calibrate(lambda model, x: model(x), nnx.BatchNorm(4, rngs=nnx.Rngs(0)), x)
