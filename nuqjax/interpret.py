@@ -134,9 +134,12 @@ def trace(
       caller: who asks for what the function changes in its arguments, as messages name it; "" does not ask.
 
     Raises:
+      TypeError: `fn` is a model, not a function of it.
       ValueError: with a `caller`, what the function changed in place is no single leaf: it added or took one away,
         or changed a static field.
     """
+    if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
+        raise TypeError(f"{caller}: {type(fn).__name__} is a model, and a function is wanted, such as model.apply")
     flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
     changed: list[tuple[tuple[Any, ...], Any]] = []
