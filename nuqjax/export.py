@@ -130,9 +130,9 @@ def export(
 
 def check_kept(before: Sequence[tuple[Any, Any]], arguments: Any, caller: str) -> None:
     """Raises ValueError, naming the leaf, where a function has replaced one of its arguments' leaves in place."""
-    after = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0]
-    for (path, old), (_, new) in zip(before, after, strict=True):
-        if old is not new:
+    old, new = dict(before), dict(jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0])
+    for path in old | new:
+        if old.get(path) is not new.get(path):
             raise ValueError(
                 f"{caller}: the function changes {path_name(path[1:]) or 'an argument'} in place, which the file could "
                 "not keep: let it return the new value, or not change it (model.eval())"
