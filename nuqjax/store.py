@@ -245,7 +245,8 @@ def load(
       verify: compare the checksums of what is loaded, for which every byte of it is read.
 
     Returns:
-      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them.
+      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them, and so
+      do those of dtypes that JAX does not hold (float6).
 
     Raises:
       ValueError: the file is damaged, is not one of `save`, or of a newer version; the tree is unlike `like`; no leaf
@@ -434,16 +435,23 @@ def _placed(leaf: Any, place: Sharding | None) -> Any:
 
 
 def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
-    """The array as JAX's, or as NumPy's where JAX would round it. What is mapped is copied: the file may change."""
-    try:
-        kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    except TypeError:
-        kept = False
-    if not kept:
+    """The array as JAX's, or as NumPy's where JAX does not hold it. What is mapped is copied: the file may change."""
+    if not _is_held(array.dtype):
         return np.array(array)
     if place is None:
         return to_jax(np.array(array))
     return jax.make_array_from_callback(array.shape, place, lambda index: np.array(array[index]))
+
+
+def _is_held(dtype: np.dtype) -> bool:
+    """Whether JAX has arrays of a dtype: not of float6, and without x64 not of 64 bits, which it would round."""
+    try:
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            return False
+        to_jax(np.zeros((), dtype))
+    except (TypeError, jax.errors.JaxRuntimeError):
+        return False
+    return True
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
