@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from nuqjax.codebook_array import is_codebook_array
+from nuqjax.codebook_array import check_layout, is_codebook_array
 from nuqjax.interpret import Interpreter, Site, argument_name, bind, inline, scan_parts, trace
 from nuqjax.rules import path_name
 
@@ -124,8 +124,11 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     The first argument is the tree of parameters; a `CodebookArray` anywhere else is one, too.
 
     Raises:
-      ValueError: the function changes one of its arguments in place.
+      ValueError: the function changes one of its arguments in place, or JAX took a compressed leaf for its arrays.
     """
+    for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]:
+        if is_codebook_array(x):
+            check_layout(x, argument_name(path))
     traced = trace(fn, args, kwargs, is_codebook_array, caller=_CALLER)
     for path, _ in traced.changed:
         raise ValueError(

@@ -59,6 +59,7 @@ CASES = {
     "inputs (input dtype that is a sub-dtype of np.inexact), but got uint8": lambda: jax.grad(loss)(tree()),
     "ufunc 'power' not supported for the input types": adam_of_the_tree,
     "scan got values with different leading axis sizes": lambda: jax.lax.scan(lambda s, p: (s, p), 0, tree()),
+    "vmap got inconsistent sizes for array axes to be mapped": lambda: jax.vmap(loss)(tree()),
     "vmap, scan or tree.map took an axis of its arrays that is no stack axis": lambda: loss(
         jax.tree.map(lambda a: a[:1], tree())
     ),
@@ -114,3 +115,18 @@ def test_no_operation_takes_a_compressed_leaf_without_a_word(name):
     with pytest.raises((TypeError, AttributeError)) as caught:
         OPERATORS[name](leaf, other)
     assert HOW in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [lambda a: a[:1], lambda a: a.astype("f4")], ids=["sliced", "trained"])
+def test_a_leaf_whose_arrays_were_changed_is_named_by_all_that_decode_it(changed, tmp_path):
+    whole = {"a": tree()}
+    spoilt = jax.tree.map(changed, whole)
+    for call in (
+        nuqjax.decompress,
+        nuqjax.apply(lambda p: p["a"]["w"] * 2),
+        lambda p: nuqjax.calibrate(lambda p, x: x @ p["a"]["w"], p, X),
+        lambda p: nuqjax.report(nuqjax.decompress(whole), p),
+        lambda p: nuqjax.save(tmp_path / "f", p),
+    ):
+        with pytest.raises(ValueError, match=r"^(argument 0, )?a/w: "):
+            call(spoilt)
