@@ -22,7 +22,17 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from nuqjax.codebook_array import CodebookArray, check_layout, decode, decode_take, dense_sharding, is_codebook_array
-from nuqjax.interpret import COMPUTED, CONTROL_FLOW, Interpreter, Rule, Site, argument_name, bind, scan_parts, trace
+from nuqjax.interpret import (
+    CONTROL_FLOW,
+    Interpreter,
+    Rule,
+    Site,
+    argument_name,
+    bind,
+    scan_parts,
+    trace,
+    write_changes,
+)
 from nuqjax.meshes import as_automatic, explicit_sharding, typed_spec
 from nuqjax.rules import path_name
 
@@ -118,7 +128,7 @@ class _Lifted:
         for path, x in leaves:
             if is_codebook_array(x):
                 check_layout(x, argument_name(path))
-        traced = trace(self._fn, args, kwargs, is_codebook_array, dense_sharding, keep_changes=True)
+        traced = trace(self._fn, args, kwargs, is_codebook_array, dense_sharding, caller="nuqjax.apply")
         held = dict(traced.arrays)
         for path, _ in traced.changed:
             if is_codebook_array(held.get(path)):
@@ -130,9 +140,8 @@ class _Lifted:
         values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in traced.arrays]
         results = interpreter.lower_all(interpreter.evaluate(traced.jaxpr, values))
         results = [_as_array(x, aval) for x, aval in zip(results, traced.jaxpr.out_avals, strict=True)]
-        outputs, computed = results[: traced.outputs.num_leaves], iter(results[traced.outputs.num_leaves :])
-        for path, value in traced.changed:
-            _write((args, kwargs), path, next(computed) if value is COMPUTED else value)
+        outputs, computed = results[: traced.outputs.num_leaves], results[traced.outputs.num_leaves :]
+        write_changes(traced, args, kwargs, computed, "nuqjax.apply")
         return jax.tree.unflatten(traced.outputs, outputs)
 
     def __get__(self, instance, owner=None):
@@ -172,27 +181,6 @@ def _as_array(x: Any, aval: Any) -> jax.Array:
         return x
     x = np.asarray(x)
     return jnp.asarray(x.item()) if aval.weak_type and x.ndim == 0 else jnp.asarray(x, aval.dtype)
-
-
-def _write(tree: Any, path: Sequence[Any], value: Any) -> None:
-    """Puts a value in a leaf's place, in the containers of the tree themselves."""
-    *parents, last = path
-    try:
-        for key in parents:
-            tree = (
-                getattr(tree, key.name) if hasattr(key, "name") else tree[key.key if hasattr(key, "key") else key.idx]
-            )
-        if not hasattr(last, "name"):
-            tree[last.key if hasattr(last, "key") else last.idx] = value
-        elif hasattr(tree, "set_value"):  # a Variable of NNX
-            tree.set_value(value)
-        else:
-            setattr(tree, last.name, value)
-    except (AttributeError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"nuqjax.apply: the function changes {argument_name(path)} in place, which cannot be written back "
-            f"({error}); let it return the new value"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

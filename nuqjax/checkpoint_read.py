@@ -26,7 +26,7 @@ READABLE = ("safetensors", "npz", "npy", "msgpack", "orbax", "h5")
 CODES = NUMPY_DTYPES | {
     "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
 }  # fmt: skip
-_DEFLATED = 1032  # bytes that a byte of zlib's stands for, at most
+_DEFLATED, _ZSTD = 1032, 1 << 15  # bytes that a byte of zlib's stands for, at most, and one of Zstandard's
 
 
 def locate(path: str | os.PathLike[str], format: str | None = None) -> tuple[str, str]:
@@ -413,7 +413,11 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
 
     run_of, held = _runs(flat), {}  # orbax reads the whole tree's metadata for each call: neighbours come together
 
+    left = nbytes * _ZSTD  # bytes that those of the files can stand for
+
     def leaf(number: int, info: Any) -> Leaf:
+        nonlocal left
+
         def read() -> Any:
             if number in held:
                 return held.pop(number)
@@ -425,7 +429,12 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
                     return restored([number])[number]
                 return held.pop(number)
 
-        return _orbax_leaf(path, info, read)
+        found = _orbax_leaf(path, info, read)
+        if found.nbytes > left:  # chunks that are missing stand for zeros, if the metadata say so
+            what = f"{found.nbytes} bytes, more than its files can stand for"
+            return unreadable(path, info.name, what, found.shape)
+        left -= found.nbytes
+        return found
 
     tree = jax.tree.unflatten(structure, [leaf(i, x) for i, x in enumerate(flat)])
     return checkpoint_of(path, "orbax", tree, nbytes, skip, files=files)

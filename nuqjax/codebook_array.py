@@ -54,10 +54,9 @@ class CodebookArray:
       scale_group: values of a channel that share a scale; 0 where there is no scale.
 
     Code for arrays takes it through `nuqjax.apply` only: an operator, a JAX function or an index beyond the stack axes
-    raises an error that says so. Flax linen checks shapes first: "initializer is expected to generate shape …, but the
-    existing parameter it received has shape (1, 16)" is `model.apply(cparams, x)` without `nuqjax.apply`. What is
-    trained are the levels: give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Of the tree
-    itself `jax.grad` says "got uint8", and optimizers make moments of the indices without a word.
+    raises an error that says so; `docs/messages.md` has what others say before that. What is trained are the levels:
+    give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Of the tree itself `jax.grad` says "got
+    uint8", and optimizers make moments of the indices without a word.
     """
 
     levels: jax.Array
@@ -131,14 +130,17 @@ class CodebookArray:
         hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
         raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
 
+    @property
     def __jax_array__(self):
+        """Raises: some of JAX's functions call this, others only ask whether it is there, and say less when it is."""
         raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
 
-    def _no_operand(self, other):
-        return self.__jax_array__()
+    def _no_operand(self, *_):
+        return self.__jax_array__
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
-    __matmul__ = __rmatmul__ = _no_operand
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if copy is False:

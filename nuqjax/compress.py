@@ -21,6 +21,7 @@ from nuqjax import fixed_point, packing, rows
 from nuqjax.assign import assign, assign_on_host, distortion, distortion_on_host
 from nuqjax.codebook_array import (
     CodebookArray,
+    check_layout,
     decode,
     dense_on_host,
     dense_sharding,
@@ -150,16 +151,22 @@ def _check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:
 def decompress(tree: Any) -> Any:
     """The tree with every `CodebookArray` as the dense array that it stands for, of the same shape and dtype.
 
+    Raises:
+      ValueError: JAX took a leaf for its arrays: sliced them, or trained its indices. The leaf is named.
+
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.arange(512.0).reshape(16, 32) % 8}
     >>> dense = nuqjax.decompress(nuqjax.compress(params, bits=3))  # eight distinct values: nothing is lost
     >>> bool((dense["kernel"] == params["kernel"]).all())
     True
     """
-    return jax.tree.map(lambda x: _dense(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: _dense(path, x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array
+    )
 
 
-def _dense(leaf: CodebookArray) -> jax.Array:
+def _dense(path: Sequence[Any], leaf: CodebookArray) -> jax.Array:
+    check_layout(leaf, path_name(path) or "the compressed leaf")
     return jax.device_put(dense_on_host(leaf), dense_sharding(leaf)) if is_on_host(leaf) else decode(leaf)
 
 

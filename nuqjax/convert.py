@@ -130,6 +130,7 @@ def compress_checkpoint(
                 tensors += layout.place(*parts)
                 reports.append(leaf_report)
             report = with_coded_sizes(Report(tuple(reports), notes), layout.coded)
+            tensors = layout.pool(tensors, limit)
             about, tag = metadata(layout.text(report))
             files = write(place, tensors, _of_source(checkpoint) | about, tag, limit)
             written, read = sum(map(os.path.getsize, files)), sum(size for _, size, *_ in source_is)

@@ -104,7 +104,8 @@ def emulate(
       these are replicated.
 
     Raises:
-      ValueError: `output` is unknown; when called, the formats do not fit the function (the site is named).
+      ValueError: `output` is unknown; when called, the formats do not fit the function (the site is named), or it
+        changes its arguments in place.
       NotImplementedError: when called, an operation has no exact rule and the formats have no `fallback`.
 
     >>> import jax, jax.numpy as jnp, nuqjax

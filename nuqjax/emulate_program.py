@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from nuqjax.codebook_array import is_codebook_array
-from nuqjax.interpret import Interpreter, Site, bind, inline, scan_parts, trace
+from nuqjax.codebook_array import check_layout, is_codebook_array
+from nuqjax.interpret import Interpreter, Site, argument_name, bind, inline, scan_parts, trace
 from nuqjax.rules import path_name
 
 LINEAR = frozenset({"dot_general", "conv_general_dilated"})
@@ -122,8 +122,19 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     """The program of `fn` on arguments of these shapes, and the arguments' arrays in its order.
 
     The first argument is the tree of parameters; a `CodebookArray` anywhere else is one, too.
+
+    Raises:
+      ValueError: the function changes one of its arguments in place, or JAX took a compressed leaf for its arrays.
     """
-    traced = trace(fn, args, kwargs, is_codebook_array)
+    for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]:
+        if is_codebook_array(x):
+            check_layout(x, argument_name(path))
+    traced = trace(fn, args, kwargs, is_codebook_array, caller=_CALLER)
+    for path, _ in traced.changed:
+        raise ValueError(
+            f"{_CALLER}: the function changes {argument_name(path)} in place, which raw integers cannot be written to: "
+            "let it return the new value, or not change it (model.eval())"
+        )
     recorder = _Recorder()
     starts = []
     inputs = itertools.count()
@@ -145,6 +156,7 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     return program, [x for _, x in traced.arrays]
 
 
+_CALLER = "calibrate, emulate"
 _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 
 

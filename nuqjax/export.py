@@ -17,7 +17,7 @@ from jax import lax
 from nuqjax.apply import apply
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.rules import path_name
-from nuqjax.store import Layout, save
+from nuqjax.store import Layout, save_by_name
 from nuqjax.store_layout import NUMPY_DTYPES
 from nuqjax.store_tree import tree_to_nodes
 from nuqjax.store_write import replacing
@@ -47,15 +47,15 @@ class Exported:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `program.jax_export` and `weights.safetensors` into a folder, which is made if there is none.
 
-        The weights are a file of `nuqjax.save`, so that `nuqjax.load`, too, reads it. Each file is written whole or not
-        at all; what was there is replaced.
+        The weights are a file as `nuqjax.save` writes it, every tensor under its own name; `nuqjax.load` reads it. Each
+        file is written whole or not at all; what was there is replaced.
 
         Raises:
           OSError: the folder cannot be made or written to.
         """
         folder = os.fspath(folder)
         os.makedirs(folder, exist_ok=True)
-        save(os.path.join(folder, WEIGHTS), self.cparams)
+        save_by_name(os.path.join(folder, WEIGHTS), self.cparams)
         with replacing(os.path.join(folder, PROGRAM)) as file:
             file.write(self.serialized)
 
@@ -87,8 +87,9 @@ def export(
       The program and the weights; `.save(folder)` writes both.
 
     Raises:
-      ValueError: an input is no array; an input or output is of a type of node that JAX cannot write down; a leaf has
-        a dtype that no program could read from the file; a platform is unknown.
+      ValueError: an input is no array; the function changes one of its arguments in place; an input or output is of a
+        type of node that JAX cannot write down; a leaf has a dtype that no program could read from the file; a platform
+        is unknown.
       ImportError: `flatbuffers` is missing, which JAX needs to serialize a program.
 
     >>> import jax, jax.numpy as jnp, nuqjax
@@ -110,13 +111,32 @@ def export(
     inputs = checked_inputs(example_inputs)
     tensors, rebuild = by_name(cparams)
     run = apply(fn)
-    program = jax.jit(lambda weights, *inputs: run(rebuild(weights), *inputs))
+
+    @jax.jit
+    def program(weights, *inputs):
+        arguments = (rebuild(weights), *inputs)
+        before = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0]
+        outputs = run(*arguments)
+        check_kept(before, arguments, "export")
+        return outputs
+
     exported = jax.export.export(program, platforms=tuple(platforms))(tensors, *inputs)
     try:
         serialized = bytes(exported.serialize())
     except ValueError as error:  # a pytree node that JAX does not know how to write
         raise ValueError(f"export: inputs and outputs are trees of dicts, lists and tuples only: {error}") from error
     return Exported(exported, serialized, cparams)
+
+
+def check_kept(before: Sequence[tuple[Any, Any]], arguments: Any, caller: str) -> None:
+    """Raises ValueError, naming the leaf, where a function has replaced one of its arguments' leaves in place."""
+    old, new = dict(before), dict(jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0])
+    for path in old | new:
+        if old.get(path) is not new.get(path):
+            raise ValueError(
+                f"{caller}: the function changes {path_name(path[1:]) or 'an argument'} in place, which the file could "
+                "not keep: let it return the new value, or not change it (model.eval())"
+            )
 
 
 def checked_inputs(example_inputs: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from nuqjax.codebook_array import decode, is_codebook_array, level_values, with_levels
-from nuqjax.export import by_name, checked_inputs
+from nuqjax.export import by_name, check_kept, checked_inputs
 from nuqjax.interpret import Interpreter, Site, bind
 from nuqjax.store import Layout
 from nuqjax.store_layout import NUMPY_DTYPES
@@ -57,7 +57,11 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
     def dense(*arrays):
         tree = rebuild(dict(zip(tensors, arrays[count:], strict=True)))
         decoded = jax.tree.map(lambda x: decode(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
-        return jax.tree.leaves(fn(decoded, *arrays[:count]))
+        arguments = decoded, *arrays[:count]
+        before = jax.tree_util.tree_flatten_with_path(arguments)[0]
+        outputs = fn(*arguments)
+        check_kept(before, arguments, "export_onnx")
+        return jax.tree.leaves(outputs)
 
     # Traced and rewritten here, so that the converter finds plain primitives: its own tracing replaces functions of
     # Flax by others, which do not take all of their arguments.

@@ -26,6 +26,7 @@ from nuqjax.assign import Fit, assign, row_scale, working_dtype
 from nuqjax.fit_knq_gaps import SEARCHES, Gaps, chosen, next_gaps, no_gaps
 from nuqjax.fit_knq_host import fit_counted, fit_on_host, rounded_fit
 from nuqjax.fit_knq_levels import SHORT, Task, dense_cuts, interval_means
+from nuqjax.fit_knq_light import settled
 from nuqjax.fit_knq_long import ShardedRows, sort_long_rows
 from nuqjax.fit_knq_proof import better_of, prove
 from nuqjax.fit_knq_proof_mesh import Held, MeshRow, Place, held_rows, hold
@@ -342,14 +343,18 @@ def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
     return place.run(part, (place.of_devices, place.of_rows), place.of_rows)(held, cuts)
 
 
-@functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
-def _levels(held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, place: Place, keep_zero: bool):
-    """The levels `[G, K]` of cuts, and their error `[G]` in float64."""
+@functools.partial(jax.jit, static_argnames=("layout", "keep_zero"))
+def _levels(arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: Layout, keep_zero: bool):
+    """The levels `[G, K]` of cuts of row `number` of each group, and their error `[G]` in float64."""
+    place = layout.place
 
-    def part(held, narrowed, gaps, cuts, heaviest):
+    def part(arrays, number, held, narrowed, gaps, cuts, heaviest):
         here = held_rows(held, place).part
         levels = gaps.widen(interval_means(held_rows(narrowed, place), cuts, keep_zero))
         levels = (levels * here.unit[:, None]).astype(here.values.dtype)
+        rows, weights, mask = (layout.some_rows(block, number, 1) for block in arrays)
+        if weights is not None:
+            levels = settled(rows, levels, weights, mask, here.unit, keep_zero, place.value_axes)
         there = jnp.arange(here.length) < here.size[:, None]
         values = jnp.where(there, here.values, 0)
         nearest = take(levels, assign(values, levels).astype(jnp.int32))
@@ -359,8 +364,9 @@ def _levels(held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, place: Pl
             square = square * (here.shares * heaviest[:, None])
         return levels, lax.psum(jnp.sum(jnp.where(there, square, 0.0), axis=1), place.value_axes)
 
-    specs = *[place.of_devices] * 2, *[place.of_rows] * 3
-    return place.run(part, specs, place.of_rows)(held, narrowed, gaps, cuts, heaviest)
+    specs = tuple(None if array is None else layout.spec for array in arrays), PartitionSpec()
+    specs = *specs, *[place.of_devices] * 2, *[place.of_rows] * 3
+    return place.run(part, specs, place.of_rows)(arrays, number, held, narrowed, gaps, cuts, heaviest)
 
 
 def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
@@ -399,6 +405,7 @@ def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
             polished = np.asarray(_polished(narrowed, cuts, place=place, keep_zero=keep_zero))
             for g in changed:
                 cuts[g] = better_of(rows[g], polished[g], cuts[g])
-    levels, error = _levels(held, narrowed, gaps, cuts, known.heaviest, place=place, keep_zero=keep_zero)
+    found = held, narrowed, gaps, cuts, known.heaviest
+    levels, error = _levels(arrays, np.int32(number), *found, layout=layout, keep_zero=keep_zero)
     bound = bound / gaps.factor**2 * known.heaviest
     return rounded_fit(np.asarray(levels), np.asarray(error), bound, known.unit, working_dtype(arrays[0].dtype))

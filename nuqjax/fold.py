@@ -31,7 +31,7 @@ from nuqjax.fold_program import (
     scoped,
     wide,
 )
-from nuqjax.interpret import trace
+from nuqjax.interpret import Traced, trace, write_changes
 from nuqjax.rules import path_name
 
 
@@ -65,7 +65,8 @@ def fold_batch_norm(
       ValueError: a batch-norm (a product of activations by an expression with the square root of a parameter) cannot
         be folded: its scope, its leaves and the reason are named; two batch-norms want different values in one leaf;
         an expression in `skip` is wrong or matches no batch-norm; a leaf is no array of numbers, or compressed. And
-        when `folded_fn` is called with arguments for which `fn` has other batch-norms.
+        when `folded_fn` is called with arguments for which `fn` has other batch-norms, or which it changes in place
+        where that cannot be written back.
 
     >>> import jax, jax.numpy as jnp
     >>> def predict(params, x):
@@ -92,8 +93,10 @@ def fold_batch_norm(
         chains = _chains(program.flat, skipper, strict=False)
         if _signature(program.flat, chains) != expected:
             raise ValueError("with these arguments the function has other batch-norms than those that were folded")
-        outputs = _evaluate(program.flat, chains, [x for _, x in program.arrays])
-        return jax.tree.unflatten(program.outputs, outputs)
+        results = _evaluate(program.flat, chains, [x for _, x in program.traced.arrays])
+        count = program.traced.outputs.num_leaves
+        write_changes(program.traced, args, options | kwargs, results[count:], _CALLER)
+        return jax.tree.unflatten(program.traced.outputs, results[:count])
 
     update = {program.position[var]: array for var, array in folded.items()}
     values, structure = jax.tree.flatten(params)
@@ -137,19 +140,17 @@ class _Program:
 
     Attributes:
       flat: its equations.
-      arrays: path and value of every array argument, in the order of the inputs.
+      traced: what it was read from.
       position: of the variables that are leaves of the parameters, their number among all leaves.
-      outputs: the outputs' structure.
     """
 
     flat: Flat
-    arrays: list[tuple[Any, Any]]
+    traced: Traced
     position: dict[Any, int]
-    outputs: Any
 
     def parameters(self) -> dict[Any, np.ndarray]:
         """The leaves of the parameters by variable, floats as float64."""
-        inputs = dict(zip(self.flat.jaxpr.jaxpr.invars, self.arrays, strict=True))
+        inputs = dict(zip(self.flat.jaxpr.jaxpr.invars, self.traced.arrays, strict=True))
         for var, name in self.flat.leaves.items():
             x = inputs[var][1]
             if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -164,7 +165,9 @@ def _read(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             raise ValueError(
                 f"leaf {path_name(path[2:])!r} is compressed: fold first; then wrap folded_fn in nuqjax.apply"
             )
-    traced = trace(fn, args, kwargs, lambda x: isinstance(x, jax.ShapeDtypeStruct), lambda x: x.sharding)
+    traced = trace(
+        fn, args, kwargs, lambda x: isinstance(x, jax.ShapeDtypeStruct), lambda x: x.sharding, caller=_CALLER
+    )
     is_leaf = [path[:2] == _FIRST and jnp.issubdtype(x.dtype, np.number) for path, x in traced.arrays]
     names = [path_name(path[2:]) or "params" for path, _ in traced.arrays]
     roles = ["parameter" if leaf else "activation" for leaf in is_leaf]
@@ -174,9 +177,10 @@ def _read(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     numbers = {path: n for n, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(args[0])[0])}
     inputs = zip(program.jaxpr.jaxpr.invars, traced.arrays, is_leaf, strict=True)
     position = {var: numbers[path[2:]] for var, (path, _), leaf in inputs if leaf}
-    return _Program(program, traced.arrays, position, traced.outputs)
+    return _Program(program, traced, position)
 
 
+_CALLER = "fold_batch_norm"
 _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 
 

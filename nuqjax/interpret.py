@@ -101,7 +101,7 @@ class Traced(NamedTuple):
       arrays: path and value of every argument that is an array or a leaf like one.
       outputs: the structure of the outputs.
       changed: paths of the leaves of the arguments that the function replaced in place, with what it put there if that
-        is no array. Empty unless `trace` was asked to keep them.
+        is no array. Empty where `trace` was not told who asks.
     """
 
     jaxpr: core.ClosedJaxpr
@@ -121,7 +121,7 @@ def trace(
     is_leaf: Callable[[Any], bool],
     sharding_of: Callable[[Any], Any] = lambda leaf: None,
     *,
-    keep_changes: bool = False,
+    caller: str = "",
 ) -> Traced:
     """Traces `fn` on the dense shapes of its arguments.
 
@@ -131,12 +131,15 @@ def trace(
       kwargs: its arguments by name, likewise.
       is_leaf: tells the leaves that stand for an array; they have a `shape` and a `dtype`.
       sharding_of: of such a leaf, how its array is distributed over a mesh with explicit axes; None of others.
-      keep_changes: give what the function changes in its arguments, too.
+      caller: who asks for what the function changes in its arguments, as messages name it; "" does not ask.
 
     Raises:
-      ValueError: with `keep_changes`, what the function changed in place is no single leaf: it added or took one away,
+      TypeError: `fn` is a model, not a function of it.
+      ValueError: with a `caller`, what the function changed in place is no single leaf: it added or took one away,
         or changed a static field.
     """
+    if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
+        raise TypeError(f"{caller}: {type(fn).__name__} is a model, and a function is wanted, such as model.apply")
     flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
     changed: list[tuple[tuple[Any, ...], Any]] = []
@@ -149,9 +152,8 @@ def trace(
         before = jax.tree.structure((args, kwargs), is_leaf=is_leaf)
         outputs = fn(*args, **kwargs)
         computed = []
-        if keep_changes:
-            for path, old, new in _changes((args, kwargs), before, [p for p, _ in flat], values, is_leaf):
-                del old
+        if caller:
+            for path, new in _changes((args, kwargs), before, [p for p, _ in flat], values, is_leaf, caller):
                 is_array = isinstance(new, _ARRAYS)
                 changed.append((path, COMPUTED if is_array else new))
                 computed += [new] if is_array else []
@@ -172,8 +174,8 @@ def trace(
 _ARRAYS = jax.Array | np.ndarray | np.generic
 
 
-def _changes(tree, before, paths, values, is_leaf):
-    """Path, old and new value of each leaf that is another than before."""
+def _changes(tree, before, paths, values, is_leaf, caller):
+    """Path and new value of each leaf that is another than before."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     missing = dict.fromkeys(paths)
     added = [path for path, _ in flat if path not in missing]
@@ -182,7 +184,7 @@ def _changes(tree, before, paths, values, is_leaf):
     if added or missing:
         path, done = (added[0], "adds") if added else (next(iter(missing)), "takes away")
         raise ValueError(
-            f"nuqjax.apply: the function {done} {argument_name(path)}, which cannot be written back: let it return the "
+            f"{caller}: the function {done} {argument_name(path)}, which cannot be written back: let it return the "
             "new state, or make the place for it before the call"
         )
     if structure != before:
@@ -190,17 +192,56 @@ def _changes(tree, before, paths, values, is_leaf):
             n for n, (a, b) in enumerate(zip(_arguments(structure), _arguments(before), strict=True)) if a != b
         )
         raise ValueError(
-            f"nuqjax.apply: the function changes a static field of its argument {number}, such as a module's mode, "
+            f"{caller}: the function changes a static field of its argument {number}, such as a module's mode, "
             "which cannot be written back: set it before the call (model.eval())"
         )
     for (path, new), old in zip(flat, values, strict=True):
         if new is not old and not (type(new) is type(old) and not isinstance(new, _ARRAYS) and new == old):
-            yield path, old, new
+            yield path, new
 
 
 def _arguments(structure) -> list[Any]:
     """The structures of the arguments, by place and by name."""
     return [argument for group in structure.children() for argument in group.children()]
+
+
+def write_changes(traced: Traced, args: Any, kwargs: Any, computed: Sequence[Any], caller: str) -> None:
+    """Puts what a function changed in its arguments into the containers of these.
+
+    Args:
+      traced: the function.
+      args: the arguments that it was traced on.
+      kwargs: those by name.
+      computed: the arrays behind its outputs, in their order.
+      caller: as in `trace`.
+
+    Raises:
+      ValueError: a container takes no new value; it is named.
+    """
+    arrays = iter(computed)
+    for path, value in traced.changed:
+        _write((args, kwargs), path, next(arrays) if value is COMPUTED else value, caller)
+
+
+def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
+    """Puts a value in a leaf's place, in the containers of the tree themselves."""
+    *parents, last = path
+    try:
+        for key in parents:
+            tree = (
+                getattr(tree, key.name) if hasattr(key, "name") else tree[key.key if hasattr(key, "key") else key.idx]
+            )
+        if not hasattr(last, "name"):
+            tree[last.key if hasattr(last, "key") else last.idx] = value
+        elif hasattr(tree, "set_value"):  # a Variable of NNX
+            tree.set_value(value)
+        else:
+            setattr(tree, last.name, value)
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{caller}: the function changes {argument_name(path)} in place, which cannot be written back "
+            f"({error}); let it return the new value"
+        ) from error
 
 
 def argument_name(path: Sequence[Any]) -> str:

@@ -177,8 +177,10 @@ def plan_leaves(params: Any, options: Options, rules: Rule | Sequence[Rule]) -> 
 
 
 def _check_tree(flat: Sequence[tuple[Any, Any]]) -> None:
-    """Raises ValueError for what is no tree of arrays: a function, a module, a list of numbers."""
+    """Raises ValueError for what is no tree of arrays: a function, a module, a list of numbers, tensors of others."""
     wanted = "a tree of arrays is wanted, such as compress(variables['params'])"
+    for path, leaf in flat:
+        _check_kind(path_name(path), leaf)
     if any(is_array(leaf) for _, leaf in flat):
         return
     for path, leaf in flat:
@@ -189,6 +191,22 @@ def _check_tree(flat: Sequence[tuple[Any, Any]]) -> None:
                 f"{path_name(path)}: a Python {type(leaf).__name__} in a list, which would be a leaf of its own, but "
                 f"{wanted}; jnp.asarray makes a list of numbers an array"
             )
+
+
+def _check_kind(path: str, leaf: Any) -> None:
+    """Raises ValueError for an array that would be taken for another: one with masked values, a tensor of others."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        masked = np.count_nonzero(np.ma.getmaskarray(leaf))
+        if masked:
+            raise ValueError(f"{path}: an array with {masked} masked values; its filled(0), or its data, are wanted")
+    if is_array(leaf) and not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not is_codebook_array(leaf):
+        try:
+            np.dtype(leaf.dtype)
+        except TypeError as error:
+            kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+            raise ValueError(
+                f"{path}: a {kind} of dtype {leaf.dtype}, but an array of NumPy or JAX is wanted: np.asarray(leaf)"
+            ) from error
 
 
 def is_array(leaf: Any) -> bool:

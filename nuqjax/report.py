@@ -14,7 +14,7 @@ from rich.text import Text
 
 from nuqjax import packing
 from nuqjax import rows as rows_
-from nuqjax.codebook_array import CodebookArray, channel_block, dense_on_host, is_codebook_array
+from nuqjax.codebook_array import CodebookArray, channel_block, check_layout, dense_on_host, is_codebook_array
 from nuqjax.host import why_unfit
 from nuqjax.rules import path_name, printable
 
@@ -295,6 +295,8 @@ def report_leaf(
     path: str, dense: Any, leaf: Any, reason: str | None, method: str | None = None, certificate: float | None = None
 ) -> LeafReport:
     """One leaf of a report: `leaf` beside the `dense` one that it came from, or why it stayed dense."""
+    if is_codebook_array(leaf):
+        check_layout(leaf, path or "the compressed leaf")
     if is_codebook_array(leaf) and not is_codebook_array(dense):
         return _report_compressed(path, dense, leaf, method, certificate)
     return _report_dense(path, leaf, reason)

@@ -4,12 +4,14 @@
 is data, checked before it is used.
 """
 
+import math
 import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import jax
@@ -22,12 +24,15 @@ from nuqjax.report import Report
 from nuqjax.rules import nearest, path_name
 from nuqjax.shardings import shardings
 from nuqjax.store_file import Bundle, Stored, from_array, open_bundle
-from nuqjax.store_layout import Entry, checksum, describe, tied
+from nuqjax.store_layout import Entry, checksum, describe, stored_bytes, tied
 from nuqjax.store_report import report_entry, report_from_json, report_to_json, with_coded_sizes
-from nuqjax.store_text import from_text, to_text
+from nuqjax.store_text import PLAIN, POOLED, from_text, to_text
 from nuqjax.store_tree import Structure, tree_to_nodes
 from nuqjax.store_write import write
 
+_SMALL, _MANY = 1 << 12, 32
+"""Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more: a line of the header, of some 75
+bytes that no reader takes deflated, would be much of what each takes."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -69,10 +74,20 @@ def save(
     >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
     (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
     """
-    limit = shard_size(max_shard_size)
+    _save(path, cparams, report, entropy_coding, shard_size(max_shard_size))
+
+
+def save_by_name(path: str | os.PathLike[str], cparams: Any) -> None:
+    """As `save`, every tensor under a name of its own, however many and small: as what does not know of us asks."""
+    _save(path, cparams, pooled=False)
+
+
+def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=True) -> None:
     nodes, leaves = tree_to_nodes(cparams)
     layout = Layout(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
+    if pooled:
+        tensors = layout.pool(tensors, limit)
     text = layout.text(report)
     Structure(nodes, len(text))  # what `load` refuses is not saved
     write(path, tensors, *metadata(text), limit)
@@ -86,6 +101,7 @@ class Layout:
         self._nodes, self.entries = nodes, []
         self._names = {"__metadata__"}
         self.coded: dict[str, int] = {}
+        self._version = PLAIN
         self._added: dict[Any, tuple[int, Any]] = {}  # entry's number and leaf, by its arrays' identities
 
     def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
@@ -112,6 +128,30 @@ class Layout:
         self.entries.append(dict(entry))
         return list(named.values())
 
+    def pool(self, tensors: Sequence[Stored], limit: int | None) -> list[Stored]:
+        """The tensors to write when all leaves are added: many small ones as one for each dtype, and where each is.
+
+        What may be parted over shards is left as it is: those are of large trees, and their headers are of no weight.
+        """
+        small = [tensor for tensor in tensors if tensor.nbytes <= _SMALL]
+        if len(small) < _MANY or (limit is not None and sum(tensor.nbytes for tensor in tensors) > limit):
+            return list(tensors)
+        by_code: dict[str, list[Stored]] = {}
+        for tensor in small:
+            by_code.setdefault(tensor.code, []).append(tensor)
+        places, pools = {}, []
+        for code, parts in by_code.items():
+            name, begin = self._name("small", code), 0
+            for part in parts:
+                places[part.name] = {"name": name, "at": begin}
+                begin += part.nbytes
+            pools.append(_joined(name, code, parts))
+        for entry in self.entries:
+            for reference in entry.get("tensors", {}).values():
+                reference.update(places.get(reference["name"], {}))
+        self._version = POOLED
+        return [tensor for tensor in tensors if tensor.name not in places] + pools
+
     def _name(self, path: str, role: str | None) -> str:
         """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
         name = ".".join(filter(None, [path or "leaf", role]))
@@ -128,7 +168,13 @@ class Layout:
                 raise ValueError("save: the report is not that of this tree: its leaves have other paths")
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
-        return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept})
+        return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept}, self._version)
+
+
+def _joined(name: str, code: str, parts: Sequence[Stored]) -> Stored:
+    """Tensors of one dtype as one, one behind the other."""
+    count = sum(math.prod(part.shape) for part in parts)
+    return Stored(name, code, (count,), lambda: chain.from_iterable(part.chunks() for part in parts))
 
 
 def described(
@@ -199,7 +245,8 @@ def load(
       verify: compare the checksums of what is loaded, for which every byte of it is read.
 
     Returns:
-      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them.
+      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them, and so
+      do those of dtypes that JAX does not hold (float6).
 
     Raises:
       ValueError: the file is damaged, is not one of `save`, or of a newer version; the tree is unlike `like`; no leaf
@@ -269,12 +316,34 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
         is_tied = isinstance(entry, dict) and entry.get("kind") == "tied"
         entries.append(tied(entry, path, entries, name) if is_tied else Entry(entry, path, bundle))
     own = [entry for entry in entries if entry.same_as is None]
-    names = [reference["name"] for entry in own for reference in entry.tensors.values()]
+    references = [reference for entry in own for reference in entry.tensors.values()]
+    names = [reference["name"] for reference in references if "at" not in reference]
+    names += _pools([reference for reference in references if "at" in reference], bundle)
     times = Counter(names)
     if len(times) < len(names) or len(names) < len(bundle.files):
         unnamed = sorted(bundle.files.keys() - times.keys()) or sorted(n for n, count in times.items() if count > 1)
         raise ValueError(f"{name}: the tensor {unnamed[0][:200]!r} is not named by just one leaf")
     return structure, entries, layout["report"]
+
+
+def _pools(parts: Sequence[Mapping[str, Any]], bundle: Bundle) -> list[str]:
+    """The tensors that hold these parts, each of which is to be made of its parts without holes."""
+    ends: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: (part["at"], stored_bytes(part))):
+        name, end = part["name"], ends.get(part["name"], 0)
+        if part["at"] != end:
+            how = "overlaps" if part["at"] < end else "leaves a hole behind"
+            raise ValueError(
+                f"{bundle.name}: in tensor {name[:200]!r}, what is at byte {part['at']} {how} what is before it"
+            )
+        ends[name] = end + stored_bytes(part)
+    for name, end in ends.items():
+        if end != bundle.array(name).size:
+            raise ValueError(
+                f"{bundle.name}: the leaves in tensor {name[:200]!r} take {end} bytes, but it has "
+                f"{bundle.array(name).size}"
+            )
+    return list(ends)
 
 
 def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], name: str) -> list[bool]:
@@ -366,16 +435,23 @@ def _placed(leaf: Any, place: Sharding | None) -> Any:
 
 
 def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
-    """The array as JAX's, or as NumPy's where JAX would round it. What is mapped is copied: the file may change."""
-    try:
-        kept = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    except TypeError:
-        kept = False
-    if not kept:
+    """The array as JAX's, or as NumPy's where JAX does not hold it. What is mapped is copied: the file may change."""
+    if not _is_held(array.dtype):
         return np.array(array)
     if place is None:
         return to_jax(np.array(array))
     return jax.make_array_from_callback(array.shape, place, lambda index: np.array(array[index]))
+
+
+def _is_held(dtype: np.dtype) -> bool:
+    """Whether JAX has arrays of a dtype: not of float6, and without x64 not of 64 bits, which it would round."""
+    try:
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            return False
+        to_jax(np.zeros((), dtype))
+    except (TypeError, jax.errors.JaxRuntimeError):
+        return False
+    return True
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:

@@ -19,7 +19,7 @@ from nuqjax.codebook_array import CodebookArray, check_structure, is_codebook_ar
 from nuqjax.fixed_point import QFormat
 from nuqjax.host import to_jax
 from nuqjax.rows import ChannelGroups, InputGroups
-from nuqjax.store_file import Bundle, check_shape
+from nuqjax.store_file import ITEMSIZE, Bundle, check_shape
 
 # A dtype's code in the file. Others have none that every reader knows, and are stored as what stands beside them below.
 _CODES = {
@@ -53,6 +53,17 @@ def storage_dtype(name: str) -> str:
     if name in _AS_BYTES:
         return "uint8"
     return _AS_INTEGERS[name][0] if name in _AS_INTEGERS else _AS_PAIRS.get(name, name)
+
+
+def stored_bytes(reference: Mapping[str, Any]) -> int:
+    """Bytes that a tensor takes in the file, from the dtype and shape of a reference to it."""
+    code, shape = _stored_form(reference["dtype"], reference["shape"])
+    return math.prod(shape) * ITEMSIZE[code]
+
+
+def _stored_form(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Code and shape under which values of a dtype and shape are stored."""
+    return _CODES[storage_dtype(dtype)], (*shape, 2) if dtype in _AS_PAIRS else tuple(shape)
 
 
 def is_stored(dtype: np.dtype) -> bool:
@@ -248,7 +259,7 @@ class Entry:
         where = f"{self.where}, {role}"
         if not isinstance(reference, dict):
             raise ValueError(f"{where}: no reference to a tensor")
-        _only(reference, {"name", "dtype", "shape", "crc32"}, where)
+        _only(reference, {"name", "at", "dtype", "shape", "crc32"}, where)
         name, dtype = _field(reference, "name", str, where), _field(reference, "dtype", str, where)
         _field(reference, "crc32", int, where)
         shape = _field(reference, "shape", list, where)
@@ -262,9 +273,15 @@ class Entry:
             np.dtype(dtype)
         except TypeError as error:
             raise ValueError(f"{where}: dtype {dtype!r}, which this NumPy does not have") from error
-        wanted = (_CODES[stored], (*shape, 2) if dtype in _AS_PAIRS else tuple(shape))
-        header = self._bundle.entry(name)
-        if header[:2] != wanted:
+        wanted, header = _stored_form(dtype, shape), self._bundle.entry(name)
+        if "at" in reference:  # in a tensor of several small ones
+            begin, size = _field(reference, "at", int, where), stored_bytes(reference)
+            if header.code != wanted[0] or not 0 <= begin <= begin + size <= header.end - header.begin:
+                raise ValueError(
+                    f"{where}: the layout wants {size} bytes of {wanted[0]} at byte {begin}, but the tensor "
+                    f"{name[:200]!r} is {header.code} of {header.end - header.begin} bytes"
+                )
+        elif header[:2] != wanted:
             raise ValueError(
                 f"{where}: the layout wants {wanted[0]} of shape {list(wanted[1])}, but the tensor {name[:200]!r} is "
                 f"{header.code} of shape {list(header.shape)}"
@@ -417,8 +434,7 @@ class Entry:
         return leaf
 
     def _array(self, role: str, verify: bool) -> np.ndarray:
-        reference = self.tensors[role]
-        raw = self._bundle.array(reference["name"])
+        reference, raw = self.tensors[role], self._raw(role)
         where = f"{self.where}, {role}"
         if verify and zlib.crc32(raw.data) != reference["crc32"]:
             raise ValueError(f"{where}: the bytes are not those that were saved (their CRC-32 differs)")
@@ -438,7 +454,13 @@ class Entry:
 
     def nbytes(self, *roles: str) -> int:
         """Bytes that these tensors of the leaf take in the file."""
-        return sum(self._bundle.array(self.tensors[role]["name"]).size for role in roles if role in self.tensors)
+        return sum(self._raw(role).size for role in roles if role in self.tensors)
+
+    def _raw(self, role: str) -> np.ndarray:
+        """`[n]` uint8: a tensor's bytes, as a view of the file."""
+        reference = self.tensors[role]
+        raw = self._bundle.array(reference["name"])
+        return raw[reference["at"] :][: stored_bytes(reference)] if "at" in reference else raw
 
 
 def is_floating(dtype: str) -> bool:

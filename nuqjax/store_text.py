@@ -8,12 +8,12 @@ from typing import Any
 from nuqjax.store_file import MAX_HEADER, parse_json
 from nuqjax.store_write import to_json
 
-PLAIN, DEFLATED = 1, 2  # versions of the format
+PLAIN, DEFLATED, POOLED = 1, 2, 3  # versions of the format: of a layout 1 or 3, and 2 of either when deflated
 _EXPANSION, _FREE = 32, 1 << 16
 """A text of n characters never stands for more than 32·n + 65,536 bytes of JSON: what would, is left plain."""
 
 
-def to_text(layout: dict[str, Any]) -> str:
+def to_text(layout: dict[str, Any], version: int = PLAIN) -> str:
     """The text of a layout, the same for the same layout.
 
     >>> to_text({"leaves": []})
@@ -24,7 +24,7 @@ def to_text(layout: dict[str, Any]) -> str:
     >>> from_text(text, "FILE")["leaves"][-1]
     'leaf'
     """
-    plain = to_json({"version": PLAIN, **layout})
+    plain = to_json({"version": version, **layout})
     stored = base64.b64encode(zlib.compress(plain.encode(), 9)).decode()
     text = to_json({"version": DEFLATED, "deflated": stored})
     fits = len(plain.encode()) <= _most(len(stored))
@@ -47,10 +47,10 @@ def from_text(text: str, name: str) -> dict[str, Any]:
         if set(layout) != {"version", "deflated"} or not isinstance(stored, str):
             raise ValueError(f"{name}: the layout does not have just version and deflated")
         layout = _parsed(_inflated(stored, name), name)
-    if layout["version"] != PLAIN:
-        newer = "; a newer nuqjax reads it" if layout["version"] > DEFLATED else ""
+    if layout["version"] not in (PLAIN, POOLED):
+        newer = "; a newer nuqjax reads it" if layout["version"] > POOLED else ""
         raise ValueError(
-            f"{name}: version {layout['version']} of the format, but this nuqjax reads versions 1 and 2{newer}"
+            f"{name}: version {layout['version']} of the format, but this nuqjax reads versions 1 to 3{newer}"
         )
     return layout
 

@@ -14,6 +14,13 @@ def _ended(rows: np.ndarray, *ends: float) -> np.ndarray:
     return rows
 
 
+def _raised(rows: np.ndarray) -> np.ndarray:
+    """Rows of whose values the first third is far from the others and far wider."""
+    first = rows[..., : rows.shape[-1] // 3]
+    first[...] = 1e12 + 1e8 * first
+    return rows
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator, Any], np.ndarray]] = {
     "normal": lambda g, size: g.standard_normal(size),
     "t3": lambda g, size: g.standard_t(3, size),
@@ -24,8 +31,10 @@ FAMILIES: dict[str, Callable[[np.random.Generator, Any], np.ndarray]] = {
     "lattice": lambda g, size: np.round(g.standard_normal(size) * 50),
     "far apart": lambda g, size: g.standard_normal(size) + g.choice([-1e4, 1e4], size),
     "outlier": lambda g, size: _ended(g.standard_normal(size) + g.choice([-10, 10], size), 1e6),
+    "outlier below": lambda g, size: _ended(g.standard_normal(size), -1e9),
     "far outlier": lambda g, size: _ended(g.standard_normal(size), 1e12),
     "outliers": lambda g, size: _ended(g.standard_normal(size), -1e12, 3e7, 1e12),
+    "scales": lambda g, size: _raised(g.standard_normal(size)),
     "heavy tail": lambda g, size: g.pareto(0.5, size),
     "wide": lambda g, size: g.lognormal(sigma=5, size=size) * g.choice([-1, 1], size),
 }

@@ -514,3 +514,31 @@ def test_a_damaged_leaf_of_orbax_is_named_and_its_neighbours_are_read(tmp_path):
         b.read()
     np.testing.assert_array_equal(c.read(), tree["c"])
     gc.collect()  # so that what orbax left behind is told here
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's own threads
+@pytest.mark.parametrize("count", [1, 3])
+def test_orbax_leaves_claim_no_more_than_their_files_can_stand_for(tmp_path, count):
+    """A chunk that is missing stands for zeros where the metadata say so: 70 GB of them in 300 bytes."""
+    path = tmp_path / "x"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(path, {name: np.arange(64.0) for name in "abcd"})
+    text = json.loads((path / "_METADATA").read_text())
+    (path / "_METADATA").write_text(json.dumps(text | {"store_array_data_equal_to_fill_value": False}))
+    nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    for name in "bcd"[:count]:  # each alone more than there can be, or all together
+        (path / name / "0").unlink()
+        about = json.loads((path / name / ".zarray").read_text())
+        size = 2**33 if count == 1 else (2**15 * nbytes) // 8 // 2
+        (path / name / ".zarray").write_text(json.dumps(about | {"shape": [size], "chunks": [1024]}))
+    checkpoint = nuqjax.open_checkpoint(path)
+    refused = [leaf for leaf in checkpoint.leaves if leaf.problem]
+    assert len(refused) == (1 if count == 1 else 2)
+    with pytest.raises(ValueError, match=r"x: '[bcd]' holds \d+ bytes, more than its files can stand for.*skip="):
+        checkpoint.read()
+    np.testing.assert_array_equal(checkpoint.leaves[0].read(), np.arange(64.0))
+    wide = tmp_path / "wide"
+    nuqjax.save(tmp_path / "saved", {"z": np.zeros((1024, 4096), np.float32)})
+    nuqjax.write_checkpoint(wide, nuqjax.open_checkpoint(tmp_path / "saved"), "orbax")
+    assert not nuqjax.open_checkpoint(wide).read()["z"].any()  # zeros that are there are read
+    gc.collect()

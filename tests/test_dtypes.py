@@ -166,3 +166,15 @@ def test_levels_rounded_under_a_trace_are_finite_too():
         given = functools.partial(nuqjax.compress, bits=1, method="uniform", rules=Rule("w", skip=False), **options)
         assert bits(jax.jit(given)(params)) == bits(given(params))
         assert np.isfinite(np.asarray(nuqjax.decompress(given(params))["w"], np.float64)).all()
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize(
+    "name", [*FLOATS, "float6_e2m3fn", "float6_e3m2fn", "float8_e8m0fnu", "int4", "uint2", "int64"]
+)
+def test_what_is_saved_can_be_loaded(name, placed, tmp_path):
+    """Arrays of a dtype that JAX does not hold come back as NumPy's: float6 was saved, and ended in XLA's error."""
+    array = np.ones((4, 3)).astype(dtype_of(name))
+    nuqjax.save(tmp_path / "a", {"w": array})
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if placed else None
+    assert bits(nuqjax.load(tmp_path / "a", sharding=place)) == bits({"w": array})

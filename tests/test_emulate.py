@@ -1150,3 +1150,19 @@ def test_floats_are_made_of_words_only_in_the_sums_that_the_formats_prove(word):
     assert sums
     assert found.count("dot_general") + found.count("conv_general_dilated") == sums
     assert set(found) == {"convert_element_type", "dot_general", "conv_general_dilated"}
+
+
+def test_a_function_that_changes_its_arguments_in_place_is_refused():
+    """What it changed was lost without a word."""
+    x, tree = jnp.ones((2, 4)), {"w": jnp.ones((4, 3)), "seen": jnp.float32(0)}
+    formats = calibrate(lambda p, x: x @ p["w"], tree, x)
+
+    def seeing(p, x):
+        p["seen"] = p["seen"] + 1
+        return x @ p["w"]
+
+    for call in (lambda: emulate(seeing, formats)(tree, x), lambda: calibrate(seeing, tree, x)):
+        with pytest.raises(ValueError, match=r"the function changes argument 0, seen in place, which raw integers"):
+            call()
+    with pytest.raises(ValueError, match=r"the function changes argument 0, mean.* in place, .*model.eval"):
+        calibrate(lambda model, x: model(x), nnx.BatchNorm(4, rngs=nnx.Rngs(0)), x)

@@ -228,6 +228,35 @@ def test_what_cannot_be_exported_is_told(inputs, options, message):
         nuqjax.export(lambda params, *inputs: params["a"] * 2, {"a": jnp.ones(3)}, inputs, **options)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda p, z: p.update(seen=p["seen"] + 1), "seen in place"),
+        (lambda p, z: z.update(x=z["x"] + 1), "x in place"),
+        (lambda p, z: p.update(w=p["w"] + 1), "a compressed leaf in place, argument 0, w"),
+    ],
+)
+def test_what_a_function_changes_in_place_is_not_lost_without_a_word(change, named):
+    weights = nuqjax.compress({"w": VECTORS, "seen": jnp.float32(0)}, method="uniform", min_size=0)
+
+    def changing(p, z):
+        change(p, z)
+        return z["x"] @ p["w"]
+
+    with pytest.raises(ValueError, match=f"the function changes {named}"):
+        nuqjax.export(changing, weights, {"x": np.ones((3, 5), np.float32)}, platforms=["cpu"])
+
+
+def test_every_tensor_of_the_file_has_its_name_however_many_and_small(tmp_path):
+    weights = {str(n): VECTORS.copy() for n in range(40)}
+    exported = nuqjax.export(lambda p, x: x @ p["7"], weights, np.ones((3, 5), np.float32), platforms=["cpu"])
+    exported.save(tmp_path)
+    stored = load_file(tmp_path / "weights.safetensors")
+    assert set(stored) == set(weights)
+    sums = exported.program.call(stored, np.ones((3, 5), np.float32))
+    np.testing.assert_allclose(sums[0], VECTORS.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
 def test_without_flatbuffers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(ImportError, match=r"pip install 'nuqjax\[export\]'"):

@@ -124,6 +124,15 @@ fit_knq_gaps.partition = fit_knq_mesh.partition = found
 tied = values.copy()
 tied[0, [5, size - 9]] = 1e9
 same(tied, 8, mesh_of((4,), ("d",)), P(None, "d"), keep_zero=True, **heavy)
+# A level of values that weigh next to nothing is their mean there too.
+far, weights = np.float64([1.7221562e9, 1.8e9]), np.float64([7e-13, 2e-13])
+heavy = {name: np.array(x) for name, x in heavy.items()}
+tied[0, [5, size - 9]], heavy["weights"][0, [5, size - 9]], heavy["mask"][0, [5, size - 9]] = far, weights, True
+placed = jax.device_put(tied, NamedSharding(mesh_of((4,), ("d",)), P(None, "d")))
+one, many = (nuqjax.fit(row, 8, keep_zero=True, **heavy) for row in (tied, placed))
+np.testing.assert_array_equal(many.levels, one.levels)
+np.testing.assert_allclose(many.levels[0, -1], (far * weights).sum() / weights.sum(), rtol=2.0**-22)
+gap(many)
 print("the same bits")
 """
 )

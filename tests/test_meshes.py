@@ -156,6 +156,19 @@ same(leaves, wanted)
 assert spec(leaves["kernel"]) == ("n", "m")
 np.testing.assert_allclose(jax.jit(folded)(leaves, given[0]), alone(wanted, x), rtol=1e-4, atol=1e-4)
 
+# Eager fits with a proof, and meshes of which some axes alone are explicit.
+long = rng.standard_normal((4, 600), np.float32)
+mixed = jax.make_mesh((2, 2), ("n", "m"), axis_types=(E, AxisType.Auto), devices=jax.devices()[:4])
+alone, crossed = nuqjax.fit(long, 4), {"kernel": P("m", "n"), "table": P("n"), "layers": P(None, ("n", "m"))}
+for on_mesh, of_rows in ((mesh, P("n", "m")), (mesh, P(None, ("n", "m"))), (mixed, P("n", "m")), (mixed, P("m", "n"))):
+    fitted = nuqjax.fit(jax.device_put(long, NamedSharding(on_mesh, of_rows)), 4)
+    same(fitted.levels, alone.levels)
+    assert (fitted.lower_bound >= fitted.sse * (1 - 2e-6)).all() and fitted.levels.sharding.mesh == on_mesh
+    assert spec(fitted.levels) == ("n" if of_rows[0] == "n" else None, None)
+_, leaves, values = compressed(mixed, crossed, others[1])
+output = jax.jit(nuqjax.apply(lambda p, x: x @ p["kernel"]))(leaves, jax.device_put(x, NamedSharding(mixed, P("m"))))
+np.testing.assert_allclose(output, x @ np.asarray(values["kernel"]), rtol=1e-5, atol=1e-5)
+
 with jax.set_mesh(mesh):  # every array is on it by default
     compressed(mesh, specs, knq)
     look_up = lambda p, ids: p["table"].at[ids].get(out_sharding=P("n", "m"))

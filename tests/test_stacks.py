@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -184,3 +185,30 @@ def test_the_page_on_layers_runs_and_nothing_warns(capsys):
         assert "CodebookArray(float32[6, 64, 64], bits=4" in capsys.readouterr().out
         exec(nnx_, names)
     assert names["y"].shape == (2, 64)
+
+
+def test_arrays_that_would_be_taken_for_others_are_refused_by_name():
+    """A mask was dropped without a word; a tensor of others ended in an AttributeError."""
+    masked = np.ma.masked_array(array(32, 32), mask=np.arange(1024).reshape(32, 32) < 3)
+    foreign = SimpleNamespace(shape=(32, 32), dtype="torch.float32")
+    for leaf, message in (
+        (masked, r"a/w: an array with 3 masked values; its filled\(0\)"),
+        (foreign, r"a/w: a types.SimpleNamespace of dtype torch.float32, but .*np.asarray\(leaf\)"),
+    ):
+        for call in (nuqjax.compress, nuqjax.plan):
+            with pytest.raises(ValueError, match=message):
+                call({"a": {"w": leaf}})
+    unmasked = np.ma.masked_array(array(32, 32))
+    assert nuqjax.compress({"w": unmasked}, method="uniform")["w"].shape == (32, 32)
+
+
+def test_a_model_is_no_function_of_its_parameters():
+    module, tree, x = nn.Dense(3), {"w": array(4, 3)}, array(2, 4)
+    formats = nuqjax.calibrate(lambda p, x: x @ p["w"], tree, x)
+    for call in (
+        lambda: nuqjax.calibrate(module, tree, x),
+        lambda: nuqjax.emulate(module, formats)(tree, x),
+        lambda: nuqjax.fold_batch_norm(module, tree, x),
+    ):
+        with pytest.raises(TypeError, match=r"Dense is a model, and a function is wanted, such as model.apply"):
+            call()

@@ -57,6 +57,11 @@ def files(tmp_path_factory):
     cparams, report = nuqjax.compress(params, bits=1, method="uniform", min_size=0, return_report=True)
     nuqjax.save(folder / "reported", cparams, report=report)
     found["reported"] = (folder / "reported").read_bytes()
+    params = {str(i): np.arange(3 + i, dtype=("f4", "i1")[i % 2]) for i in range(4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_MANY", 1)
+        nuqjax.save(folder / "pooled", params)
+    found["pooled"] = (folder / "pooled").read_bytes()
     return found
 
 
@@ -175,12 +180,13 @@ def set_at(*where):
 
 
 A, B = ("leaves", 0), ("leaves", 1)
+LAST = ("leaves", 3, "tensors", "data")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("version", 3), "version 3 of the format, but this nuqjax reads versions 1 and 2; a newer nuqjax reads"),
+        (set_at("version", 4), "version 4 of the format, but this nuqjax reads versions 1 to 3; a newer nuqjax reads"),
         (set_at("version", 2), "FILE: the layout does not have just version and deflated"),
         (set_at("version", 0), "version 0 of the format"),
         (set_at("version", "1"), "the layout has no version"),
@@ -285,6 +291,31 @@ def test_tensors_that_no_leaf_or_two_leaves_name(files):
     entries["x/0"]["tensors"] = copy.deepcopy(entries["x/0"]["tensors"])
     header["x/0~"] = dict(header["x/0"])
     refused(put_together(header, layout, body), "begins at byte .* and overlaps tensor 'x/0'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_at("leaves", 1, "tensors", "data", "at", 1), "in tensor 'small.I8', what is at byte 1 leaves a hole"),
+        (set_at(*LAST, "at", 2), "in tensor 'small.I8', what is at byte 2 overlaps what is before it"),
+        (set_at(*LAST, "at", -1), "leaf '3', data: the layout wants 6 bytes of I8 at byte -1"),
+        (set_at(*LAST, "at", 10**40), "leaf '3', data: the layout wants 6 bytes of I8 at byte 1000"),
+        (set_at(*LAST, "at", 1.0), "leaf '3', data: 'at' is '1.0'"),
+        (set_at(*LAST, "at", KeyError), r"leaf '3', data: the layout wants I8 of shape \[6\]"),
+        (set_at(*LAST, "shape", [7]), "leaf '3', data: the layout wants 7 bytes of I8 at byte 4"),
+        (set_at(*LAST, "shape", [5]), "the leaves in tensor 'small.I8' take 9 bytes, but it has 10"),
+        (set_at(*LAST, "dtype", "uint8"), "leaf '3', data: the layout wants 6 bytes of U8 at byte 4"),
+        (
+            set_at(*LAST, "name", "small.F32"),
+            "the layout wants 6 bytes of I8 at byte 4, but the tensor 'small.F32' is F32",
+        ),
+        (set_at(*LAST, "crc32", 1), "leaf '3', data: the bytes are not those that were saved"),
+    ],
+)
+def test_a_place_in_a_shared_tensor_that_lies(files, change, message):
+    header, layout, body = taken_apart(files["pooled"])
+    change(layout)
+    refused(put_together(header, layout, body), message)
 
 
 def test_values_that_are_none_of_their_dtype(files):

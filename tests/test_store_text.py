@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nuqjax
-from nuqjax import store_text
+from nuqjax import store, store_text
 
 
 def small_leaves(count):
@@ -25,30 +25,57 @@ def header_size(path):
 
 @pytest.fixture(scope="module")
 def plain_and_deflated(tmp_path_factory):
-    """The same tree as files of both forms were written: its report, and the two."""
+    """A tree, its report, and a folder of its files in the first form and today's, with the report and without."""
     folder = tmp_path_factory.mktemp("forms")
     cparams, report = nuqjax.compress(small_leaves(16), method="normal", bits=3, return_report=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_text, "_most", lambda _: 0)
+        patch.setattr(store, "_SMALL", -1)
         nuqjax.save(folder / "plain", cparams, report=report)
+        nuqjax.save(folder / "plain, bare", cparams)
     nuqjax.save(folder / "deflated", cparams, report=report)
+    nuqjax.save(folder / "deflated, bare", cparams)
     assert b'"nuqjax":"{\\"version\\":1,' in (folder / "plain").read_bytes()
-    return cparams, report, folder / "plain", folder / "deflated"
+    return cparams, report, folder
 
 
-def test_the_header_of_many_small_leaves_is_a_quarter(plain_and_deflated):
-    _, _, plain, deflated = plain_and_deflated
-    assert header_size(plain) > 4 * header_size(deflated)
+@pytest.mark.parametrize("form", ["", ", bare"])
+def test_the_header_of_many_small_leaves_is_a_quarter(plain_and_deflated, form):
+    _, _, folder = plain_and_deflated
+    assert header_size(folder / f"plain{form}") > 7 * header_size(folder / f"deflated{form}")
 
 
 def test_both_forms_are_read(plain_and_deflated):
-    cparams, report, *paths = plain_and_deflated
-    for path in paths:
+    cparams, report, folder = plain_and_deflated
+    for path in (folder / "plain", folder / "deflated"):
         found = nuqjax.load(path)
         assert jax.tree.structure(found) == jax.tree.structure(cparams)
         assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(cparams)))
         assert nuqjax.inspect(path) == report
         assert len(nuqjax.open_checkpoint(path).leaves) == len(report.leaves)
+
+
+def test_small_tensors_share_one_for_each_dtype(tmp_path):
+    """Of every dtype and shape, scalars and what is empty among them; large ones, and few, have one of their own."""
+    dtypes = ("f4", "f2", "bfloat16", "i8", "bool", "int4", "c8", "float8_e4m3", "u4")
+    shapes = ((), (0, 3), (3,), (2, 5))
+    tree = {f"{d}.{n}": np.ones(shape, d) for d in dtypes for n, shape in enumerate(shapes)}
+    tree |= {"large": np.arange(1025, dtype="f4"), "small": {"F32": np.ones(3, "f4")}, "small.F32": np.zeros(2, "f4")}
+    path = tmp_path / "f"
+    nuqjax.save(path, tree)
+    tensors = store.open_bundle(path).files
+    codes = {f"small.{code}" for code in ("F16", "BF16", "I64", "BOOL", "I8", "U8", "U32")}
+    assert set(tensors) == {"large", "small.F32~", *codes}
+    for found in (nuqjax.load(path, numpy=True), nuqjax.load(path)):
+        flat, names = jax.tree.leaves(found), [str(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        for name, got, wanted in zip(names, flat, jax.tree.leaves(tree), strict=True):
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
+            assert np.asarray(got).tobytes() == wanted.tobytes(), name
+    assert nuqjax.load(path, leaves="^u4.2$", numpy=True)["u4.2"].tolist() == [1, 1, 1]
+    nuqjax.save(path, tree, max_shard_size=2000)
+    assert len(store.open_bundle(path).files) == len(tree)
+    nuqjax.save(path, dict(list(tree.items())[:31]))
+    assert len(store.open_bundle(path).files) == 31
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 100_000])
@@ -80,7 +107,7 @@ def deflated(data):
         (deflated(zlib.compress(b"\xff")), "no JSON that is allowed here"),
         (deflated(zlib.compress(b"[]")), "the layout has no version"),
         (deflated(zlib.compress(b'{"version":2,"deflated":""}')), "version 2"),
-        (deflated(zlib.compress(b'{"version":3}')), "version 3"),
+        (deflated(zlib.compress(b'{"version":4}')), "version 4"),
     ],
 )
 def test_a_text_that_lies(text, message):
