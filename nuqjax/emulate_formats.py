@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from nuqjax.fixed_point import OVERFLOW, ROUNDING, QFormat
-from nuqjax.report import render
+from nuqjax.report import html_page, render
 
 ACCUMULATOR_MODES = ("exact", "wrap", "saturate")
 SITE_ROUNDING = (*ROUNDING, "gemmlowp")
@@ -195,6 +195,10 @@ class Formats:
 
     def __str__(self) -> str:
         return render(self.table())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table."""
+        return html_page([self.table()])
 
     def __repr__(self) -> str:
         return f"Formats({len(self)} sites)"
