@@ -37,12 +37,7 @@ ENDS = nuqjax.Rule("Conv_0|Dense_1", bits=4)
 WITHIN = 1.0  # points of accuracy that the headline's result may lose
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the markers tell the methods apart in grey.
-STYLES = {
-    "knq": {"color": "#0072B2", "marker": "o"},
-    "enq": {"color": "#D55E00", "marker": "s"},
-    "uniform": {"color": "#009E73", "marker": "^"},
-    "dfp": {"color": "#CC79A7", "marker": "v"},
-}
+STYLES = {"knq": ("#0072B2", "o"), "enq": ("#D55E00", "s"), "uniform": ("#009E73", "^"), "dfp": ("#CC79A7", "v")}
 MEANINGS = {
     "knq": "k-means levels",
     "enq": "means of equal intervals",
@@ -204,7 +199,8 @@ def plot_accuracy(results: Sequence[Result], baseline: Result, images: int, path
     for method in METHODS:
         points = [result for result in results if result.method == method]
         sizes, accuracies = [point.bytes for point in points], [point.accuracy for point in points]
-        axes.plot(sizes, accuracies, **STYLES[method], label=f"{method}: {MEANINGS[method]}", alpha=0.85)
+        color, marker = STYLES[method]
+        axes.plot(sizes, accuracies, color=color, marker=marker, label=f"{method}: {MEANINGS[method]}", alpha=0.85)
     for size, bits in [*sorted({(result.bytes, result.bits) for result in results}), (baseline.bytes, 32)]:
         axes.axvline(size, color="0.92", zorder=0)
         axes.text(size, 1.01, f"{bits}", transform=axes.get_xaxis_transform(), ha="center", color="0.4")
@@ -240,7 +236,7 @@ def plot_levels(kernel: jax.Array, bits: int, path: Path) -> None:
         sqnr = nuqjax.report({"kernel": kernel}, cparams).total["sqnr_db"]
         panel.hist(np.ravel(kernel), bins=200, color="0.75")
         panel.vlines(
-            np.ravel(levels), 0, 1, transform=panel.get_xaxis_transform(), color=STYLES[method]["color"], linewidth=2
+            np.ravel(levels), 0, 1, transform=panel.get_xaxis_transform(), color=STYLES[method][0], linewidth=2
         )
         panel.set_title(f"{method}: {MEANINGS[method]}, {sqnr:.1f} dB of signal to noise", loc="left", fontsize=11)
         panel.set_ylabel("weights")
