@@ -24,7 +24,8 @@ doctest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q nuqjax README.md docs
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python .ci/links.py site
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

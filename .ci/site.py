@@ -9,8 +9,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from latex2mathml.converter import convert
+from markdown.extensions.toc import slugify
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +48,8 @@ def notebook(path: Path) -> str:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source.replace("](../../docs/", "](../"))
+            source = re.sub(r"\]\(#([^)]+)\)", lambda anchor: f"](#{slugify(heading(anchor[1]), '-')})", source)
+            parts.append(source.replace("](../../docs/", "](../").replace(".ipynb)", ".md)"))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
@@ -57,6 +60,11 @@ def notebook(path: Path) -> str:
             elif text := "".join(data["text/plain"]).rstrip():
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def heading(anchor: str) -> str:
+    """The heading that an anchor of Jupyter's leads to: its words are joined by `-`."""
+    return unquote(anchor).replace("-", " ")
 
 
 def messages(package: Path) -> Iterator[tuple[str, str, str]]:

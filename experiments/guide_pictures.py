@@ -37,7 +37,12 @@ def granularity(cell: dict[str, Any]) -> str | None:
 def level_format(cell: dict[str, Any]) -> str | None:
     """Of `knq` with a codebook a channel: the levels' format."""
     setting = cell["cell"]
-    if (setting["method"], setting["granularity"], setting["scale"], setting["word"]) != ("knq", "channel", "none", None):
+    if (setting["method"], setting["granularity"], setting["scale"], setting["word"]) != (
+        "knq",
+        "channel",
+        "none",
+        None,
+    ):
         return None
     kind, _, word = setting["codebook_format"].partition(":")
     return f"levels of {word} bits" if word else f"{kind} levels"
@@ -67,7 +72,9 @@ def main(folder: Path = Path("docs")) -> None:
     darknet = json.loads((RESULTS / "accuracy_tiny_darknet.json").read_text())
     draw(folder / "granularity.png", darknet, curves(darknet["cells"], granularity))
     resnet = json.loads((RESULTS / "paper" / "resnet20.json").read_text())
-    cells = [cell | {"bits_per_weight": 32 * cell["stored_bytes"] / resnet["float"]["bytes"]} for cell in resnet["cells"]]
+    cells = [
+        cell | {"bits_per_weight": 32 * cell["stored_bytes"] / resnet["float"]["bytes"]} for cell in resnet["cells"]
+    ]
     draw(folder / "level_formats.png", resnet, curves(cells, level_format))
 
 

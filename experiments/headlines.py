@@ -32,7 +32,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         _speed(_by_experiment(results, "benchmark_fit tree", "")),
         _large(_by_experiment(results, "large_checkpoint", "")),
     ]
-    return markdown(["result", "measured", "`python -m experiments.…`"], [[*row[:2], f"`{row[2]}`"] for row in rows], 3) + "\n"
+    return (
+        markdown(["result", "measured", "`python -m experiments.…`"], [[*row[:2], f"`{row[2]}`"] for row in rows], 3)
+        + "\n"
+    )
 
 
 def _by_experiment(results: Sequence[dict[str, Any]], command: str, title: str) -> dict[str, Any]:

@@ -309,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.write.write_text(text, encoding="utf-8")
     elif differing:
         print(
-            f"{document}: the {' and '.join(differing)} tables differ from {args.results}; --write {document} renews them",
+            f"{document}: the {' and '.join(differing)} tables differ from {args.results}; --write {document} renews "
+            "them",
             file=sys.stderr,
         )
         return 1
