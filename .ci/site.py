@@ -28,7 +28,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Puts the messages into the page that has the mark for them."""
+    """Puts the messages into the page that has the mark for them, and into the reference where each name is defined."""
+    defined = definitions(ROOT / "nuqjax" / "__init__.py")
+    markdown = re.sub(r"^::: nuqjax\.(\w+)$", lambda name: f"::: {defined[name[1]]}", markdown, flags=re.MULTILINE)
     return markdown.replace("<!-- messages -->", messages_table(ROOT / "nuqjax"))
 
 
@@ -60,6 +62,16 @@ def notebook(path: Path) -> str:
             elif text := "".join(data["text/plain"]).rstrip():
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def definitions(face: Path) -> dict[str, str]:
+    """Public names, and the dotted names under which they are defined: a function may share its name with a module."""
+    return {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.parse(face.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def heading(anchor: str) -> str:
