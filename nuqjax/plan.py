@@ -67,6 +67,11 @@ class Plan:
 
     Attributes:
       leaves: a `LeafPlan` for each leaf, in the tree's order.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> sizes = nuqjax.plan({"w": jnp.zeros((32, 32))}, bits=4)
+    >>> sizes.nbytes_before, sizes.nbytes_after
+    (4096, 576)
     """
 
     leaves: tuple[LeafPlan, ...]

@@ -113,6 +113,12 @@ class Report:
       nbytes_file: bytes on disk of the file that the tree was written to, all parts and the header counted; None where
         it was written to none.
       nbytes_source: bytes on disk of the files that it came from; None where it came from none.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"w": jnp.arange(1024.0).reshape(32, 32), "b": jnp.zeros(32)}
+    >>> _, made = nuqjax.compress(params, bits=4, return_report=True)
+    >>> [leaf.path for leaf in made.compressed], [(leaf.path, leaf.reason) for leaf in made.dense]
+    (['w'], [('b', 'one axis')])
     """
 
     leaves: tuple[LeafReport, ...]
