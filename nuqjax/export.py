@@ -37,7 +37,8 @@ class Exported:
       cparams: the weights, as they were given.
 
     >>> import jax.numpy as jnp, nuqjax
-    >>> made = nuqjax.export(lambda params, x: x @ params["w"], {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)), platforms=("cpu",))
+    >>> predict = lambda params, x: x @ params["w"]
+    >>> made = nuqjax.export(predict, {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)), platforms=("cpu",))
     >>> made.program.platforms
     ('cpu',)
     """
