@@ -59,6 +59,8 @@ def notebook(path: Path) -> str:
             if "image/png" in data:
                 picture = "".join(data["image/png"]).replace("\n", "")
                 parts.append(f'<img alt="what this cell drew" src="data:image/png;base64,{picture}">')
+            elif "text/html" in data:
+                parts.append("".join(data["text/html"]))
             elif text := "".join(data["text/plain"]).rstrip():
                 parts.append(f"```text\n{text}\n```")
     return "\n\n".join(parts) + "\n"
