@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick doctest lint types clean
+.PHONY: demo test quick doctest docs lint types clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/demo.stamp
@@ -21,7 +21,11 @@ quick: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" $(QUICK:%=tests/test_%.py)
 
 doctest: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q nuqjax README.md
+	$(BIN)/python -m pytest -q nuqjax README.md docs
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python .ci/links.py site
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check
@@ -31,7 +35,7 @@ types: $(VENV)/dev.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) demo dist site
 
 # What is installed is remembered until pyproject.toml changes. Dependency groups need pip 25.1.
 $(VENV)/venv.stamp:
@@ -46,4 +50,8 @@ $(VENV)/demo.stamp: $(VENV)/venv.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/venv.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[experiments,export]" --group dev
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/venv.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --group docs
 	@touch $@

@@ -1,4 +1,4 @@
-"""Markdown of what `experiments.benchmark_fit` measured, for the README: see `experiments.tables`."""
+"""Markdown of what `experiments.benchmark_fit` measured, for `docs/results/speed.md`: see `experiments.tables`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

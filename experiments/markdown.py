@@ -1,4 +1,4 @@
-"""Small pieces of Markdown that the README's tables are made of."""
+"""Small pieces of Markdown that the documents' tables are made of."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

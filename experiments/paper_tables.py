@@ -1,4 +1,4 @@
-"""The study in Markdown: the README's summary, and the whole tables of `experiments/README.md`."""
+"""The study in Markdown: the summary, and all tables, of `docs/results/study.md`."""
 
 import itertools
 import math

@@ -1,15 +1,14 @@
-"""The README's tables, from the results that the experiments wrote.
+"""The tables of the documents, from the results that the experiments wrote.
 
-    python -m experiments.tables                    # prints them
-    python -m experiments.tables --check README.md  # fails if the README's differ
-    python -m experiments.tables --write README.md  # puts them into the README
-    python -m experiments.tables --check experiments/README.md  # and so for the study's own document
+    python -m experiments.tables                                 # prints them
+    python -m experiments.tables --check docs/results/speed.md   # fails if that page's differ
+    python -m experiments.tables --write docs/results/speed.md   # puts them into the page
 
-There are blocks of tables: `accuracy` against size (`experiments.accuracy`), what Fisher weights bring (`sensitivity`:
-`experiments.sensitivity`), networks on raw integers (`emulation`: `experiments.emulation` and
-`experiments.benchmark_emulation`), the first call (`first_call`: `experiments.first_call`), the speed of the fit
+There are blocks of tables: `headlines` (the README's), `accuracy` against size (`experiments.accuracy`), what Fisher
+weights bring (`sensitivity`: `experiments.sensitivity`), networks on raw integers (`emulation`: `experiments.emulation`
+and `experiments.benchmark_emulation`), the first call (`first_call`: `experiments.first_call`), the speed of the fit
 (`benchmark`: `experiments.benchmark_fit`) and what came out of the paper's study (`paper`: `experiments.paper`; all of
-it in `experiments/README.md`: `study`). In its document a block stands between a line `<!-- NAME tables: begin -->` and
+it: `study`). `BLOCKS` names the document of each. There a block stands between a line `<!-- NAME tables: begin -->` and
 a line `<!-- NAME tables: end -->`.
 """
 
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import benchmark_tables, paper_tables
+from experiments import benchmark_tables, headlines, paper_tables
 from experiments.markdown import commands, markdown, percent
 
 RESULTS = Path(__file__).parent / "results"
@@ -205,36 +204,49 @@ def _call(measured: Sequence[float] | None) -> str:
 
 
 class Block(NamedTuple):
-    """Tables that stand together in the README.
+    """Tables that stand together in a document.
 
     Attributes:
       files: pattern of the names of the results.
       make: results, by file name, to Markdown.
       command: what writes such files.
-      document: the folder of the README that holds the block, from the repository's root.
+      document: where the block stands, from the repository's root.
     """
 
     files: str
     make: Callable[[list[dict[str, Any]]], str]
     command: str
-    document: str = ""
+    document: str
+
+
+def _block(files: str, make: Callable[[list[dict[str, Any]]], str], command: str, document: str) -> Block:
+    return Block(files, make, f"python -m experiments.{command} --json", document)
 
 
 BLOCKS = {
-    "accuracy": Block("accuracy_*.json", accuracy, "python -m experiments.accuracy --json"),
-    "sensitivity": Block("sensitivity_*.json", sensitivity, "python -m experiments.sensitivity --json"),
-    "emulation": Block("*emulation*.json", emulation, "python -m experiments.emulation --json"),
-    "first_call": Block("first_call*.json", first_call, "python -m experiments.first_call --json"),
-    "benchmark": Block("benchmark_fit*.json", benchmark_tables.tables, "python -m experiments.benchmark_fit --json"),
-    "paper": Block("paper/*.json", paper_tables.summary, "python -m experiments.paper --json"),
-    "study": Block("paper/*.json", paper_tables.study, "python -m experiments.paper --json", "experiments"),
+    "headlines": _block("*.json", headlines.table, "accuracy", "README.md"),
+    "accuracy": _block("accuracy_*.json", accuracy, "accuracy", "docs/results/accuracy.md"),
+    "sensitivity": _block("sensitivity_*.json", sensitivity, "sensitivity", "docs/results/accuracy.md"),
+    "emulation": _block("*emulation*.json", emulation, "emulation", "docs/results/integers.md"),
+    "first_call": _block("first_call*.json", first_call, "first_call", "docs/results/speed.md"),
+    "benchmark": _block("benchmark_fit*.json", benchmark_tables.tables, "benchmark_fit", "docs/results/speed.md"),
+    "paper": _block("paper/*.json", paper_tables.summary, "paper", "docs/results/study.md"),
+    "study": _block("paper/*.json", paper_tables.study, "paper", "docs/results/study.md"),
 }
+DOCUMENTS = tuple(dict.fromkeys(block.document for block in BLOCKS.values()))
 
 
 def blocks_of(document: Path | None) -> list[str]:
-    """The blocks that a document holds; of no document, all."""
-    folder = "" if document is None or document.resolve().parent.name != "experiments" else "experiments"
-    return [name for name, block in BLOCKS.items() if document is None or block.document == folder]
+    """The blocks that a document holds; of no document, all.
+
+    Raises:
+      ValueError: the document is none of those that hold tables.
+    """
+    path = "" if document is None else document.resolve().as_posix()
+    names = [name for name, block in BLOCKS.items() if document is None or path.endswith(f"/{block.document}")]
+    if not names:
+        raise ValueError(f"{document} holds no tables; {', '.join(DOCUMENTS)} do")
+    return names
 
 
 def make(name: str, folder: Path) -> str:
@@ -251,7 +263,7 @@ def make(name: str, folder: Path) -> str:
 
 
 def split(text: str, name: str) -> tuple[str, str, str]:
-    """A README's text before, between and after the two marks of a block.
+    """A document's text before, between and after the two marks of a block.
 
     Raises:
       ValueError: a mark is missing, or there are several.
@@ -266,22 +278,25 @@ def split(text: str, name: str) -> tuple[str, str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="The README's tables.")
+    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="The tables of the documents.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the results")
     parser.add_argument("--blocks", help=f"some of {','.join(BLOCKS)}, with commas (default: all that the file holds)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", type=Path, metavar="README", help="exit with 1 if the tables in this file differ")
-    action.add_argument("--write", type=Path, metavar="README", help="put the tables into this file")
+    action.add_argument("--check", type=Path, metavar="DOCUMENT", help="exit with 1 if the tables in this file differ")
+    action.add_argument("--write", type=Path, metavar="DOCUMENT", help="put the tables into this file")
     args = parser.parse_args(argv)
-    readme, differing = args.check or args.write, []
-    names = args.blocks.split(",") if args.blocks else blocks_of(readme)
+    document, differing = args.check or args.write, []
+    try:
+        names = args.blocks.split(",") if args.blocks else blocks_of(document)
+    except ValueError as error:
+        parser.error(str(error))
     if unknown := sorted(set(names) - set(BLOCKS)):
         parser.error(f"unknown tables {', '.join(unknown)}: the known are {', '.join(BLOCKS)}")
     try:
-        text = "" if readme is None else readme.read_text(encoding="utf-8")
+        text = "" if document is None else document.read_text(encoding="utf-8")
         for name in names:
             made = make(name, args.results)
-            if readme is None:
+            if document is None:
                 print(made)
                 continue
             before, between, after = split(text, name)
@@ -294,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.write.write_text(text, encoding="utf-8")
     elif differing:
         print(
-            f"{readme}: the {' and '.join(differing)} tables differ from {args.results}; --write {readme} renews them",
+            f"{document}: the {' and '.join(differing)} tables differ from {args.results}; --write {document} renews "
+            "them",
             file=sys.stderr,
         )
         return 1

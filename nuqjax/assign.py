@@ -25,6 +25,11 @@ class Fit(NamedTuple):
       lower_bound: `[R]` proven lower bound on the least possible squared error of K levels, in units of `scale`²;
         0 where nothing is proven.
       scale: `[R]` a power of two near the row's largest magnitude, so that squares neither over- nor underflow.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> fitted = nuqjax.fit(jnp.array([[0.0, 2.0, 8.0, 10.0]]), 2)
+    >>> fitted.levels.tolist(), (fitted.sse * fitted.scale**2).tolist()
+    ([[1.0, 9.0]], [4.0])
     """
 
     levels: jax.Array

@@ -54,6 +54,13 @@ def open_checkpoint(
       ValueError: the file is damaged or of another kind, or a name is the beginning of another.
       OSError: there is no such file.
       ImportError: the library of the format is not installed.
+
+    >>> import numpy, nuqjax, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "weights.npz"
+    ...     numpy.savez(path, **{"conv/kernel": numpy.ones((3, 4), "float32")})
+    ...     [(leaf.path, leaf.shape) for leaf in open_checkpoint(path).leaves]
+    [('conv/kernel', (3, 4))]
     """
     if format is not None and format not in READABLE:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(READABLE)}")
@@ -89,6 +96,14 @@ def write_checkpoint(
       ValueError: a leaf or a key is of a kind that the format does not hold, two leaves would have one name, or a file
         would be replaced that is read.
       OSError: the file cannot be written, what is there is no file or not this library's, or another process writes it.
+
+    >>> import jax.numpy as jnp, numpy, nuqjax, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     small, dense = pathlib.Path(folder) / "small.safetensors", pathlib.Path(folder) / "dense.npz"
+    ...     nuqjax.save(small, nuqjax.compress({"conv": {"kernel": jnp.ones((32, 32))}}))
+    ...     write_checkpoint(dense, nuqjax.open_checkpoint(small), "npz")
+    ...     {name: array.shape for name, array in numpy.load(dense).items()}
+    {'conv.kernel': (32, 32)}
     """
     if separator is None:
         separator = checkpoint.separator or "."

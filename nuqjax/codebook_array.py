@@ -57,6 +57,11 @@ class CodebookArray:
     raises an error that says so; `docs/messages.md` has what others say before that. What is trained are the levels:
     give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Of the tree itself `jax.grad` says "got
     uint8", and optimizers make moments of the indices without a word.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> leaf = nuqjax.compress({"w": jnp.linspace(-1, 1, 1024).reshape(32, 32)}, bits=2)["w"]
+    >>> leaf.shape, leaf.levels.shape, leaf.packed.shape, leaf.nbytes
+    ((32, 32), (1, 4), (32, 8), 272)
     """
 
     levels: jax.Array

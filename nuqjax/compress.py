@@ -96,7 +96,7 @@ def compress(
         `jit`, or of arrays that several processes hold, nothing is proven.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
-      progress: show a progress bar.
+      progress: show a progress bar; in a notebook `ipywidgets` draws it.
 
     Returns:
       The compressed tree, or with `return_report` the pair of it and its `Report`.

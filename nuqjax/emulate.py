@@ -47,6 +47,14 @@ class Trace:
       output_overflows: how many words of each site were out of the range of its output format. Unsigned words that
         saturate at zero are a rectifier: what is below zero does not count.
       formats: the format of each site's words.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> predict = lambda params, x: x @ params["w"]
+    >>> params, x = {"w": jnp.linspace(-1, 1, 32).reshape(16, 2)}, jnp.ones((1, 16))
+    >>> formats = nuqjax.calibrate(predict, params, x)
+    >>> _, trace = emulate(predict, formats, trace=["w"])(params, x)
+    >>> list(trace.words), dict(trace.formats)["w"].word
+    (['w'], 8)
     """
 
     words: Mapping[str, jax.Array]

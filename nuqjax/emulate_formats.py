@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from nuqjax.fixed_point import OVERFLOW, ROUNDING, QFormat
-from nuqjax.report import render
+from nuqjax.report import html_page, render
 
 ACCUMULATOR_MODES = ("exact", "wrap", "saturate")
 SITE_ROUNDING = (*ROUNDING, "gemmlowp")
@@ -26,6 +26,9 @@ class Accumulator:
         `"saturate"`: every addition saturates, in the order bias, then the kernel's rows, columns and input channels.
       frac: its fraction bits; None for those of the products.
       rounding: of each product, where that loses fraction bits.
+
+    >>> Accumulator(24, mode="wrap")
+    Accumulator(word=24, mode='wrap', frac=None, rounding='floor')
     """
 
     word: int | None = None
@@ -57,13 +60,17 @@ class SiteFormat:
       accumulator: of a dot or a convolution.
       rounding: of its one rounding to `output`: a mode of `nuqjax.fixed_point`, or `"gemmlowp"` for its two.
       overflow: what follows the rounding.
-      reciprocal: of a mean or a division: fraction bits of the reciprocal that it multiplies by (V8's recip); None
-        divides ideally.
+      reciprocal: of a mean or a division: fraction bits of the stored reciprocal that it multiplies by; None divides
+        exactly and rounds once.
       weight_sum: proven: the largest Σ|weight word| over the terms of one output; None for what the format allows.
       bias_peak: proven: the largest |bias word|; None for what the format allows.
       bound: proven: the largest magnitude that the exact result can have, as a raw integer before rounding.
       route: how the sums are computed: `float32`, `int8`, `limbs`, `float64`, `int64`, `int32` (sums of shifted
         products), or `scan`.
+
+    >>> row = SiteFormat("dense/kernel", "dot_general", output=QFormat(8, 4), bound=1000)
+    >>> row.needed_bits, row.overflow
+    (11, 'saturate')
     """
 
     site: str
@@ -195,6 +202,10 @@ class Formats:
 
     def __str__(self) -> str:
         return render(self.table())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table."""
+        return html_page([self.table()])
 
     def __repr__(self) -> str:
         return f"Formats({len(self)} sites)"

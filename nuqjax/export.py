@@ -35,6 +35,12 @@ class Exported:
         `safetensors.numpy.load_file` returns. `program.call` runs it, `program.platforms` are those it runs on.
       serialized: the program as bytes, for `jax.export.deserialize`.
       cparams: the weights, as they were given.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> predict = lambda params, x: x @ params["w"]
+    >>> made = nuqjax.export(predict, {"w": jnp.ones((4, 2))}, jnp.ones((1, 4)), platforms=("cpu",))
+    >>> made.program.platforms
+    ('cpu',)
     """
 
     program: jax.export.Exported

@@ -41,6 +41,10 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
       NotImplementedError: the converter has no rule for an operation of `fn`.
       ImportError: `jax2onnx` is missing.
       OSError: the file cannot be written.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> cparams = nuqjax.compress({"w": jnp.linspace(-1, 1, 512).reshape(16, 32)}, bits=4)
+    >>> export_onnx(lambda params, x: x @ params["w"], cparams, jnp.ones((2, 16)), "model.onnx")  # doctest: +SKIP
     """
     try:
         import jax2onnx  # pyright: ignore[reportMissingImports]

@@ -16,7 +16,7 @@ from nuqjax.codebook_array import is_codebook_array
 from nuqjax.fit import check_method
 from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.host import native_dtype, why_unfit
-from nuqjax.report import add_row, render
+from nuqjax.report import add_row, html_page, render
 from nuqjax.rows import InputGroups
 from nuqjax.rules import Options, Rule, path_name, resolve
 from nuqjax.stacks import Stack, likely_stacks, no_parameters, stack_of
@@ -67,6 +67,11 @@ class Plan:
 
     Attributes:
       leaves: a `LeafPlan` for each leaf, in the tree's order.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> sizes = nuqjax.plan({"w": jnp.zeros((32, 32))}, bits=4)
+    >>> sizes.nbytes_before, sizes.nbytes_after
+    (4096, 576)
     """
 
     leaves: tuple[LeafPlan, ...]
@@ -98,6 +103,13 @@ class Plan:
         return {"leaves": leaves, **sizes, "notes": list(self.notes)}
 
     def __str__(self) -> str:
+        return "\n".join([render(self._table()), *self.notes])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same table and notes."""
+        return html_page([self._table()], self.notes)
+
+    def _table(self) -> Table:
         table = Table(title="compression plan")
         for name in ("leaf", "shape", "dtype", "method", "bits", "granularity", "bytes before", "bytes after"):
             table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
@@ -108,7 +120,7 @@ class Plan:
             add_row(table, leaf.path, "×".join(map(str, leaf.shape)), leaf.dtype, *chosen, *sizes)
         table.add_section()
         table.add_row("in all", "", "", "", "", "", f"{self.nbytes_before:,}", f"{self.nbytes_after:,}")
-        return "\n".join([render(table), *self.notes])
+        return table
 
 
 def _plain(value):

@@ -1,8 +1,9 @@
 """What compression cost: sizes, distortion and certificates, per leaf and in all."""
 
+import html
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,6 +113,12 @@ class Report:
       nbytes_file: bytes on disk of the file that the tree was written to, all parts and the header counted; None where
         it was written to none.
       nbytes_source: bytes on disk of the files that it came from; None where it came from none.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"w": jnp.arange(1024.0).reshape(32, 32), "b": jnp.zeros(32)}
+    >>> _, made = nuqjax.compress(params, bits=4, return_report=True)
+    >>> [leaf.path for leaf in made.compressed], [(leaf.path, leaf.reason) for leaf in made.dense]
+    (['w'], [('b', 'one axis')])
     """
 
     leaves: tuple[LeafReport, ...]
@@ -190,28 +197,41 @@ class Report:
         return plot_report(self)
 
     def __str__(self) -> str:
-        table = Table(title="compressed leaves")
-        coded = any(x.nbytes_coded is not None for x in self.compressed)
-        names = ["leaf", "shape", "method", "bits", "granularity", "levels used", "bits/weight", "entropy", "SQNR dB",
-                 "largest error", "certificate", "bytes", *(["packed", "coded"] if coded else [])]  # fmt: skip
-        for name in names:
-            table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
-        for x in self.compressed:
-            sizes = (x.nbytes_after, x.nbytes_packed, x.nbytes_coded) if coded else (x.nbytes_after,)
-            add_row(
-                table, x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
-                f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", _shown(x.entropy, ".2f"),
-                _shown(x.sqnr_db, ".2f"), _shown(x.largest_error, ".2g"), _shown(x.certificate, ".1e"),
-                *(_shown(size, ",") for size in sizes),
-            )  # fmt: skip
-        parts = [render(table)] if self.compressed else []
+        return "\n".join([*map(render, self._tables()), *self._lines()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same tables and lines."""
+        return html_page(self._tables(), self._lines())
+
+    def _tables(self) -> list[Table]:
+        """The compressed leaves and the dense ones, where there are any."""
+        tables = []
+        if self.compressed:
+            tables.append(table := Table(title="compressed leaves"))
+            coded = any(x.nbytes_coded is not None for x in self.compressed)
+            names = ["leaf", "shape", "method", "bits", "granularity", "levels used", "bits/weight", "entropy",
+                     "SQNR dB", "largest error", "certificate", "bytes"]  # fmt: skip
+            names += ["packed", "coded"] if coded else []
+            for name in names:
+                table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
+            for x in self.compressed:
+                sizes = (x.nbytes_after, x.nbytes_packed, x.nbytes_coded) if coded else (x.nbytes_after,)
+                add_row(
+                    table, x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
+                    f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", _shown(x.entropy, ".2f"),
+                    _shown(x.sqnr_db, ".2f"), _shown(x.largest_error, ".2g"), _shown(x.certificate, ".1e"),
+                    *(_shown(size, ",") for size in sizes),
+                )  # fmt: skip
         if self.dense:
-            table = Table(title="dense leaves")
+            tables.append(table := Table(title="dense leaves"))
             for name in ("leaf", "shape", "dtype", "bytes", "reason"):
                 table.add_column(name, justify="left" if name in ("leaf", "reason") else "right")
             for x in self.dense:
                 add_row(table, x.path, "×".join(map(str, x.shape)), x.dtype, f"{x.nbytes_after:,}", x.reason)
-            parts.append(render(table))
+        return tables
+
+    def _lines(self) -> list[str]:
+        """The sizes in all, the notes, and a warning where the file is larger than its source."""
         t = self.total
         line = (
             f"{t['weights']:,} weights: {t['nbytes_before']:,} bytes before, {t['nbytes_after']:,} after "
@@ -223,7 +243,7 @@ class Report:
             line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
         if self.nbytes_file is not None:
             line += f"; file {self.nbytes_file:,} bytes"
-        return "\n".join([*parts, line, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])])
+        return [line, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])]
 
 
 def _shown(value: float | None, form: str) -> str:
@@ -246,6 +266,34 @@ def render(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def html_page(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
+    """Rich tables, and lines below them, as HTML for a notebook: every text in it is escaped, however it was made.
+
+    >>> table = Table("leaf", title="leaves")
+    >>> add_row(table, "<b>")
+    >>> html_page([table], ["1 < 2"]).split("<tbody>")[1]
+    '<tr><td style="text-align:left">&lt;b&gt;</td></tr></tbody></table><p>1 &lt; 2</p>'
+    """
+    return "".join([*map(_html_table, tables), *(f"<p>{_html(line)}</p>" for line in lines)])
+
+
+def _html_table(table: Table) -> str:
+    def row(tag: str, cells: Iterable[Any]) -> str:
+        sides = (column.justify for column in table.columns)
+        cells = (f'<{tag} style="text-align:{side}">{_html(x)}</{tag}>' for side, x in zip(sides, cells, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head = row("th", (column.header for column in table.columns))
+    body = "".join(row("td", cells) for cells in zip(*(column.cells for column in table.columns), strict=True))
+    caption = f"<caption>{_html(table.title)}</caption>" if table.title else ""
+    return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _html(text: Any) -> str:
+    """Text as HTML that shows it: nothing in it is a tag, a quote or a control character."""
+    return html.escape(printable(text, longest=len(str(text))))
 
 
 def report(params: Any, cparams: Any) -> Report:

@@ -253,6 +253,13 @@ def load(
         matches. The message names the entry.
       OSError: there is no such file.
       ImportError: the file is entropy-coded and `constriction` is not installed.
+
+    >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "model.safetensors"
+    ...     nuqjax.save(path, {"hidden": jnp.ones(3), "out": jnp.zeros(2)})
+    ...     load(path, leaves="^out")
+    {'hidden': None, 'out': Array([0., 0.], dtype=float32)}
     """
     return from_bundle(open_bundle(path), like=like, leaves=leaves, sharding=sharding, numpy=numpy, verify=verify)
 

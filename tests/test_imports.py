@@ -160,10 +160,10 @@ def test_experiments_use_public_names_only(path):
 
 
 @pytest.mark.parametrize("name", nuqjax.__all__)
-def test_every_public_name_is_documented(name):
+def test_every_public_name_is_documented_with_an_example(name):
     public = getattr(nuqjax, name)
     if inspect.isclass(public) or inspect.isfunction(public):
-        assert inspect.getdoc(public)
+        assert "\n>>> " in (inspect.getdoc(public) or "")
 
 
 def test_importing_nuqjax_needs_the_core_dependencies_only():

@@ -1,8 +1,10 @@
 """The report's numbers, each against NumPy."""
 
+import html.parser
 import importlib
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -243,3 +245,58 @@ def test_trees_that_do_not_match_are_refused(tree):
         nuqjax.report({"other": params["bias"]}, {"bias": cparams["bias"]})
     with pytest.raises(ValueError, match=r"report: groups has shape \(7, 12\) in one tree and \(12, 7\) in the other"):
         nuqjax.report({"groups": params["groups"].T}, {"groups": cparams["groups"]})
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, and the text of each cell and line."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, *attrs))
+        if tag in ("caption", "th", "td", "p"):
+            self.texts.append("")
+
+    def handle_data(self, data):
+        self.texts[-1] += data
+
+
+HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'[red]\x1b[31m\u202e"
+
+
+def shown():
+    """What a notebook shows as a table, each with a name that no page may take for its own."""
+    params = {HOSTILE: np.ones((32, 32), np.float32), "b": {HOSTILE: np.ones(3, np.float32)}, "n": {HOSTILE: HOSTILE}}
+    stacks = {HOSTILE: {"a": np.ones((3, 32, 32), np.float32), "b": np.ones((3, 32), np.float32)}}
+    row = nuqjax.SiteFormat(HOSTILE, HOSTILE, output=QFormat(8, 4), route=HOSTILE)
+    return {
+        "report": nuqjax.compress(params, return_report=True)[1],
+        "plan": nuqjax.plan(params),
+        "plan with notes": nuqjax.plan(stacks),
+        "formats": nuqjax.Formats({HOSTILE: row}, fallback="float"),
+    }
+
+
+@pytest.mark.parametrize("name", ["report", "plan", "plan with notes", "formats"])
+def test_a_notebook_shows_a_table_and_every_name_in_it_is_text(name):
+    thing = shown()[name]
+    page = Page(thing._repr_html_())
+    known = {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
+    assert {tag for tag, *_ in page.tags} <= known
+    assert {attribute for _, *attributes in page.tags for attribute in attributes} <= {
+        ("style", f"text-align:{side}") for side in ("left", "right")
+    }
+    assert any("<img src=x onerror=alert(1)>&amp;\"'[red]" in text for text in page.texts)
+    assert all(character.isprintable() for text in page.texts for character in text)
+
+
+def test_a_notebook_shows_what_is_printed(tree):
+    """Word for word: the printed table has box characters between, and lines of any length."""
+    *_, report = tree
+    for thing in (report, nuqjax.plan(tree[0])):
+        words = " ".join(Page(thing._repr_html_()).texts).split()
+        assert words == re.sub("[┏━┳┓┃┡╇┩│└┴┘─├┼┤]", " ", str(thing)).split()

@@ -1,11 +1,13 @@
-"""The README's tables are made of the results, and a README that differs is found out."""
+"""The documents' tables are made of the results, and a document that differs is found out."""
 
 import json
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
 
-from experiments import paper, paper_tables, tables
+from experiments import guide_pictures, headlines, paper, paper_tables, tables
 from experiments.settings import Setting, product
 from tests.experiments import study
 
@@ -291,9 +293,9 @@ def test_what_was_measured_whole_lacks_nothing():
 
 
 def test_each_document_has_its_own_blocks(other_results, capsys):
-    document = other_results / "experiments" / "README.md"
-    document.parent.mkdir()
-    document.write_text("<!-- study tables: begin -->\n<!-- study tables: end -->\n")
+    document = other_results / "docs" / "results" / "study.md"
+    document.parent.mkdir(parents=True)
+    document.write_text("".join(f"<!-- {n} tables: begin -->\n<!-- {n} tables: end -->\n" for n in ("paper", "study")))
     assert tables.main(["--results", str(other_results), "--write", str(document)]) == 0
     assert tables.main(["--results", str(other_results), "--check", str(document)]) == 0
     document.write_text(document.read_text().replace("1,100", "1,101", 1))
@@ -301,19 +303,24 @@ def test_each_document_has_its_own_blocks(other_results, capsys):
     assert "the study tables differ" in capsys.readouterr().err
 
 
-def test_all_blocks_are_written_and_checked_together(other_results, capsys):
-    readme = other_results / "README.md"
-    names = [name for name, block in tables.BLOCKS.items() if not block.document]
-    marks = "".join(f"<!-- {name} tables: begin -->\n<!-- {name} tables: end -->\n" for name in names)
-    readme.write_text(marks)
-    arguments = ["--results", str(other_results)]
-    assert tables.main([*arguments, "--check", str(readme)]) == 1
+def test_a_document_without_tables_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["--check", str(tmp_path / "other.md")])
+    assert "other.md holds no tables; README.md, docs/results/accuracy.md" in capsys.readouterr().err
+
+
+def test_several_blocks_are_written_and_checked_together(other_results, capsys):
+    document = other_results / "all.md"
+    names = [name for name in tables.BLOCKS if name not in ("headlines", "study")]
+    document.write_text("".join(f"<!-- {name} tables: begin -->\n<!-- {name} tables: end -->\n" for name in names))
+    arguments = ["--results", str(other_results), "--blocks", ",".join(names)]
+    assert tables.main([*arguments, "--check", str(document)]) == 1
     every = "accuracy and sensitivity and emulation and first_call and benchmark and paper"
     assert f"the {every} tables differ" in capsys.readouterr().err
-    assert tables.main([*arguments, "--write", str(readme)]) == 0
-    assert tables.main([*arguments, "--check", str(readme)]) == 0
-    readme.write_text(readme.read_text().replace("20.0 times", "21.0 times"))
-    assert tables.main([*arguments, "--check", str(readme)]) == 1
+    assert tables.main([*arguments, "--write", str(document)]) == 0
+    assert tables.main([*arguments, "--check", str(document)]) == 0
+    document.write_text(document.read_text().replace("20.0 times", "21.0 times"))
+    assert tables.main([*arguments, "--check", str(document)]) == 1
     assert "the benchmark tables differ" in capsys.readouterr().err
 
 
@@ -327,10 +334,26 @@ def test_a_cell_measured_twice_is_an_error(other_results, capsys):
 def test_unknown_tables_are_an_error(capsys):
     with pytest.raises(SystemExit):
         tables.main(["--blocks", "speed"])
-    known = "accuracy, sensitivity, emulation, first_call, benchmark"
+    known = "headlines, accuracy, sensitivity, emulation, first_call, benchmark"
     assert f"unknown tables speed: the known are {known}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("document", ["README.md", "experiments/README.md"])
+@pytest.mark.parametrize("document", tables.DOCUMENTS)
 def test_the_documents_hold_what_was_measured(document):
     assert tables.main(["--check", str(ROOT / document)]) == 0
+
+
+def test_a_headline_that_was_not_measured_is_an_error(other_results, capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["--results", str(other_results), "--blocks", "headlines"])
+    assert "no results of python -m experiments.accuracy for EfficientNet-Lite0" in capsys.readouterr().err
+
+
+@pytest.mark.versionless  # of Matplotlib, what other pictures use too
+def test_the_documents_pictures_are_drawn_of_the_results(tmp_path):
+    headlines.draw(tmp_path / "accuracy.png")
+    guide_pictures.main(tmp_path)
+    for name in ("accuracy", "granularity", "level_formats"):
+        picture = matplotlib.image.imread(tmp_path / f"{name}.png")
+        assert picture.shape == matplotlib.image.imread(ROOT / "docs" / f"{name}.png").shape
+        assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 50
