@@ -93,16 +93,11 @@ def quantize(
     """
     _check(problem, bits)
     weights = np.asarray(problem.weights)
-    outputs, inputs = weights.shape
+    outputs = len(weights)
     dtype = np.dtype(weights.dtype)
     unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
     channels = (weights.astype(np.float64) / unit).astype(np.float32)
-    hessian = np.asarray(problem.hessian)
-    moment = float(np.einsum("gii->gi", hessian).mean(dtype=np.float64)) if inputs and outputs else 1.0
-    moment = moment if moment > 0 else 1.0
-
-    order = np.argsort(-np.einsum("gii->gi", hessian), axis=1, kind="stable")
-    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2) / moment
+    hessian, order, moment = _ordered(np.asarray(problem.hessian))
     places = places_of(outputs, order, granularity, scale)
     visits = visited(channels, order)
     pinned = visits == 0 if keep_zero else None
@@ -148,6 +143,23 @@ def _check(problem: Problem, bits: int) -> None:
             raise ValueError(f"quantize: {name} that are NaN or infinite, but finite values are wanted")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"quantize: bits={bits!r}, but a whole number from 1 to 8 is wanted")
+
+
+def _ordered(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Moments `[G, I, I]` in the order of visit, those of an input that never changes a little above zero.
+
+    Returns:
+      The moments divided by the mean of their diagonals; `[G, I]` the inputs, that of the largest moment first; and
+      that mean.
+    """
+    diagonal = np.einsum("gii->gi", hessian).astype(np.float64)
+    moment = float(diagonal.mean()) if diagonal.size else 0.0
+    moment = moment if moment > 0 else 1.0
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2) / moment
+    diagonal = np.einsum("gii->gi", hessian)
+    diagonal[:] = np.maximum(diagonal, 1e-6)
+    return hessian, order, moment
 
 
 def _begin(
