@@ -49,7 +49,8 @@ class _Task(NamedTuple):
     pinned: np.ndarray | None  # [G, I, P] bool: weights of exactly 0, which stay so
     codebook_format: Any
     dtype: np.dtype
-    unit: float  # what the weights were divided by
+    level_unit: float  # what levels are multiplied by where they are stored
+    scale_unit: float  # and scales: together what the weights were divided by
 
 
 def quantize(
@@ -102,7 +103,7 @@ def quantize(
     visits = visited(channels, order)
     pinned = visits == 0 if keep_zero else None
     matrix = feedback_matrix(hessian)[0] if feedback else None
-    task = _Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit)
+    task = _Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
 
     task, levels, factors = _begin(task, channels, 2**bits, granularity, scale, keep_zero)
     state = _evaluated(task, levels, factors, sweep(visits, None, _nearest(task, levels, factors))[0])
@@ -181,14 +182,13 @@ def _begin(
         channels = channels / np.where(spread > 0, spread, 1)
         importance = importance * spread**2
     levels = _kmeans(channels, importance, num_levels, granularity, keep_zero)
-    ratio = 1.0
     if factors is not None:
-        ratio = level_unit(levels, factors * task.unit, task.codebook_format)
-        levels, factors = (levels * ratio).astype(np.float32), (factors / ratio).astype(np.float32)
+        unit = task.level_unit
+        apart = level_unit(levels, factors * unit, task.codebook_format, task.dtype)
+        task = task._replace(level_unit=apart, scale_unit=unit / apart)
     if isinstance(task.codebook_format, AutoQFormat):
-        mass = np.ones(levels.shape)
-        actual = levels if factors is not None else levels * task.unit
-        task = task._replace(codebook_format=chosen_format(task.codebook_format, actual, mass, factors is not None))
+        chosen = chosen_format(task.codebook_format, levels * task.level_unit, factors is not None)
+        task = task._replace(codebook_format=chosen)
     levels = np.sort(_rounded(task, levels), axis=1)
     factors = None if factors is None else _rounded_scale(task, factors).reshape(-1)
     return task, levels, factors
@@ -205,15 +205,15 @@ def _kmeans(
 
 
 def _rounded(task: _Task, levels: np.ndarray) -> np.ndarray:
-    """Levels as they are stored: those that no scale multiplies are in the units of the weights."""
-    if task.places.scales:
-        return rounded_levels(levels, task.codebook_format, task.dtype)
-    return (rounded_levels(levels * task.unit, task.codebook_format, task.dtype) / task.unit).astype(np.float32)
+    """Levels as they are stored, in the units of the solver."""
+    stored = rounded_levels(levels * task.level_unit, task.codebook_format, task.dtype)
+    return (stored / task.level_unit).astype(np.float32)
 
 
 def _rounded_scale(task: _Task, scale: np.ndarray) -> np.ndarray:
-    dtype = scale_dtype(task.codebook_format, task.dtype)
-    return (rounded_scale(scale * task.unit, dtype) / task.unit).astype(np.float32)
+    """Scales as they are stored, in the units of the solver."""
+    stored = rounded_scale(scale * task.scale_unit, scale_dtype(task.codebook_format, task.dtype))
+    return (stored / task.scale_unit).astype(np.float32)
 
 
 def _nearest(task: _Task, levels: np.ndarray, scale: np.ndarray | None) -> Choice:
@@ -341,12 +341,10 @@ def _with_better_scales(task: _Task, state: _State) -> _State:
 
 def _solution(task: _Task, state: _State, errors: dict[str, float]) -> Solution:
     indices = channels_of(state.indices, task.places.order)
-    levels, scale = state.levels, None
-    if state.scale is None:
-        levels = rounded_levels(levels * task.unit, task.codebook_format, task.dtype)
-    else:
+    levels, scale = rounded_levels(state.levels * task.level_unit, task.codebook_format, task.dtype), None
+    if state.scale is not None:
         dtype = scale_dtype(task.codebook_format, task.dtype)
-        scale = (state.scale * task.unit).astype(dtype).reshape(-1, task.places.scales)
+        scale = rounded_scale(state.scale * task.scale_unit, dtype).astype(dtype).reshape(-1, task.places.scales)
     share = np.bincount(indices.reshape(-1), minlength=1) / max(indices.size, 1)
     entropy = float(-(share[share > 0] * np.log2(share[share > 0])).sum()) + 0.0
     return Solution(levels, indices, scale, task.codebook_format, errors, entropy)
