@@ -34,29 +34,28 @@ def scale_dtype(codebook_format: Any, dtype: np.dtype) -> np.dtype:
     return levels if levels.itemsize >= 2 else np.dtype(np.float16)
 
 
-def level_unit(levels: np.ndarray, scale: np.ndarray, codebook_format: Any) -> float:
-    """By what the levels are multiplied, and the scales divided, to make the most of the range of their formats."""
+def level_unit(levels: np.ndarray, scale: np.ndarray, codebook_format: Any, dtype: np.dtype) -> float:
+    """By what levels are multiplied, and scales divided, to make the most of the range of their formats."""
     largest = float(np.abs(levels).max(initial=0))
     if largest == 0:
         return 1.0
     if isinstance(codebook_format, QFormat | AutoQFormat):
         top = codebook_format.range[1] if isinstance(codebook_format, QFormat) else 1.0
         return (top or 1.0) / largest
-    # Of float levels any range does, unless the scales would leave that of 16-bit floats.
+    if scale_dtype(codebook_format, dtype) != np.float16:
+        return 1.0
     exponent = math.frexp(float(scale.max(initial=0)) or 1.0)[1]
     return 2.0 ** (exponent - min(max(exponent, -4), 8))
 
 
-def chosen_format(auto: AutoQFormat, levels: np.ndarray, mass: np.ndarray, has_scale: bool) -> QFormat:
-    """The `QFormat` that moves the levels least, each counted by the mass of what it stands for.
-
-    Levels with a scale are within ±1 already.
-    """
-    whole = math.frexp(float(np.abs(levels).max(initial=0)))[1] if not has_scale else 0
+def chosen_format(auto: AutoQFormat, levels: np.ndarray, has_scale: bool) -> QFormat:
+    """The `QFormat` that moves the levels least; those with a scale are within ±1 already, and take the finest."""
+    whole = 0 if has_scale else math.frexp(float(np.abs(levels).max(initial=0)))[1]
     full = auto.word - auto.signed - whole
-    best = math.inf, full
-    for frac in range(full, full + 8 if not has_scale else full + 1):
-        frac = min(max(frac, -512), 512)
-        moved = rounded_levels(levels, QFormat(auto.word, frac, auto.signed), np.dtype(np.float32)) - levels
-        best = min(best, (float((mass * moved.astype(np.float64) ** 2).sum()), frac))
-    return QFormat(auto.word, min(max(best[1], -512), 512), auto.signed)
+
+    def moved(frac: int) -> float:
+        rounded = rounded_levels(levels, QFormat(auto.word, frac, auto.signed), np.dtype(np.float32))
+        return float(((rounded - levels).astype(np.float64) ** 2).sum())
+
+    within = [min(max(frac, -512), 512) for frac in range(full, full + (1 if has_scale else 8))]
+    return QFormat(auto.word, min(within, key=moved), auto.signed)

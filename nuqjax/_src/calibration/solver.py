@@ -49,7 +49,8 @@ class _Task(NamedTuple):
     pinned: np.ndarray | None  # [G, I, P] bool: weights of exactly 0, which stay so
     codebook_format: Any
     dtype: np.dtype
-    unit: float  # what the weights were divided by
+    level_unit: float  # what levels are multiplied by where they are stored
+    scale_unit: float  # and scales: together what the weights were divided by
 
 
 def quantize(
@@ -93,21 +94,16 @@ def quantize(
     """
     _check(problem, bits)
     weights = np.asarray(problem.weights)
-    outputs, inputs = weights.shape
+    outputs = len(weights)
     dtype = np.dtype(weights.dtype)
     unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
     channels = (weights.astype(np.float64) / unit).astype(np.float32)
-    hessian = np.asarray(problem.hessian)
-    moment = float(np.einsum("gii->gi", hessian).mean(dtype=np.float64)) if inputs and outputs else 1.0
-    moment = moment if moment > 0 else 1.0
-
-    order = np.argsort(-np.einsum("gii->gi", hessian), axis=1, kind="stable")
-    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2) / moment
+    hessian, order, moment = _ordered(np.asarray(problem.hessian))
     places = places_of(outputs, order, granularity, scale)
     visits = visited(channels, order)
     pinned = visits == 0 if keep_zero else None
     matrix = feedback_matrix(hessian)[0] if feedback else None
-    task = _Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit)
+    task = _Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
 
     task, levels, factors = _begin(task, channels, 2**bits, granularity, scale, keep_zero)
     state = _evaluated(task, levels, factors, sweep(visits, None, _nearest(task, levels, factors))[0])
@@ -150,6 +146,23 @@ def _check(problem: Problem, bits: int) -> None:
         raise ValueError(f"quantize: bits={bits!r}, but a whole number from 1 to 8 is wanted")
 
 
+def _ordered(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Moments `[G, I, I]` in the order of visit, those of an input that never changes a little above zero.
+
+    Returns:
+      The moments divided by the mean of their diagonals; `[G, I]` the inputs, that of the largest moment first; and
+      that mean.
+    """
+    diagonal = np.einsum("gii->gi", hessian).astype(np.float64)
+    moment = float(diagonal.mean()) if diagonal.size else 0.0
+    moment = moment if moment > 0 else 1.0
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2) / moment
+    diagonal = np.einsum("gii->gi", hessian)
+    diagonal[:] = np.maximum(diagonal, 1e-6)
+    return hessian, order, moment
+
+
 def _begin(
     task: _Task, channels: np.ndarray, num_levels: int, granularity: Any, scale: Any, keep_zero: bool
 ) -> tuple[_Task, np.ndarray, np.ndarray | None]:
@@ -169,14 +182,13 @@ def _begin(
         channels = channels / np.where(spread > 0, spread, 1)
         importance = importance * spread**2
     levels = _kmeans(channels, importance, num_levels, granularity, keep_zero)
-    ratio = 1.0
     if factors is not None:
-        ratio = level_unit(levels, factors * task.unit, task.codebook_format)
-        levels, factors = (levels * ratio).astype(np.float32), (factors / ratio).astype(np.float32)
+        unit = task.level_unit
+        apart = level_unit(levels, factors * unit, task.codebook_format, task.dtype)
+        task = task._replace(level_unit=apart, scale_unit=unit / apart)
     if isinstance(task.codebook_format, AutoQFormat):
-        mass = np.ones(levels.shape)
-        actual = levels if factors is not None else levels * task.unit
-        task = task._replace(codebook_format=chosen_format(task.codebook_format, actual, mass, factors is not None))
+        chosen = chosen_format(task.codebook_format, levels * task.level_unit, factors is not None)
+        task = task._replace(codebook_format=chosen)
     levels = np.sort(_rounded(task, levels), axis=1)
     factors = None if factors is None else _rounded_scale(task, factors).reshape(-1)
     return task, levels, factors
@@ -193,15 +205,15 @@ def _kmeans(
 
 
 def _rounded(task: _Task, levels: np.ndarray) -> np.ndarray:
-    """Levels as they are stored: those that no scale multiplies are in the units of the weights."""
-    if task.places.scales:
-        return rounded_levels(levels, task.codebook_format, task.dtype)
-    return (rounded_levels(levels * task.unit, task.codebook_format, task.dtype) / task.unit).astype(np.float32)
+    """Levels as they are stored, in the units of the solver."""
+    stored = rounded_levels(levels * task.level_unit, task.codebook_format, task.dtype)
+    return (stored / task.level_unit).astype(np.float32)
 
 
 def _rounded_scale(task: _Task, scale: np.ndarray) -> np.ndarray:
-    dtype = scale_dtype(task.codebook_format, task.dtype)
-    return (rounded_scale(scale * task.unit, dtype) / task.unit).astype(np.float32)
+    """Scales as they are stored, in the units of the solver."""
+    stored = rounded_scale(scale * task.scale_unit, scale_dtype(task.codebook_format, task.dtype))
+    return (stored / task.scale_unit).astype(np.float32)
 
 
 def _nearest(task: _Task, levels: np.ndarray, scale: np.ndarray | None) -> Choice:
@@ -329,12 +341,10 @@ def _with_better_scales(task: _Task, state: _State) -> _State:
 
 def _solution(task: _Task, state: _State, errors: dict[str, float]) -> Solution:
     indices = channels_of(state.indices, task.places.order)
-    levels, scale = state.levels, None
-    if state.scale is None:
-        levels = rounded_levels(levels * task.unit, task.codebook_format, task.dtype)
-    else:
+    levels, scale = rounded_levels(state.levels * task.level_unit, task.codebook_format, task.dtype), None
+    if state.scale is not None:
         dtype = scale_dtype(task.codebook_format, task.dtype)
-        scale = (state.scale * task.unit).astype(dtype).reshape(-1, task.places.scales)
+        scale = rounded_scale(state.scale * task.scale_unit, dtype).astype(dtype).reshape(-1, task.places.scales)
     share = np.bincount(indices.reshape(-1), minlength=1) / max(indices.size, 1)
     entropy = float(-(share[share > 0] * np.log2(share[share > 0])).sum()) + 0.0
     return Solution(levels, indices, scale, task.codebook_format, errors, entropy)

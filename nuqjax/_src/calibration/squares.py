@@ -36,7 +36,7 @@ def least_squares(
     flat = slots.reshape(-1)
 
     def gathered(each: np.ndarray) -> np.ndarray:
-        return np.bincount(flat, (factors * each).reshape(-1), values.size)
+        return np.bincount(flat, np.broadcast_to(factors * each, slots.shape).reshape(-1), values.size)
 
     def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.repeat((a * b).reshape(systems, -1).sum(axis=1), values.size // systems)
