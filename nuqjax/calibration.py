@@ -8,7 +8,7 @@ the model, through the function.
 
 from nuqjax._src.calibration.biases import correct_bias
 from nuqjax._src.calibration.problem import Problem, Solution, shrunk
-from nuqjax._src.calibration.solver import quantize
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, moments
+from nuqjax._src.calibration.solver import quantize
 
 __all__ = ["LeafMoments", "Moments", "Problem", "Solution", "correct_bias", "moments", "quantize", "shrunk"]

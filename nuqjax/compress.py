@@ -360,6 +360,7 @@ def _on_host(array: Any) -> Any:
 
 
 def check_finite(array: Any, path: str) -> None:
+    """Raises ValueError, naming `path`, for NaN or infinity in an array that is no tracer."""
     if isinstance(array, jax.core.Tracer):
         return
     xp = rows.namespace(array)

@@ -182,7 +182,7 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings, and `"calibration"` where there was one."""
+        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings, and `"calibration"` if there was."""
         learned = {} if self.calibration is None else {"calibration": dict(self.calibration)}
         return {"total": self.total, "leaves": [leaf.to_dict() for leaf in self.leaves], **learned}
 

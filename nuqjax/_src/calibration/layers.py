@@ -103,11 +103,10 @@ def _importance(plan: LeafPlan, found: LeafMoments) -> np.ndarray:
     An entry of a table that these inputs never looked up is looked up by others: it counts half of the mean.
     """
     second = found.second.reshape(-1, *found.second.shape[-2:])
-    slices, groups, inputs = second.shape
     floor = 1.0 if found.look_up else 0.01
     mean = second.mean(axis=-1, keepdims=True)
     weights = second / np.where(mean > 0, mean, 1) + floor
     outputs = rows.channel_shape(plan.slice_shape, plan.axes)[0]
-    of_channels = np.repeat(weights, outputs // groups, axis=1).astype(np.float32)
+    of_channels = np.repeat(weights, outputs // weights.shape[1], axis=1).astype(np.float32)
     dense = [rows.from_channels(one, plan.slice_shape, plan.axes) for one in of_channels]
     return np.stack(dense).reshape(plan.shape)

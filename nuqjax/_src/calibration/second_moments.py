@@ -10,7 +10,7 @@ import numpy as np
 
 from nuqjax import rows
 from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, shapes_of
-from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Use, run
+from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Sums, Use, run
 from nuqjax.interpret import Site
 
 
@@ -201,16 +201,9 @@ def gather_moments(
             compiled[key] = _compile(programs, batch, made), made
         program, made = compiled[key]
         outputs, sums = program(*programs.arrays(programs.params, batch))
-        added = [
-            Record(
-                use, count, *(_flat(s, extra) for s, extra in zip(sums_of, (1, 1 if use.diagonal else 2), strict=True))
-            )
-            for (use, count, _), sums_of in zip(made.records, sums, strict=True)
-        ]
+        added = [_record(use, count, sums_of) for (use, count, _), sums_of in zip(made.records, sums, strict=True)]
         for record in added:
-            if not np.isfinite(record.first).all() or (
-                record.second is not None and not np.isfinite(record.second).all()
-            ):
+            if not all(np.isfinite(x).all() for x in (record.first, record.second) if x is not None):
                 raise ValueError(
                     f"{programs.caller}: batch {number} ({shapes_of(batch)}): what {record.use.name} multiplies at "
                     f"{record.use.site} is not finite, or its squares are not"
@@ -260,12 +253,15 @@ def _compile(programs: Programs, batch: Any, recorder: Recorder) -> Any:
     return jax.jit(collect).lower(*programs.arrays(programs.params, batch)).compile()
 
 
-def _flat(sums: Any, axes: int) -> np.ndarray | None:
-    """`[*, B, I…]` with `axes` axes after B as `[N·B, I…]`, float64."""
-    if sums is None:
-        return None
-    array = np.asarray(sums, np.float64)
-    return array.reshape(-1, *array.shape[array.ndim - axes :])
+def _record(use: Use, count: int, sums: Sums) -> Record:
+    """The sums on the host, `[*, B, …]` as `[N·B, …]` in float64."""
+
+    def flat(array: Any, axes: int) -> np.ndarray:
+        array = np.asarray(array, np.float64)
+        return array.reshape(-1, *array.shape[array.ndim - axes :])
+
+    second = None if sums.second is None else flat(sums.second, 1 if use.diagonal else 2)
+    return Record(use, count, flat(sums.first, 1), second)
 
 
 def _joined(old: Record, new: Record) -> Record:
@@ -345,7 +341,7 @@ def _leaf_moments(
     diagonal = any(part[-1] for part in parts)
     labels = np.stack(label).reshape(len(label), slices, outputs)
     ends = np.flatnonzero((labels[:, :, 1:] != labels[:, :, :-1]).any(axis=(0, 1))) + 1
-    block = int(np.gcd.reduce([outputs, *ends]))
+    block = math.gcd(outputs, *ends.tolist())
     groups = outputs // block
     if not diagonal and slices * groups * inputs**2 > MOST_VALUES:
         diagonal = True
