@@ -6,6 +6,7 @@ they are stored, then indices by coordinate descent for the levels as they are. 
 indices for each output alone, of levels for each codebook.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from nuqjax.fixed_point import AutoQFormat
 from nuqjax.rows import InputGroups, row_mask, to_rows
 
 _LEVEL_STEPS = 4  # of conjugate gradients in a round: the next round goes on from there
+_SAMPLE = 2**19  # values of a codebook that k-means looks at
 _ENOUGH = 1e-3  # the share of the error that a round must take off for another one to follow
 
 
@@ -197,11 +199,20 @@ def _begin(
 def _kmeans(
     channels: np.ndarray, importance: np.ndarray, num_levels: int, granularity: Any, keep_zero: bool
 ) -> np.ndarray:
-    rows, weights = (to_rows(x, granularity) for x in (channels, importance))
+    """`[R, K]` the k-means levels; of long rows those of a sample, which error feedback moves on from anyway."""
     outputs, inputs = channels.shape
-    mask: Any = row_mask(outputs, inputs, granularity)
-    fitted = fit(rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=None)
-    return np.asarray(fitted.levels)
+    given: list[Any] = [to_rows(channels, granularity), to_rows(importance, granularity)]
+    given.append(row_mask(outputs, inputs, granularity))
+    rows, weights, mask = (x if x is None else sampled(x, inputs) for x in given)
+    return np.asarray(fit(rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=None).levels)
+
+
+def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
+    """`[R, n]` at most so many values of each row, at equal distances that meet every input alike."""
+    step = -(-rows.shape[1] // most)
+    while step > 1 and math.gcd(step, inputs) > 1:
+        step += 1
+    return rows[:, ::step]
 
 
 def _rounded(task: _Task, levels: np.ndarray) -> np.ndarray:
