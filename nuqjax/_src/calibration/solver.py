@@ -201,14 +201,15 @@ def _kmeans(
 ) -> np.ndarray:
     """`[R, K]` the k-means levels; of long rows those of a sample, which error feedback moves on from anyway."""
     outputs, inputs = channels.shape
-    given: list[Any] = [to_rows(channels, granularity), to_rows(importance, granularity)]
-    given.append(row_mask(outputs, inputs, granularity))
-    rows, weights, mask = (x if x is None else sampled(x, inputs) for x in given)
+    given = to_rows(channels, granularity), to_rows(importance, granularity), row_mask(outputs, inputs, granularity)
+    rows, weights, mask = (sampled(x, inputs) for x in given)
     return np.asarray(fit(rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=None).levels)
 
 
 def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
-    """`[R, n]` at most so many values of each row, at equal distances that meet every input alike."""
+    """`[R, n]` at most so many values of each row, at equal distances that meet every input alike; None as it is."""
+    if rows is None:
+        return None
     step = -(-rows.shape[1] // most)
     while step > 1 and math.gcd(step, inputs) > 1:
         step += 1
