@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nuqjax import AutoQFormat, ChannelGroups, CodebookArray, InputGroups, QFormat
+from nuqjax._src.calibration.solver import sampled
 from nuqjax.calibration import Problem, quantize, shrunk
 from nuqjax.codebook_array import check, dense_on_host
 from nuqjax.fixed_point import encode_on_host
@@ -219,6 +220,14 @@ def test_more_bits_and_more_stages_are_better():
     assert errors == sorted(errors, reverse=True)
     stages = quantize(problem, bits=3).errors
     assert stages["refit"] < 0.95 * stages["feedback"] < 0.7 * stages["nearest"]
+
+
+def test_a_sample_of_a_long_row_meets_every_input_alike():
+    rows = np.tile(np.arange(6), 100)[None]
+    sample = sampled(rows, 6, most=150)
+    assert sample.shape == (1, 120)  # every fifth: neither two, three nor four has no divisor in common with six
+    assert np.bincount(sample[0]).tolist() == [20] * 6
+    assert sampled(rows, 6, most=600).shape == (1, 600)
 
 
 @pytest.mark.parametrize(
