@@ -196,6 +196,8 @@ MISTAKES = {
     "inputs not finite": ({"batches": [np.full((4, 12), np.inf, np.float32)]}, "not finite"),
     "integers": ({"fn": lambda p, x: network(p, x).argmax(-1)}, "output to compare"),
     "another method": ({"method": "enq"}, '"knq" only'),
+    "a budget out of reach": ({"budget": "1bpw"}, "with 2 bits for every leaf"),
+    "no budget": ({"budget": "small"}, "budget='small'"),
     "both": ({"sensitivity": {}}, "both given"),
     "a model": ({"fn": type("M", (), {"init": len, "apply": len})()}, "a function"),
     "weights": (
@@ -227,3 +229,23 @@ def test_an_output_is_chosen_among_several():
     given = {"fn": fn, "batches": batches[:2], "output": lambda outputs: outputs["logits"], "min_size": 64}
     _, report = nuqjax.compress(params, return_report=True, **given)
     assert report.calibration["measured"]["kl"] > 0
+
+
+def test_a_budget_is_kept_and_its_prediction_and_rules_hold():
+    params, batches = teacher()
+    given = {"fn": network, "batches": batches, "min_size": 64}
+    cparams, report = nuqjax.compress(params, budget="5.5bpw", return_report=True, **given)
+    assert report.total["bits_per_weight"] <= 5.5
+    bits = {path: leaf.bits for path, leaf in zip(params, report.compressed, strict=True)}
+    assert len(set(bits.values())) > 1
+    told = report.calibration
+    assert told["tried"] == told["held_out"] == 64
+    assert told["examples"] == 4 * 64
+    assert told["predicted"] / 3 < told["measured"]["kl"] < told["predicted"] * 3
+    rules = [eval(rule, {"Rule": nuqjax.Rule}) for rule in told["rules"]]
+    again = nuqjax.compress(params, rules=rules, **given)
+    assert {path: again[path]["kernel"].bits for path in params} == bits
+    _, cheap = nuqjax.compress(params, budget=f"kl={2 * told['predicted']}", return_report=True, **given)
+    assert cheap.total["nbytes_after"] < report.total["nbytes_after"]
+    _, same = nuqjax.compress(params, budget=report.total["nbytes_after"], return_report=True, **given)
+    assert same.total["nbytes_after"] <= report.total["nbytes_after"]

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,14 +12,15 @@ import numpy as np
 
 from nuqjax._src.calibration.biases import corrected
 from nuqjax._src.calibration.layers import Solved, solved
+from nuqjax._src.calibration.layouts import as_used, with_scales
 from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
+from nuqjax._src.calibration.widths import Allocation, allocated, parse_budget, replanned_to, sensitivities
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.compress import check_arrays, compress_tree, decompress
-from nuqjax.plan import LeafPlan, Plan, plan_leaves, replanned
+from nuqjax.plan import LeafPlan, Plan, plan_leaves
 from nuqjax.report import build_report
-from nuqjax.rows import ChannelGroups
 from nuqjax.rules import Options, Rule, path_name
 
 
@@ -42,6 +43,7 @@ def compress(
     fn: Callable[..., Any] | None = None,
     batches: Iterable[Any] | None = None,
     output: Callable[[Any], Any] | None = None,
+    budget: int | str | None = None,
 ) -> Any:
     """Compresses a parameter tree: the same tree, its large floating leaves as `CodebookArray`.
 
@@ -61,7 +63,8 @@ def compress(
     offsets after it take up the rest (the parts are in `nuqjax.calibration`; guide: docs/calibration.md). Then
     `scale=None` stands for `"channel"` where a codebook is shared by channels (a rule with `scale=None` leaves scales
     out), and axes are those of the use: output axes where `axis` is −1, stack axes where a loop runs through a leaf. A
-    fifth of the batches is held out: the report says how far outputs are from the float ones on those.
+    fifth of the batches is held out: the report says how far outputs are from the float ones on those. With a `budget`
+    each leaf has a width of its own: what each costs the outputs is measured on inputs that are held out, too.
 
     Args:
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
@@ -95,6 +98,9 @@ def compress(
         again.
       output: which of the outputs of `fn` is compared on the batches held out: a function of them; None takes the
         first array.
+      budget: in place of `bits`: `"3bpw"` (bits a weight of all that is counted), bytes, or `"kl=0.05"` (nats of
+        divergence of the outputs); leaves get 2 to 8 bits. The report has them as rules, and what they were predicted
+        to cost.
 
     Returns:
       The compressed tree, or with `return_report` the pair of it and its `Report`.
@@ -102,7 +108,7 @@ def compress(
     Raises:
       ValueError: no leaf is an array, NaN or infinity in a leaf, an option out of range, an unknown method, a rule that
         matches nothing or is always overruled, a negative or misshaped sensitivity. The message names the leaf. With
-        data: no batches, or an iterator; `fn` fails, uses no leaf, or gives what is not finite.
+        data: no batches, or an iterator; `fn` fails, uses no leaf, or gives what is not finite; a budget out of reach.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
@@ -122,13 +128,14 @@ def compress(
         keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
     )  # fmt: skip
     if fn is None and batches is None:
-        if output is not None:
-            raise ValueError("compress: output= is given, but no fn and batches: compress(params, fn=…, batches=…)")
+        for name, given in (("output", output), ("budget", budget)):
+            if given is not None:
+                raise ValueError(f"compress: {name}= needs data: compress(params, {name}=…, fn=…, batches=…)")
         return compress_tree(params, options, rules, sensitivity, return_report=return_report, progress=progress)
     _check_data(fn, batches, sensitivity, options, params)
     assert fn is not None
     programs = Programs(fn, params, "compress", output)
-    cparams, report, notes = _calibrated(programs, batches, options, rules, progress)
+    cparams, report, notes = _calibrated(programs, batches, options, rules, budget, progress)
     for note in notes:
         warnings.warn(f"compress: {note}", stacklevel=2)
     return (cparams, report()) if return_report else cparams
@@ -175,63 +182,59 @@ class _Counted:
 
 
 def _calibrated(
-    programs: Programs, batches: Any, options: Options, rules: Any, progress: bool
+    programs: Programs, batches: Any, options: Options, rules: Any, budget: Any, progress: bool
 ) -> tuple[Any, Callable[[], Any], tuple[str, ...]]:
     """The compressed tree, what gives its report, and what to warn of."""
-    params = programs.params
-    if options.scale is None and (options.granularity == "tensor" or isinstance(options.granularity, ChannelGroups)):
-        options = replace(options, scale="channel")
+    params, options = programs.params, with_scales(options)
     flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
     leaves = [leaf for _, leaf in flat]
-    plans = plan_leaves(params, options, rules)
-    check_arrays(leaves, plans)
+    planned = plan_leaves(params, options, rules)
+    check_arrays(leaves, planned)
     batches = checked_batches(batches, programs.caller)
-    learn, held = split_off(batches)
-    first = next(iter(batches))
-    sizes = sums_of_uses(programs, first)
-    if not sizes:
-        raise ValueError(
-            "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params is to be its first "
-            "argument: fn(params, *inputs)"
-        )
-    tied = _tied(flat)
-    made: dict[str, Solved] = {}
-    reasons: dict[str, str] = {}
-    found: dict[str, LeafMoments | str] = {}
-    means: Moments | None = None
+    split = split_off(batches, thirds=budget is not None)
+    if budget is not None:
+        parse_budget(budget)
+        if not split.tried:
+            raise ValueError("compress: a budget needs two batches or more: some are held out to measure on")
+    learned = _Learned(programs, Some(batches, split.learned), planned, _tied(flat))
+    allocation = None
     with _bars(progress) as shown:
-        for group in _groups(plans, sizes, tied):
-            learned = _Counted(Some(batches, tuple(learn)), shown, "moments")
-            moments = _gathered(programs, learned, group).joined(tied)
-            means = moments.without_second() if means is None else means.merged(moments.without_second())
-            if len(made) == 0:
-                plans = [_as_used(plan, means) for plan in plans]
+        if budget is not None:
+            table: dict[str, dict[int, float]] = {}
+            for group, moments in learned.groups(shown):
+                plans = [plan if plan.path in group else _left(plan) for plan in learned.plans(moments)]
+                table |= sensitivities(programs, Some(batches, split.tried), moments, plans, (2, 3), shown)
+            used = learned.plans(learned.means)
+            allocation = allocated(planned, used, table, budget, options)
+            learned.bits = allocation.bits
+        made: dict[str, Solved] = {}
+        plans_of: dict[str, Options] = {}
+        found: dict[str, LeafMoments | str] = {}
+        for group, moments in learned.groups(shown):
+            plans = learned.plans(moments)
             work = [n for n, plan in enumerate(plans) if plan.reason is None and plan.path in group]
             for n in shown(work, "leaves", len(work)):
                 plan = plans[n]
-                same = tied.get(plan.path, (plan.path,))[0]
-                if same in made:
+                same = learned.tied.get(plan.path, (plan.path,))[0]
+                if same not in made or repr(plan.options) != repr(plans_of[same]):
+                    here = moments.of(plan.path, plan.axes, plan.options.stack_axes)
+                    found[plan.path] = here if isinstance(here, str) else here.without_values()
+                    made[plan.path] = solved(leaves[n], plan, None if isinstance(here, str) else here)
+                else:
                     made[plan.path], found[plan.path] = made[same], found[same]
-                    continue
-                now = moments.of(plan.path, plan.axes, plan.options.stack_axes)
-                found[plan.path] = now
-                made[plan.path] = solved(leaves[n], plan, now if isinstance(now, LeafMoments) else None)
-            for path in group:  # the matrices of one group at a time
-                if isinstance(here := found.get(path), LeafMoments):
-                    found[path] = replace(here, second=np.zeros(0), mean=np.zeros(0))
-        assert means is not None
+                plans_of[plan.path] = plan.options
+        plans = learned.plans(learned.means)
         results = [made[plan.path].leaf if plan.reason is None else x for plan, x in zip(plans, leaves, strict=True)]
-        cparams, uncorrected = corrected(params, structure.unflatten(results), means)
-        score = _measured(programs, cparams, Some(batches, tuple(held)), shown) if held else None
-    for plan in plans:
-        if plan.reason is not None:
-            reasons[plan.path] = plan.reason
+        cparams, uncorrected = corrected(params, structure.unflatten(results), learned.means)
+        score = _measured(programs, cparams, Some(batches, split.measured), shown) if split.measured else None
     notes = (*Plan(tuple(plans)).notes, *_few(found, plans))
-    examples = [example_count(batch) for batch in batches]
     told = _Told(
-        sum(examples[n] for n in learn),
-        sum(examples[n] for n in held),
+        learned.means.images,
+        _examples(Some(batches, split.tried)) if budget is not None else 0,
+        _examples(Some(batches, split.measured)),
+        split.tried == split.measured,
         score,
+        allocation,
         {path: text for path, text in found.items() if isinstance(text, str)},
         uncorrected,
         {path: one.errors for path, one in made.items() if one.errors},
@@ -239,10 +242,73 @@ def _calibrated(
 
     def report() -> Any:
         fits = {path: (one.method, one.certificate) for path, one in made.items()}
+        reasons = {plan.path: plan.reason for plan in plans if plan.reason is not None}
         whole = build_report(params, cparams, reasons, fits, (*notes, *told.lines()))
         return replace(whole, calibration=told.numbers())
 
     return cparams, report, notes
+
+
+@dataclass
+class _Learned:
+    """The moments of the leaves, as many leaves at a time as memory holds.
+
+    Attributes:
+      programs: the function.
+      batches: what is learned from.
+      planned: the leaves, as the user's options say.
+      tied: by path, all the paths at which the same array stands, where there are several.
+      bits: of the leaves, where a budget has decided.
+      means: of all leaves of which there have been moments.
+    """
+
+    programs: Programs
+    batches: Some
+    planned: Sequence[LeafPlan]
+    tied: Mapping[str, Sequence[str]]
+    bits: Mapping[str, int] = field(default_factory=dict)
+    means: Any = None
+    _only: Any = None
+
+    def groups(self, shown: Callable[..., Iterable[Any]]) -> Iterator[tuple[frozenset[str], Moments]]:
+        """Leaves and their moments. A single group's are kept, those of several gathered anew each time."""
+        if self._only is not None:
+            yield self._only
+            return
+        sizes = sums_of_uses(self.programs, next(iter(self.batches)))
+        if not sizes:
+            raise ValueError(
+                "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params is to be its first "
+                "argument: fn(params, *inputs)"
+            )
+        groups = _groups(self.planned, sizes, self.tied)
+        for group in groups:
+            moments = self._gathered(_Counted(self.batches, shown, "moments"), group).joined(self.tied)
+            means = moments.without_second()
+            self.means = means if self.means is None else self.means.merged(means)
+            if len(groups) == 1:
+                self._only = group, moments
+            yield group, moments
+
+    def plans(self, moments: Moments) -> list[LeafPlan]:
+        """The leaves' plans, with the axes that moments show and the bits that a budget gives."""
+        used = [as_used(plan, moments) for plan in self.planned]
+        return [replanned_to(p, self.bits[p.path]) if p.path in self.bits and p.reason is None else p for p in used]
+
+    def _gathered(self, batches: Any, group: frozenset[str]) -> Moments:
+        def check(number: int, batch: Any, outputs: Sequence[Any]) -> None:
+            what = f"batch {number} and the parameters as they are"
+            finite(self.programs.compared(batch, outputs), what, self.programs.caller)
+
+        return gather_moments(self.programs, batches, wanted=group.__contains__, seen=check)
+
+
+def _left(plan: LeafPlan) -> LeafPlan:
+    return replace(plan, reason="in another group") if plan.reason is None else plan
+
+
+def _examples(batches: Some) -> int:
+    return sum(example_count(batch) for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -250,8 +316,11 @@ class _Told:
     """What the report says of the data."""
 
     learned: int
+    tried: int
     held: int
+    same: bool
     score: Measured | None
+    allocation: Allocation | None
     alone: Mapping[str, str]
     uncorrected: Mapping[str, str]
     errors: Mapping[str, Mapping[str, float]]
@@ -259,8 +328,13 @@ class _Told:
     def lines(self) -> list[str]:
         """In words."""
         lines = [f"levels, scales and indices were fitted to {self.learned} examples"]
+        if self.allocation is not None:
+            lines.append(
+                f"bits were allocated by {self.tried} others: predicted KL {self.allocation.predicted:.4g} nats"
+            )
         if self.score is not None:
-            lines.append(f"on {self.held} examples that were held out, beside the float outputs: {self.score}")
+            which = "the same" if self.same and self.allocation is not None else "that were held out"
+            lines.append(f"on {self.held} examples {which}, beside the float outputs: {self.score}")
         else:
             lines.append("nothing was measured: with two batches or more, some are held out")
         lines += [f"{path}: by its weights alone: {why}" for path, why in self.alone.items()]
@@ -271,21 +345,15 @@ class _Told:
         """As plain numbers and strings."""
         return {
             "examples": self.learned,
+            "tried": self.tried,
             "held_out": self.held,
             "measured": None if self.score is None else as_numbers(self.score),
+            "predicted": None if self.allocation is None else self.allocation.predicted,
+            "rules": [] if self.allocation is None else [repr(rule) for rule in self.allocation.rules],
             "by_weights_alone": dict(self.alone),
             "uncorrected": dict(self.uncorrected),
             "layer_errors": {path: dict(errors) for path, errors in self.errors.items()},
         }
-
-
-def _gathered(programs: Programs, batches: Any, group: frozenset[str]) -> Moments:
-    """The moments of some leaves, with float outputs known to be finite."""
-
-    def check(number: int, batch: Any, outputs: Sequence[Any]) -> None:
-        finite(programs.compared(batch, outputs), f"batch {number} and the parameters as they are", programs.caller)
-
-    return gather_moments(programs, batches, wanted=group.__contains__, seen=check)
 
 
 def _measured(programs: Programs, cparams: Any, held: Some, shown: Callable[..., Iterable[Any]]) -> Measured:
@@ -331,26 +399,6 @@ def _groups(
 
 
 _MOMENT_VALUES = 2**27  # a gigabyte in float64
-
-
-def _as_used(plan: LeafPlan, moments: Moments) -> LeafPlan:
-    """The plan with the axes that the function's use shows, where the user has said nothing of them."""
-    if plan.reason is not None:
-        return plan
-    options, shown = plan.options, moments.axes(plan.path)
-    if shown is None:
-        stacked = len(plan.shape) > 1 and plan.path in {slot.name for slot in moments.slots}
-        if stacked and options.skip is not False:
-            return replace(plan, reason="it is an offset, which takes corrections", nbytes_after=plan.nbytes_before)
-        return plan
-    axes, stack = shown
-    if options.stack_axes == 0 and stack and options.skip is not False:
-        options = replace(options, stack_axes=stack)
-    if options.axis == -1:
-        axes = axes if options.stack_axes == stack else tuple(a + stack - options.stack_axes for a in axes)
-        axes = axes if all(a >= 0 for a in axes) else tuple(a for a in axes if a >= 0)
-        options = replace(options, axis=axes)
-    return replanned(plan, options)
 
 
 def _few(found: Mapping[str, LeafMoments | str], plans: Sequence[LeafPlan]) -> list[str]:

@@ -1,14 +1,15 @@
 """A function of parameters and inputs, compiled once for each shape of a batch, and the batches themselves."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
+from nuqjax._src.calibration.convolutions import with_fast_convolutions
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.interpret import Traced, trace
 from nuqjax.rules import path_name
@@ -43,6 +44,14 @@ def example_count(batch: Any) -> int:
     """How many examples a batch has: the length of its first array, at least 1."""
     shapes = [np.shape(x) for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, _ARRAYS)]
     return max(1, next((shape[0] for shape in shapes if shape), 1))
+
+
+def fingerprint(batch: Any) -> str:
+    """What tells a batch from others: a digest of its first array."""
+    first = next((x for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, _ARRAYS)), np.zeros(0))
+    data = np.ascontiguousarray(np.asarray(first)).view(np.uint8).reshape(-1)
+    digest = hashlib.sha1(data[: 2**16].tobytes() + data[-(2**16) :].tobytes(), usedforsecurity=False)
+    return f"{first.dtype}{first.shape}{digest.hexdigest()}"
 
 
 def shapes_of(batch: Any) -> str:
@@ -111,7 +120,8 @@ class Programs:
         """The output that is compared, of parameters like the function's own."""
         key = self.key(batch)
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(core.jaxpr_as_fun(self.traced(batch).jaxpr))
+            jaxpr = self.traced(batch).jaxpr
+            self._compiled[key] = jax.jit(lambda *arrays: with_fast_convolutions(jaxpr, arrays))
         return self.compared(batch, self._compiled[key](*self.arrays(params, batch)))
 
     def compared(self, batch: Any, outputs: Sequence[Any]) -> np.ndarray:
@@ -132,12 +142,28 @@ class Programs:
         return np.asarray(found)
 
 
-def split_off(batches: Iterable[Any], share: float = 0.2) -> tuple[list[int], list[int]]:
-    """The numbers of the batches to learn from, and of those that are held out: every fifth or so, if there are two."""
+class Split(NamedTuple):
+    """Batches by number: learned from, tried leaf by leaf, and measured on."""
+
+    learned: tuple[int, ...]
+    tried: tuple[int, ...]
+    measured: tuple[int, ...]
+
+
+def split_off(batches: Iterable[Any], thirds: bool = False) -> Split:
+    """A fifth of the batches, evenly spread, is held out if there are two; with `thirds` two fifths if there are three.
+
+    >>> split_off(range(10))
+    Split(learned=(0, 1, 2, 3, 5, 6, 7, 8), tried=(4, 9), measured=(4, 9))
+    >>> split_off(range(10), thirds=True)
+    Split(learned=(0, 1, 3, 5, 6, 8), tried=(4, 9), measured=(2, 7))
+    """
     count = sum(1 for _ in batches)
-    held = max(1, round(count * share)) if count > 1 else 0
-    chosen = {count - 1 - round(n * count / held) for n in range(held)} if held else set()
-    return [n for n in range(count) if n not in chosen], sorted(chosen)
+    parts = 2 if thirds and count > 2 else 1
+    each = max(1, round(count / 5)) if count > 1 else 0
+    held = [count - 1 - n * count // (each * parts) for n in range(each * parts)]
+    tried, measured = (tuple(sorted(held[n::parts])) for n in (0, parts - 1))
+    return Split(tuple(n for n in range(count) if n not in held), tried, measured)
 
 
 @dataclass(frozen=True)

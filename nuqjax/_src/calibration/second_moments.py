@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from nuqjax import rows
-from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, shapes_of
+from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, fingerprint, shapes_of
 from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Sums, Use, run
 from nuqjax.interpret import Site
 
@@ -45,6 +45,10 @@ class LeafMoments:
         """Whether only the diagonal is known."""
         return self.second.ndim == self.mean.ndim
 
+    def without_values(self) -> "LeafMoments":
+        """What is small of it."""
+        return replace(self, second=np.zeros(0), mean=np.zeros(0))
+
 
 class Record(NamedTuple):
     """Sums over all batches: `first [N·B, I]` and `second [N·B, I, I]` (or `[N·B, I]`, or None), float64."""
@@ -70,7 +74,7 @@ class Moments(Mapping[str, LeafMoments | str]):
       slots: leaves that are added after others.
       others: of each leaf, uses of which nothing is known.
       images: examples that were seen.
-      widest: `[G, I, I]` may have so many values.
+      seen: what tells the batches that were seen from others.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -78,6 +82,7 @@ class Moments(Mapping[str, LeafMoments | str]):
     slots: Sequence[Slot]
     others: Mapping[str, Sequence[str]]
     images: int
+    seen: frozenset[str] = frozenset()
 
     def __getitem__(self, path: str) -> LeafMoments | str:
         return self.of(path)
@@ -193,7 +198,7 @@ def gather_moments(
     batches = checked_batches(batches, programs.caller)
     compiled: dict[Any, tuple[Any, Recorder]] = {}
     total: list[Record] = []
-    recorder, images = None, 0
+    recorder, images, prints = None, 0, []
     for number, batch in enumerate(batches):
         key = programs.key(batch)
         if key not in compiled:
@@ -218,6 +223,7 @@ def gather_moments(
                 )
             total = [_joined(old, new) for old, new in zip(total, added, strict=True)]
         images += example_count(batch)
+        prints.append(fingerprint(batch))
         seen(number, batch, outputs)
     assert recorder is not None
     records: dict[str, list[Record]] = {}
@@ -229,7 +235,7 @@ def gather_moments(
         for name, (_, x) in zip(programs.names(first), programs.traced(first).arrays, strict=True)
         if name is not None
     }
-    return Moments(shapes, records, tuple(recorder.slots), recorder.others, images)
+    return Moments(shapes, records, tuple(recorder.slots), recorder.others, images, frozenset(prints))
 
 
 def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str, int]:

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from nuqjax._src.calibration.convolutions import convolve
 from nuqjax.fold_program import MOVING, move
 from nuqjax.interpret import Interpreter, Rule, Site, bind, inline, scan_parts
 
@@ -297,7 +298,7 @@ def _conv(interpreter: Any, site: Site, eqn: core.JaxprEqn, x: Any, kernel: Any)
     if not isinstance(kernel, Parameter) or isinstance(x, Parameter) or params["batch_group_count"] != 1:
         return _default(interpreter, site, eqn, x, kernel)
     [x] = interpreter.lower_all([x])
-    [result] = bind(eqn, [x, kernel.array])
+    result = convolve(eqn, x, kernel.array)
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     shape, order = kernel.array.shape, tuple(numbers.rhs_spec)
     inputs = math.prod(shape) // max(shape[order[0]], 1)
