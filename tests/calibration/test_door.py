@@ -197,6 +197,8 @@ MISTAKES = {
     "integers": ({"fn": lambda p, x: network(p, x).argmax(-1)}, "output to compare"),
     "another method": ({"method": "enq"}, '"knq" only'),
     "a budget out of reach": ({"budget": "1bpw"}, "with 2 bits for every leaf"),
+    "a rate of bytes": ({"rate": "5kB"}, "rate='5kB'"),
+    "a budget and a rate": ({"budget": 1000, "rate": "3bpw"}, "both given"),
     "no budget": ({"budget": "small"}, "budget='small'"),
     "both": ({"sensitivity": {}}, "both given"),
     "a model": ({"fn": type("M", (), {"init": len, "apply": len})()}, "a function"),
@@ -234,7 +236,7 @@ def test_an_output_is_chosen_among_several():
 def test_a_budget_is_kept_and_its_prediction_and_rules_hold():
     params, batches = teacher()
     given = {"fn": network, "batches": batches, "min_size": 64}
-    cparams, report = nuqjax.compress(params, budget="5.5bpw", return_report=True, **given)
+    _, report = nuqjax.compress(params, budget="5.5bpw", return_report=True, **given)
     assert report.total["bits_per_weight"] <= 5.5
     bits = {path: leaf.bits for path, leaf in zip(params, report.compressed, strict=True)}
     assert len(set(bits.values())) > 1
@@ -249,3 +251,33 @@ def test_a_budget_is_kept_and_its_prediction_and_rules_hold():
     assert cheap.total["nbytes_after"] < report.total["nbytes_after"]
     _, same = nuqjax.compress(params, budget=report.total["nbytes_after"], return_report=True, **given)
     assert same.total["nbytes_after"] <= report.total["nbytes_after"]
+
+
+def test_a_rate_is_what_the_coded_file_takes_and_its_outputs_are_better_than_a_budgets(tmp_path):
+    params, batches = wide_teacher()
+    given = {"fn": network, "batches": batches, "codebook_format": jnp.float16, "return_report": True}
+    rated, report = nuqjax.compress(params, rate="3bpw", **given)
+    weights = report.total["weights"]
+    assert 2.9 < report.calibration["file_bits_per_weight"] <= 3
+    written = nuqjax.save(tmp_path / "rated.safetensors", rated, entropy_coding=True)
+    del written
+    size = (tmp_path / "rated.safetensors").stat().st_size
+    assert 8 * size / weights < 3 + 8 * 6000 / weights  # the header and the tables of the coder
+    _, other = nuqjax.compress(params, budget="3bpw", **given)
+    assert report.calibration["measured"]["kl"] < other.calibration["measured"]["kl"]
+
+
+@functools.cache
+def wide_teacher():
+    rng = np.random.default_rng(3)
+    shapes = {"a": (24, 128), "b": (128, 128), "c": (128, 10)}
+    params = {
+        name: {
+            "kernel": (rng.standard_t(4, size=shape) / np.sqrt(shape[0])).astype(np.float32),
+            "bias": rng.normal(size=shape[1]).astype(np.float32),
+        }
+        for name, shape in shapes.items()
+    }
+    mix = rng.normal(size=(6, 24))
+    draw = lambda: (rng.normal(size=(96, 6)) @ mix + 0.2 * rng.normal(size=(96, 24)) + 1).astype(np.float32)  # noqa: E731
+    return params, [draw() for _ in range(6)]

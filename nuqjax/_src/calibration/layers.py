@@ -23,12 +23,19 @@ class Solved(NamedTuple):
       method: what its levels and indices were fitted by.
       errors: the layer's squared error after each stage, of all slices; empty where only a diagonal is known.
       certificate: of a fit that is proven.
+      code_bits: of the indices, as an entropy coder makes them.
     """
 
     leaf: CodebookArray
     method: str
     errors: dict[str, float]
     certificate: float | None
+    code_bits: float
+
+    @property
+    def error(self) -> float:
+        """The layer's squared error in the end (with a rate, the sum of error and cost of the code)."""
+        return list(self.errors.values())[-1] if self.errors else 0.0
 
 
 def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments) -> list[Problem]:
@@ -49,18 +56,18 @@ def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) 
       leaf: the dense leaf.
       plan: its options.
       found: its moments; None gives what `compress` gives without data.
-      **stages: `feedback` and `refit` of `quantize`.
+      **stages: `feedback`, `refit` and `rate` of `quantize`.
 
     Raises:
       ValueError: a value is NaN or infinite. The message names the leaf.
     """
     if found is None or 0 in plan.shape:
-        return Solved(*_swapped(compress_leaf(leaf, None, plan), "knq"))
+        return _swapped(compress_leaf(leaf, None, plan), "knq")
     array = np.asarray(leaf)
     check_finite(array, plan.path)
     if found.is_diagonal:
         importance = _importance(plan, found)
-        return Solved(*_swapped(compress_leaf(array, importance, plan), "knq, weighted"))
+        return _swapped(compress_leaf(array, importance, plan), "knq, weighted")
     array = array.astype(native_dtype(array.dtype), copy=False)
     options = plan.options
     given = {"bits": options.bits, "granularity": options.granularity, "scale": options.scale} | stages
@@ -73,11 +80,14 @@ def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) 
     result = leaf_of(plan, levels, indices, scale, made[0].codebook_format)
     names = list(dict.fromkeys(name for one in made for name in one.errors))
     errors = {name: math.fsum(_after(one, names, name) for one in made) for name in names}
-    return Solved(result, "+".join(["knq", *(name for name in names if name != "nearest")]), errors, None)
+    start = "knq" if stages.get("rate") is None else "rated"
+    method = "+".join([start, *(name for name in names if name != "nearest")])
+    return Solved(result, method, errors, None, sum(one.bits_per_weight * one.indices.size for one in made))
 
 
-def _swapped(made: tuple[CodebookArray, float | None], method: str) -> tuple[CodebookArray, str, dict, float | None]:
-    return made[0], method, {}, made[1]
+def _swapped(made: tuple[CodebookArray, float | None], method: str) -> Solved:
+    leaf, certificate = made
+    return Solved(leaf, method, {}, certificate, float(leaf.size * leaf.bits))
 
 
 def _after(solution: Solution, names: list[str], name: str) -> float:

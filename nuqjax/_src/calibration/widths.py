@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def sensitivity(
                 "give others"
             )
     plans = [as_used(plan, moments) for plan in plan_leaves(params, with_scales(Options(**options)), rules)]
-    return sensitivities(programs, batches, moments, plans, bits)
+    return sensitivities(programs, batches, moments, plans, bits)[0]
 
 
 def sensitivities(
@@ -81,18 +81,18 @@ def sensitivities(
     plans: Sequence[LeafPlan],
     bits: Sequence[int],
     shown: Callable[..., Iterable[Any]] = lambda work, name, count: work,
-) -> dict[str, dict[int, float]]:
-    """`sensitivity` of leaves that are planned."""
+) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+    """`sensitivity` of leaves that are planned, and by path what a unit of a layer's error costs the outputs."""
     leaves, structure = jax.tree.flatten(programs.params, is_leaf=is_codebook_array)
     exact = [programs.outputs(programs.params, batch) for batch in batches]
     work = [n for n, plan in enumerate(plans) if plan.reason is None]
-    known: dict[tuple[int, str], dict[int, float]] = {}
-    result = {}
+    known: dict[tuple[int, str], tuple[dict[int, float], float]] = {}
+    table, prices = {}, {}
     for n in shown(work, "sensitivity", len(work)):
         same = id(leaves[n]), repr(plans[n].options)  # a tied array counts once
         if same not in known:
-            losses = {}
-            for width in bits:
+            losses, price = {}, 0.0
+            for width in sorted(bits):
                 plan = replanned_to(plans[n], width)
                 found = moments.of(plan.path, plan.axes, plan.options.stack_axes)
                 one = solved(leaves[n], plan, found if isinstance(found, LeafMoments) else None, refit=0)
@@ -100,9 +100,10 @@ def sensitivities(
                 dense = decompress(corrected(programs.params, structure.unflatten(swapped), moments)[0])
                 outputs = (programs.outputs(dense, batch) for batch in batches)
                 losses[width] = measured(zip(exact, outputs, strict=True)).loss
-            known[same] = _at_every_width(losses)
-        result[plans[n].path] = known[same]
-    return result
+                price = losses[width] / one.error if one.error > 0 else 0.0
+            known[same] = _at_every_width(losses), price
+        table[plans[n].path], prices[plans[n].path] = known[same]
+    return table, prices
 
 
 def replanned_to(plan: LeafPlan, bits: int) -> LeafPlan:
@@ -152,28 +153,55 @@ class Allocation:
         return f"{render(table)}\n{line}{self.predicted:.4g}"
 
 
-def parse_budget(budget: Any) -> tuple[str, float]:
-    """`("bytes" | "bpw" | "kl", number)`.
+class Goal(NamedTuple):
+    """What decides the bits of the leaves.
+
+    Attributes:
+      kind: "bytes", "bpw" (bits a weight of all that is counted), "kl" (nats of divergence), or "rate" (bits a weight
+        of the coded file).
+      amount: how much.
+      text: as the user said it.
+    """
+
+    kind: str
+    amount: float
+    text: str
+
+
+def goal_of(budget: Any, rate: Any) -> Goal | None:
+    """The goal that a budget or a rate is; None of neither.
 
     Raises:
-      ValueError: it is none.
+      ValueError: both are given, or what is given is none.
 
-    >>> parse_budget("3bpw"), parse_budget(2_000_000), parse_budget("kl=0.05")
-    (('bpw', 3.0), ('bytes', 2000000.0), ('kl', 0.05))
+    >>> goal_of("3bpw", None)[:2], goal_of(2_000_000, None)[:2], goal_of("kl=0.05", None)[:2], goal_of(None, "2bpw")[:2]
+    (('bpw', 3.0), ('bytes', 2000000.0), ('kl', 0.05), ('rate', 2.0))
     """
-    wanted = 'bits a weight ("3bpw"), bytes (2_000_000) or a divergence in nats ("kl=0.05") are wanted'
+    if budget is None and rate is None:
+        return None
+    if budget is not None and rate is not None:
+        raise ValueError(f"budget={budget!r} and rate={rate!r} are both given; give one of them")
+    if rate is not None:
+        if bits := _amount(rate, r"([0-9.]+)bpw"):
+            return Goal("rate", bits, f"rate={rate!r}")
+        raise ValueError(f'rate={rate!r}, but bits a weight are wanted: rate="2.5bpw"')
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return "bytes", float(budget)
-    text = budget.replace(" ", "") if isinstance(budget, str) else ""
+        return Goal("bytes", float(budget), f"budget={budget!r}")
     for kind, pattern in (("bpw", r"([0-9.]+)bpw"), ("kl", r"kl=([0-9.eE+-]+)")):
-        if match := re.fullmatch(pattern, text):
-            try:
-                number = float(match[1])
-            except ValueError:
-                break
-            if 0 < number < math.inf:
-                return kind, number
+        if amount := _amount(budget, pattern):
+            return Goal(kind, amount, f"budget={budget!r}")
+    wanted = 'bits a weight ("3bpw"), bytes (2_000_000) or a divergence in nats ("kl=0.05") are wanted'
     raise ValueError(f"budget={budget!r}, but {wanted}")
+
+
+def _amount(text: Any, pattern: str) -> float | None:
+    """The positive number in a text; None if there is none."""
+    match = re.fullmatch(pattern, text.replace(" ", "")) if isinstance(text, str) else None
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
 
 
 def allocate(
@@ -209,18 +237,21 @@ def allocate(
     """
     planned = plan_leaves(params, with_scales(Options(**options)), rules)
     used = planned if moments is None else [as_used(plan, moments) for plan in planned]
-    return allocated(planned, used, sensitivity, budget, Options(**options))
+    goal = goal_of(budget, None)
+    if goal is None:
+        raise ValueError('allocate: a budget is wanted, such as "3bpw"')
+    return allocated(planned, used, sensitivity, goal, Options(**options))
 
 
 def allocated(
     planned: Sequence[LeafPlan],
     used: Sequence[LeafPlan],
     table: Mapping[str, Mapping[int, float]],
-    budget: Any,
+    goal: Goal,
     options: Options,
 ) -> Allocation:
     """`allocate` for leaves that are planned: as the user's rules say, and with the axes that the function shows."""
-    kind, amount = parse_budget(budget)
+    kind, amount = goal.kind, goal.amount
     chosen = {plan.path: plan for plan in used if plan.reason is None and plan.path in table}
     weights = sum(math.prod(plan.shape) for plan in used)
     fixed = sum(plan.nbytes_after for plan in used if plan.path not in chosen)
@@ -234,14 +265,12 @@ def allocated(
     most = {path: max(WIDTHS) for path in chosen}
     if kind != "kl" and cost(least)[1] > limit:
         raise ValueError(
-            f"budget={budget!r}: {limit:,.0f} bytes, but with {min(WIDTHS)} bits for every leaf the tree takes "
+            f"{goal.text}: {limit:,.0f} bytes, but with {min(WIDTHS)} bits for every leaf the tree takes "
             f"{cost(least)[1]:,} ({8 * cost(least)[1] / max(weights, 1):.3f} bits a weight, of which "
             f"{8 * fixed / max(weights, 1):.3f} stay dense)"
         )
     if kind == "kl" and cost(most)[0] > limit:
-        raise ValueError(
-            f"budget={budget!r}: with {max(WIDTHS)} bits for every leaf {cost(most)[0]:.3g} nats are predicted"
-        )
+        raise ValueError(f"{goal.text}: with {max(WIDTHS)} bits for every leaf {cost(most)[0]:.3g} nats are predicted")
 
     def at(price: float) -> dict[str, int]:
         return {p: min(WIDTHS, key=lambda b: (table[p][b] + price * sizes[p][b], b)) for p in chosen}
