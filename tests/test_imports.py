@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "fisher",
             *LEAF,
         },
-        ARRAYS,
+        {*ARRAYS, "rich"},
     ),
     "__init__": (
         {
