@@ -247,7 +247,7 @@ def test_positions_are_a_lattice_of_no_more_than_asked_for(length, dilation):
     jaxpr = jax.make_jaxpr(
         lambda x, w: lax.conv_general_dilated(x, w, (1,), ((0, 0),), (dilation,), dimension_numbers=numbers)
     )(x, w)
-    recorder = Recorder(lambda name: True, 3, 6, True, 100)
+    recorder = Recorder(lambda name: True, 3, 6, 100)
     run(jaxpr, [x, w], [None, "w"], recorder)
     [(_, count, sums)] = recorder.records
     places = (length - 1) * dilation + 1

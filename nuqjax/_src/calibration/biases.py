@@ -40,7 +40,7 @@ def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Ite
     >>> error(cparams) > 0.1, error(correct_bias(fn, params, cparams, [batch])) < 1e-4
     (True, True)
     """
-    means = gather_moments(Programs(fn, params, "correct_bias"), batches, second=False)
+    means = gather_moments(Programs(fn, params, "correct_bias"), batches, wanted=lambda name: False)
     return corrected(params, cparams, means)[0]
 
 

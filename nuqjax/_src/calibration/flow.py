@@ -163,7 +163,7 @@ class _Learned:
       leaves: their arrays.
       tied: by path, all the paths at which the same array stands, where there are several.
       bits: of the leaves, where a budget has decided.
-      means: of all leaves of which there have been moments.
+      means: of all leaves.
     """
 
     programs: Programs
@@ -189,8 +189,8 @@ class _Learned:
         groups = _groups(self.planned, sizes, self.tied)
         for group in groups:
             moments = self._gathered(_Counted(self.batches, shown, "moments"), group).joined(self.tied)
-            means = moments.without_second()
-            self.means = means if self.means is None else self.means.merged(means)
+            if self.means is None:
+                self.means = moments.without_second()
             if len(groups) == 1:
                 self._only = group, moments
             yield group, moments

@@ -127,10 +127,6 @@ class Moments(Mapping[str, LeafMoments | str]):
         records = {path: [r._replace(second=None) for r in some] for path, some in self.records.items()}
         return replace(self, records=records)
 
-    def merged(self, other: "Moments") -> "Moments":
-        """With the leaves of another pass."""
-        return replace(self, records={**self.records, **other.records}, slots=(*self.slots, *other.slots))
-
     def _repaired(self) -> frozenset[Use]:
         """The uses after which a leaf can take the correction of their mean, and takes no other's."""
         found: dict[str, list[Use]] = {}
@@ -180,7 +176,6 @@ def gather_moments(
     *,
     positions: int = 64,
     widest: int = 4096,
-    second: bool = True,
     wanted: Callable[[str], bool] = lambda name: True,
     seen: Callable[[int, Any, Sequence[Any]], None] = lambda number, batch, outputs: None,
 ) -> Moments:
@@ -191,8 +186,7 @@ def gather_moments(
       batches: the inputs.
       positions: as in `moments`.
       widest: as in `moments`.
-      second: whether second moments are taken, not only means.
-      wanted: of which leaves.
+      wanted: of which leaves second moments are taken; the others have means alone.
       seen: called with each batch's number, the batch and the outputs.
     """
     batches = checked_batches(batches, programs.caller)
@@ -202,7 +196,7 @@ def gather_moments(
     for number, batch in enumerate(batches):
         key = programs.key(batch)
         if key not in compiled:
-            made = Recorder(wanted, example_count(batch), positions, second, widest)
+            made = Recorder(wanted, example_count(batch), positions, widest)
             compiled[key] = _compile(programs, batch, made), made
         program, made = compiled[key]
         outputs, sums = program(*programs.arrays(programs.params, batch))
@@ -240,7 +234,7 @@ def gather_moments(
 
 def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str, int]:
     """By leaf, how many values the second moments take of what it multiplies; nothing is computed."""
-    recorder = Recorder(lambda name: True, example_count(batch), 64, True, widest)
+    recorder = Recorder(lambda name: True, example_count(batch), 64, widest)
     names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
     jax.eval_shape(lambda *arrays: run(jaxpr, arrays, names, recorder), *programs.arrays(programs.params, batch))
     sizes: dict[str, int] = {}

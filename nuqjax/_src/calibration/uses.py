@@ -118,10 +118,9 @@ class Recorder:
     """What a run of the function has met.
 
     Attributes:
-      wanted: the leaves whose sums are taken.
+      wanted: the leaves whose second moments are taken, too.
       images: examples in the batch.
       positions: how many places of an example are looked at, at most.
-      second: whether second moments are taken, not only means.
       widest: inputs of a use above which only the diagonal of its second moments is taken.
       records: use, rows, and sums.
       slots: offsets.
@@ -131,7 +130,6 @@ class Recorder:
     wanted: Callable[[str], bool]
     images: int
     positions: int
-    second: bool
     widest: int
     records: list[tuple[Use, int, Sums]] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
@@ -139,7 +137,7 @@ class Recorder:
 
     def inside(self) -> "Recorder":
         """An empty one for the body of a loop."""
-        return Recorder(self.wanted, self.images, self.positions, self.second, self.widest)
+        return Recorder(self.wanted, self.images, self.positions, self.widest)
 
     def note(self, parameter: Any, why: str) -> None:
         """Notes a use of which nothing is known."""
@@ -250,13 +248,13 @@ def _wide(x: Any) -> Any:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def _sums(x: Any, recorder: Recorder, diagonal: bool) -> Sums:
+def _sums(x: Any, recorder: Recorder, use: Use) -> Sums:
     """Of rows `[B, R, I]`."""
     x = _wide(x)
     first = x.sum(axis=1)
-    if not recorder.second:
+    if not recorder.wanted(use.name):
         return Sums(first, None)
-    if diagonal:
+    if use.diagonal:
         return Sums(first, (x * x).sum(axis=1))
     product = lax.dot_general(x, x, (((1,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
     return Sums(first, product)
@@ -283,11 +281,10 @@ def _dot(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
     if not jnp.issubdtype(result.dtype, jnp.floating) or 0 in (*shape, *x.shape):
         recorder.note(parameter, f"{site.primitive} of no values, or of integers")
         return [result]
-    if recorder.wanted(parameter.name):
-        rows = x.transpose([a for group in axes[1] for a in group]).reshape(parts, -1, inputs)
-        every = -(-rows.shape[1] // max(recorder.images * recorder.positions, 1))
-        rows = rows[:, every // 2 :: every]
-        recorder.records.append((use, rows.shape[1], _sums(rows, recorder, diagonal)))
+    rows = x.transpose([a for group in axes[1] for a in group]).reshape(parts, -1, inputs)
+    every = -(-rows.shape[1] // max(recorder.images * recorder.positions, 1))
+    rows = rows[:, every // 2 :: every]
+    recorder.records.append((use, rows.shape[1], _sums(rows, recorder, use)))
     batch, free, others = [shape[a] for a in axes[0][0]], [shape[a] for a in axes[0][1]], [1] * len(axes[1][1])
     numbers = np.arange(parts * outputs).reshape(batch + (free + others if side == 0 else others + free))
     return [Output(result, ((use, numbers),))]
@@ -308,14 +305,13 @@ def _conv(interpreter: Any, site: Site, eqn: core.JaxprEqn, x: Any, kernel: Any)
     sizes = groups, shape[order[0]] // groups, inputs
     diagonal = inputs > recorder.widest
     use = Use(kernel.name, kernel.moves, shape, order, sizes, site, diagonal)
-    if recorder.wanted(kernel.name):
-        count, sums = _patch_sums(x, shape, result.shape, params, recorder, diagonal)
-        recorder.records.append((use, count, sums))
+    count, sums = _patch_sums(x, result.shape, params, recorder, use)
+    recorder.records.append((use, count, sums))
     channels = np.arange(groups * sizes[1]).reshape([-1 if a == numbers.out_spec[1] else 1 for a in range(result.ndim)])
     return [Output(result, ((use, channels),))]
 
 
-def _patch_sums(x, kernel_shape, out_shape, params, recorder: Recorder, diagonal: bool) -> tuple[int, Sums]:
+def _patch_sums(x, out_shape, params, recorder: Recorder, use: Use) -> tuple[int, Sums]:
     """Rows, and the sums of the patches at some places of every example.
 
     The places are a lattice of equal steps, half a step from the border, so that the border counts no more than it is.
@@ -325,7 +321,7 @@ def _patch_sums(x, kernel_shape, out_shape, params, recorder: Recorder, diagonal
     x = _wide(x.transpose([numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]]))
     index, per_axis = [], max(1, math.floor(recorder.positions ** (1 / max(spatial, 1)) + 1e-9))
     for a in range(spatial):
-        length, taps = out_shape[numbers.out_spec[2 + a]], kernel_shape[numbers.rhs_spec[2 + a]]
+        length, taps = out_shape[numbers.out_spec[2 + a]], use.shape[numbers.rhs_spec[2 + a]]
         step, dilation = -(-length // per_axis), params["lhs_dilation"][a]
         while math.gcd(step, dilation) > 1:  # every place between the dilated inputs gets its turn
             step += 1
@@ -346,7 +342,7 @@ def _patch_sums(x, kernel_shape, out_shape, params, recorder: Recorder, diagonal
         # [n, place, tap, place, tap, …, channel] → [n, place, place, …, channel, tap, tap, …]
         order = [0, *range(1, 2 * spatial, 2), 2 * spatial + 1, *range(2, 2 * spatial + 1, 2)]
         rows = x.transpose(order).reshape(-1, groups, row // places // groups)
-        return _sums(rows.transpose(1, 0, 2), recorder, diagonal)
+        return _sums(rows.transpose(1, 0, 2), recorder, use)
 
     return places * x.shape[0], _in_blocks(sums_of, x, row)
 
@@ -382,9 +378,8 @@ def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index:
     order = (*(a for a in range(len(shape)) if a != axis), axis)
     outputs = math.prod(shape) // shape[axis]
     use = Use(table.name, table.moves, shape, order, (1, outputs, shape[axis]), site, True)
-    if recorder.wanted(table.name):
-        counts = jnp.zeros(shape[axis], jnp.float32).at[index.reshape(-1)].add(1, mode="drop")[None]
-        recorder.records.append((use, index.size, Sums(counts, counts if recorder.second else None)))
+    counts = jnp.zeros(shape[axis], jnp.float32).at[index.reshape(-1)].add(1, mode="drop")[None]
+    recorder.records.append((use, index.size, Sums(counts, counts if recorder.wanted(table.name) else None)))
     return bind(eqn, [table.array, index])
 
 
