@@ -1,6 +1,9 @@
 """The moments of what each leaf multiplies, beside a direct computation in NumPy for every kind of use."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -295,3 +298,34 @@ def test_linen_nnx_and_plain_functions_have_the_same_moments():
         [in_nnx] = [name for name in of_nnx if name.startswith(path)]
         for other in (of_linen[f"params/{path}"], of_nnx[in_nnx]):
             np.testing.assert_allclose(other.second, of_plain[path].second, rtol=1e-5, atol=1e-6)
+
+
+_ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np, nuqjax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+assert jax.device_count() == 2
+rng = np.random.default_rng(0)
+params = {"w": rng.normal(size=(16, 32)).astype(np.float32), "b": np.zeros(32, np.float32)}
+fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
+x = rng.normal(size=(8, 5, 16)).astype(np.float32)
+single = nuqjax.calibration.moments(fn, params, [x])["w"].second
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    placed = {"w": NamedSharding(mesh, P(None, "data")), "b": NamedSharding(mesh, P())}
+    on_mesh = jax.device_put(params, placed)
+    batches = [jax.device_put(x, NamedSharding(mesh, P("data")))]
+    found = nuqjax.calibration.moments(fn, on_mesh, batches)["w"].second
+    np.testing.assert_allclose(found, single, rtol=1e-5, atol=1e-6)
+    cparams = nuqjax.compress(on_mesh, bits=3, fn=fn, batches=batches)
+    assert cparams["w"].packed.sharding.spec == nuqjax.shardings(cparams, placed)["w"].packed.spec
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_batches_and_parameters_on_a_mesh_have_the_moments_of_one_device():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    run = subprocess.run([sys.executable, "-c", _ON_A_MESH], env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == ["done"], run.stderr

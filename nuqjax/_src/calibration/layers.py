@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from nuqjax import rows
@@ -13,6 +14,7 @@ from nuqjax.codebook_array import CodebookArray
 from nuqjax.compress import check_finite, compress_leaf, leaf_of
 from nuqjax.host import native_dtype
 from nuqjax.plan import LeafPlan
+from nuqjax.shardings import shardings
 
 
 class Solved(NamedTuple):
@@ -78,6 +80,8 @@ def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) 
     scale = None if made[0].scale is None else np.stack([one.scale for one in made if one.scale is not None])
     levels, indices = np.stack([one.levels for one in made]), np.stack([one.indices for one in made])
     result = leaf_of(plan, levels, indices, scale, made[0].codebook_format)
+    if rows.on_mesh(leaf):
+        result = jax.device_put(result, shardings(result, leaf.sharding))
     names = list(dict.fromkeys(name for one in made for name in one.errors))
     errors = {name: math.fsum(_after(one, names, name) for one in made) for name in names}
     start = "knq" if stages.get("rate") is None else "rated"

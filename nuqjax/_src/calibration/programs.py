@@ -12,6 +12,7 @@ import numpy as np
 from nuqjax._src.calibration.convolutions import with_fast_convolutions
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.interpret import Traced, trace
+from nuqjax.meshes import on_automatic
 from nuqjax.rules import path_name
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -97,7 +98,8 @@ class Programs:
         key = self.key(batch)
         if key not in self._traced:
             try:
-                self._traced[key] = trace(self.fn, (self.params, *inputs_of(batch)), {}, lambda x: False)
+                args = jax.tree.map(on_automatic, (self.params, *inputs_of(batch)))
+                self._traced[key] = trace(self.fn, args, {}, lambda x: False)
             except Exception as error:
                 raise ValueError(
                     f"{self.caller}: fn(params, *inputs) fails with a batch of {shapes_of(batch)}: "
@@ -114,7 +116,7 @@ class Programs:
 
     def arrays(self, params: Any, batch: Any) -> list[Any]:
         """What the traced function takes, in order."""
-        return [x for x in jax.tree.leaves((params, *inputs_of(batch))) if isinstance(x, _ARRAYS)]
+        return [on_automatic(x) for x in jax.tree.leaves((params, *inputs_of(batch))) if isinstance(x, _ARRAYS)]
 
     def outputs(self, params: Any, batch: Any) -> np.ndarray:
         """The output that is compared, of parameters like the function's own."""
