@@ -291,3 +291,19 @@ def test_leaves_whose_moments_do_not_fit_into_memory_together_give_the_same_bits
     monkeypatch.setattr(flow, "_MOMENT_VALUES", 1)
     apart = nuqjax.compress(params, **given)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), together, apart))
+
+
+def test_progress_shows_each_stage_once(capsys):
+    params, batches = teacher()
+    nuqjax.compress(params, fn=network, batches=batches[:3], min_size=64, progress=True)
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert list(dict.fromkeys(lines)) == lines == ["moments", "leaves", "measured"]
+
+
+def test_correct_bias_refuses_what_it_cannot_go_through_twice_and_trees_that_differ():
+    params, batches = teacher()
+    cparams = nuqjax.compress(params, min_size=64)
+    with pytest.raises(ValueError, match="correct_bias: batches is an iterator"):
+        correct_bias(network, params, cparams, iter(batches))
+    with pytest.raises(ValueError, match="the trees differ"):
+        correct_bias(network, params, {"a": cparams["a"]}, batches)

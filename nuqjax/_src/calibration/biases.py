@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nuqjax._src.calibration.programs import Programs
+from nuqjax._src.calibration.programs import Programs, checked_batches
 from nuqjax._src.calibration.second_moments import Moments, Record, gather_moments
 from nuqjax._src.calibration.uses import Slot
 from nuqjax.codebook_array import is_codebook_array
@@ -40,6 +40,7 @@ def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Ite
     >>> error(cparams) > 0.1, error(correct_bias(fn, params, cparams, [batch])) < 1e-4
     (True, True)
     """
+    batches = checked_batches(batches, "correct_bias")
     means = gather_moments(Programs(fn, params, "correct_bias"), batches, wanted=lambda name: False)
     return corrected(params, cparams, means)[0]
 

@@ -167,6 +167,7 @@ def moments(
     >>> found["w"].second.tolist()  # no bias could repair the mean's part, so that it is counted
     [[[5.0, 7.0], [7.0, 10.0]]]
     """
+    batches = checked_batches(batches, "moments")
     return gather_moments(Programs(fn, params, "moments"), batches, positions=positions, widest=widest)
 
 
@@ -189,11 +190,11 @@ def gather_moments(
       wanted: of which leaves second moments are taken; the others have means alone.
       seen: called with each batch's number, the batch and the outputs.
     """
-    batches = checked_batches(batches, programs.caller)
     compiled: dict[Any, tuple[Any, Recorder]] = {}
     total: list[Record] = []
-    recorder, images, prints = None, 0, []
+    first, recorder, images, prints = None, None, 0, []
     for number, batch in enumerate(batches):
+        first = batch if number == 0 else first
         key = programs.key(batch)
         if key not in compiled:
             made = Recorder(wanted, example_count(batch), positions, widest)
@@ -223,7 +224,6 @@ def gather_moments(
     records: dict[str, list[Record]] = {}
     for record in total:
         records.setdefault(record.use.name, []).append(record)
-    first = next(iter(batches))
     shapes = {
         name: tuple(x.shape)
         for name, (_, x) in zip(programs.names(first), programs.traced(first).arrays, strict=True)
