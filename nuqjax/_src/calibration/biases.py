@@ -41,7 +41,7 @@ def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Ite
     (True, True)
     """
     batches = checked_batches(batches, "correct_bias")
-    means = gather_moments(Programs(fn, params, "correct_bias"), batches, wanted=lambda name: False)
+    means = gather_moments(Programs(fn, params, "correct_bias"), batches, wanted=frozenset())
     return corrected(params, cparams, means)[0]
 
 

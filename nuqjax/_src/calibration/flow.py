@@ -77,6 +77,8 @@ def calibrated(
             made, found = learned.solved(shown)
         else:
             table, prices = learned.sensitivities(Some(batches, split.tried), shown)
+            if split.tried != split.measured:  # what was tried may be learned from now
+                learned = learned.of_more(Some(batches, tuple(sorted(split.learned + split.tried))), shown)
             if goal.kind == "rate":
                 made, found = _at_rate(learned, table, prices, goal, shown)
             else:
@@ -195,6 +197,12 @@ class _Learned:
                 self._only = group, moments
             yield group, moments
 
+    def of_more(self, batches: Some, shown: Any) -> "_Learned":
+        """The same leaves, learned from other batches."""
+        more = replace(self, batches=batches, means=None, _only=None)
+        next(iter(more.groups(shown)))
+        return more
+
     def plans(self, moments: Moments) -> list[LeafPlan]:
         """The leaves' plans, with the axes that moments show and the bits that a budget gives."""
         used = [as_used(plan, moments) for plan in self.planned]
@@ -238,7 +246,7 @@ class _Learned:
             what = f"batch {number} and the parameters as they are"
             finite(self.programs.compared(batch, outputs), what, self.programs.caller)
 
-        return gather_moments(self.programs, batches, wanted=group.__contains__, seen=check)
+        return gather_moments(self.programs, batches, wanted=group, seen=check)
 
 
 def _left(plan: LeafPlan) -> LeafPlan:

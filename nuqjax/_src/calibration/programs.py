@@ -70,12 +70,14 @@ class Programs:
       params: the tree, of dense leaves.
       caller: what messages begin with.
       output: which of the outputs is compared: a function of them; None for the first array.
+      collectors: programs that gather moments, by what they are for.
     """
 
     fn: Callable[..., Any]
     params: Any
     caller: str
     output: Callable[[Any], Any] | None = None
+    collectors: dict[Any, Any] = field(default_factory=dict)
     _traced: dict[Any, Traced] = field(default_factory=dict)
     _compiled: dict[Any, Any] = field(default_factory=dict)
 

@@ -177,7 +177,7 @@ def gather_moments(
     *,
     positions: int = 64,
     widest: int = 4096,
-    wanted: Callable[[str], bool] = lambda name: True,
+    wanted: frozenset[str] | None = None,
     seen: Callable[[int, Any, Sequence[Any]], None] = lambda number, batch, outputs: None,
 ) -> Moments:
     """`moments` of a program.
@@ -187,19 +187,19 @@ def gather_moments(
       batches: the inputs.
       positions: as in `moments`.
       widest: as in `moments`.
-      wanted: of which leaves second moments are taken; the others have means alone.
+      wanted: of which leaves second moments are taken, the others have means alone; None for all.
       seen: called with each batch's number, the batch and the outputs.
     """
-    compiled: dict[Any, tuple[Any, Recorder]] = {}
     total: list[Record] = []
     first, recorder, images, prints = None, None, 0, []
     for number, batch in enumerate(batches):
         first = batch if number == 0 else first
-        key = programs.key(batch)
-        if key not in compiled:
-            made = Recorder(wanted, example_count(batch), positions, widest)
-            compiled[key] = _compile(programs, batch, made), made
-        program, made = compiled[key]
+        key = programs.key(batch), wanted, positions, widest
+        if key not in programs.collectors:
+            needs = (lambda name: True) if wanted is None else wanted.__contains__
+            made = Recorder(needs, example_count(batch), positions, widest)
+            programs.collectors[key] = _compile(programs, batch, made), made
+        program, made = programs.collectors[key]
         outputs, sums = program(*programs.arrays(programs.params, batch))
         added = [_record(use, count, sums_of) for (use, count, _), sums_of in zip(made.records, sums, strict=True)]
         for record in added:

@@ -43,8 +43,8 @@ def sensitivity(
 ) -> dict[str, dict[int, float]]:
     """What each leaf alone costs at each width: KL divergence of the outputs, nats, measured.
 
-    One leaf at a time is compressed (with error feedback and corrected offsets), and `fn` runs. The divergences of a
-    whole tree's leaves add up to its own as long as that is below some 0.2 nats.
+    One leaf at a time is compressed (with feedback, one round of refit, corrected offsets), and `fn` runs. The
+    divergences of a whole tree's leaves add up to its own as long as that is below some 0.2 nats.
 
     Args:
       fn: `fn(params, *inputs)`.
@@ -95,7 +95,7 @@ def sensitivities(
             for width in sorted(bits):
                 plan = replanned_to(plans[n], width)
                 found = moments.of(plan.path, plan.axes, plan.options.stack_axes)
-                one = solved(leaves[n], plan, found if isinstance(found, LeafMoments) else None, refit=0)
+                one = solved(leaves[n], plan, found if isinstance(found, LeafMoments) else None, refit=1)
                 swapped = [one.leaf if x is leaves[n] else x for x in leaves]
                 dense = decompress(corrected(programs.params, structure.unflatten(swapped), moments)[0])
                 outputs = (programs.outputs(dense, batch) for batch in batches)
