@@ -89,10 +89,11 @@ def test_every_layout_is_a_leaf_whose_error_is_the_one_told_and_never_rises(gran
     granularity=st.sampled_from(GRANULARITIES),
     scale=st.sampled_from(SCALES),
     codebook_format=st.sampled_from(FORMATS),
+    rate=st.sampled_from([None, None, 0.0, 1e-4, 1e30]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_the_error_is_finite_and_never_rises(
-    outputs, inputs, samples, bits, seed, kind, keep_zero, granularity, scale, codebook_format
+    outputs, inputs, samples, bits, seed, kind, keep_zero, granularity, scale, codebook_format, rate
 ):
     weights, hessian = drawn(outputs, inputs, seed=seed, samples=samples)
     if kind == "raw":  # of a rank below the number of inputs
@@ -109,7 +110,7 @@ def test_the_error_is_finite_and_never_rises(
     hessian = 0 * hessian if kind == "no moments" else hessian
     solution = quantize(
         Problem(weights, hessian), bits=bits, granularity=granularity, scale=scale, codebook_format=codebook_format,
-        keep_zero=keep_zero,
+        keep_zero=keep_zero, rate=rate,
     )  # fmt: skip
     assert is_falling(solution.errors)
     assert np.isfinite(solution.levels).all()
@@ -220,6 +221,34 @@ def test_more_bits_and_more_stages_are_better():
     assert errors == sorted(errors, reverse=True)
     stages = quantize(problem, bits=3).errors
     assert stages["refit"] < 0.95 * stages["feedback"] < 0.7 * stages["nearest"]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("scale", [None, "channel"])
+def test_a_higher_price_of_bits_makes_fewer_bits_and_more_error(granularity, scale):
+    problem = drawn(24, 40)
+    solutions = [
+        quantize(problem, bits=6, rate=rate, granularity=granularity, scale=scale, codebook_format=jnp.float16)
+        for rate in (1e-5, 1e-4, 1e-3)
+    ]
+    for solution, rate in zip(solutions, (1e-5, 1e-4, 1e-3), strict=True):
+        assert is_falling(solution.errors)
+        error = output_error(problem, dense_on_host(leaf_of(problem, solution, 6, granularity, scale)))
+        total = error + rate * solution.bits_per_weight * problem.weights.size
+        assert total == pytest.approx(list(solution.errors.values())[-1], rel=1e-2)
+    bits = [solution.bits_per_weight for solution in solutions]
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] > bits[2] + 2
+
+
+def test_priced_indices_take_fewer_bits_at_the_error_of_unpriced_ones():
+    """Of codes as long as their entropies."""
+    problem = drawn(64, 48)
+    plain = quantize(problem, bits=3)
+    priced = quantize(problem, bits=8, rate=0.7 * list(plain.errors.values())[-1] / problem.weights.size)
+    error = output_error(problem, dense_on_host(leaf_of(problem, priced, 8, "tensor", "channel")))
+    assert error <= list(plain.errors.values())[-1]
+    assert priced.bits_per_weight < plain.bits_per_weight - 0.3
 
 
 def test_a_sample_of_a_long_row_meets_every_input_alike():

@@ -66,7 +66,7 @@ def quantize(
       feedback: choose indices with error feedback.
       refit: how many rounds of refit at most.
       rate: for entropy-coded files: what a bit of code costs, in units of the error. The sum of error and rate · bits
-        is made small, from levels at equal distances, and `errors` has that sum. Of 5 bits or more there are enough.
+        is made small, from levels at equal distances, and `errors` has that sum. With 6 to 8 bits there are enough.
       rate: for entropy-coded files: what a bit of code costs, in units of the error. The sum of error and rate · bits
         is made small, beginning with levels at equal distances, and `Solution.errors` has that sum; 6 bits or more
         give it levels enough.
