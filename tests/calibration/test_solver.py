@@ -269,6 +269,7 @@ def test_a_sample_of_a_long_row_meets_every_input_alike():
         (np.full((2, 3), np.nan), np.eye(3)[None], {}, "weights that are NaN or infinite"),
         (np.ones((2, 3)), np.full((1, 3, 3), np.inf), {}, "moments that are NaN or infinite"),
         (np.ones((2, 3)), np.eye(3)[None], {"bits": 9}, "bits=9, but a whole number from 1 to 8"),
+        (np.ones((2, 3)), np.eye(3)[None], {"rate": -1.0}, "rate=-1.0, but the price of a bit is 0 or more"),
         (np.ones((2, 3)), np.eye(3)[None], {"granularity": "row"}, "unknown granularity 'row'"),
         (np.ones((2, 3)), np.eye(3)[None], {"scale": "row"}, "scale 'row', but it must be None"),
     ],

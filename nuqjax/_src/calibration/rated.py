@@ -36,8 +36,8 @@ def equal_steps(task: Task, factors: np.ndarray | None, pivots: np.ndarray, num_
         alive = np.where(factors > 0, factors, 1).astype(np.float32)
         size = float(np.square(factors).mean())
         largest = float(np.abs(task.weights / alive.reshape(-1)[scale_of(task.places)]).max(initial=0))
-    weight = max(float(pivots.mean()) * size, np.finfo(np.float32).tiny)
-    step = max(math.sqrt(6 * max(rate, 0) / (math.log(2) * weight)), 2 * largest / num_levels)
+    weight = max(float(pivots.mean()) * size, 1e-30)
+    step = min(max(math.sqrt(6 * rate / (math.log(2) * weight)), 2 * largest / num_levels), 4 * largest)
     levels = (np.arange(num_levels) - num_levels // 2) * (step or 1.0)
     return np.tile(levels, (task.places.books, 1))
 

@@ -85,7 +85,7 @@ def quantize(
     >>> list(solution.errors)
     ['nearest', 'feedback', 'refit']
     """
-    _check(problem, bits)
+    _check(problem, bits, rate)
     weights = np.asarray(problem.weights)
     outputs = len(weights)
     dtype = np.dtype(weights.dtype)
@@ -103,7 +103,7 @@ def quantize(
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = _stages(task, levels, factors, matrix, refit)
     else:
-        rate = rate / (unit**2 * moment)
+        rate = min(rate / (unit**2 * moment), float(channels.size * channels.shape[1]))  # more than all errors
         levels = equal_steps(task, factors, pivots, 2**bits, rate)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = rated_stages(task, levels, factors, matrix, pivots, rate=rate, refit=refit)
@@ -136,7 +136,7 @@ def _stages(
     return state, errors
 
 
-def _check(problem: Problem, bits: int) -> None:
+def _check(problem: Problem, bits: int, rate: float | None) -> None:
     weights, hessian = np.asarray(problem.weights), np.asarray(problem.hessian)
     if weights.ndim != 2:
         raise ValueError(f"quantize: weights of shape {weights.shape}, but [O, I] is wanted")
@@ -150,6 +150,8 @@ def _check(problem: Problem, bits: int) -> None:
     for name, array in (("weights", weights), ("moments", hessian)):
         if not np.isfinite(array).all():
             raise ValueError(f"quantize: {name} that are NaN or infinite, but finite values are wanted")
+    if rate is not None and not rate >= 0:
+        raise ValueError(f"quantize: rate={rate!r}, but the price of a bit is 0 or more")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"quantize: bits={bits!r}, but a whole number from 1 to 8 is wanted")
 
