@@ -2,8 +2,8 @@
 
 In stages, of which none raises tr((W − Ŵ) H (W − Ŵ)ᵀ): the k-means levels and each weight's nearest; *error feedback*
 with those levels; and rounds of *refit*: levels, then scales, by least squares for the indices as they are, rounded as
-they are stored, then indices by coordinate descent for the levels as they are. What is no improvement is left out: of
-indices for each output alone, of levels for each codebook.
+they are stored, then indices by coordinate descent for the levels as they are; every later round begins with error
+feedback once more. What is no improvement is left out: of indices for each output alone, of levels for each codebook.
 """
 
 import math
@@ -99,7 +99,7 @@ def quantize(
     matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
     factors = _root_mean_squares(channels, scale)
     if rate is None:
-        levels = _kmeans(task, channels, factors, 2**bits, granularity, scale, keep_zero)
+        levels = _kmeans(task, channels, factors, pivots, 2**bits, granularity, scale, keep_zero)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = _stages(task, levels, factors, matrix, refit)
     else:
@@ -124,12 +124,17 @@ def _stages(
         if total < state.cost.sum():
             state, errors[stage] = other, total
 
-    if matrix is not None:
-        indices, _ = sweep(task.weights, matrix, nearest(task, levels, scale))
-        improved("feedback", better(state, evaluated(task, levels, scale, indices), outputs))
+    def fed_back(stage: str) -> None:
+        if matrix is not None:
+            indices, _ = sweep(task.weights, matrix, nearest(task, state.levels, state.scale))
+            improved(stage, better(state, evaluated(task, state.levels, state.scale, indices), outputs))
+
+    fed_back("feedback")
     descent = descent_matrix(task.hessian)
-    for _ in range(refit):
+    for number in range(refit):
         before = state.cost.sum()
+        if number:  # with the levels of the round before
+            fed_back("refit")
         improved("refit", refitted(task, state, descent))
         if not state.cost.sum() < (1 - _ENOUGH) * before:
             break
@@ -206,17 +211,19 @@ def _as_stored(
 
 
 def _kmeans(
-    task: Task, channels: np.ndarray, factors: np.ndarray | None, num_levels: int, granularity: Any, scale: Any,
-    keep_zero: bool,
+    task: Task, channels: np.ndarray, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, granularity: Any,
+    scale: Any, keep_zero: bool,
 ) -> np.ndarray:  # fmt: skip
-    """`[R, K]` the k-means levels of weights divided by factors, each squared error weighted by its input's moment.
+    """`[R, K]` the k-means levels of weights divided by factors.
 
-    Of long rows those of a sample, which error feedback moves on from anyway.
+    Squared errors are weighted by the geometric mean of what they count by themselves, the moment of their input, and
+    after error feedback, its pivot: better than either. Of long rows a sample is fitted.
     """
     outputs, inputs = channels.shape
     order = task.places.order
     importance = np.empty(order.shape, np.float32)
-    np.put_along_axis(importance, order, np.einsum("gii->gi", task.hessian), axis=1)
+    each = np.sqrt(pivots * np.einsum("gii->gi", task.hessian)).astype(np.float32)
+    np.put_along_axis(importance, order, each, axis=1)
     importance = np.repeat(importance, outputs // len(order), axis=0)
     if factors is not None:
         spread = np.repeat(factors.astype(np.float32), _run(scale, inputs), axis=1)[:, :inputs]
