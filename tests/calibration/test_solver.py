@@ -15,7 +15,7 @@ from nuqjax.codebook_array import check, dense_on_host
 from nuqjax.fixed_point import encode_on_host
 from nuqjax.packing import pack
 
-GRANULARITIES = ["tensor", "channel", ChannelGroups(3), InputGroups(5)]
+GRANULARITIES = ["tensor", "channel", ChannelGroups(4), InputGroups(5)]
 SCALES = [None, "channel", InputGroups(4)]
 FORMATS = [None, jnp.float16, jnp.bfloat16, "float8_e4m3fn", QFormat(6, 4), QFormat(8, 9), AutoQFormat(5)]
 
@@ -69,8 +69,8 @@ def is_falling(errors):
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 @pytest.mark.parametrize("codebook_format", FORMATS, ids=str)
 def test_every_layout_is_a_leaf_whose_error_is_the_one_told_and_never_rises(granularity, scale, codebook_format):
-    for bits, groups in ((2, 1), (3, 4)):
-        problem = drawn(8, 18, groups, seed=bits)
+    for bits, groups in ((2, 1), (3, 3)):
+        problem = drawn(9, 18, groups, seed=bits)  # the last group of channels is short
         solution = quantize(problem, bits=bits, granularity=granularity, scale=scale, codebook_format=codebook_format)
         assert is_falling(solution.errors)
         leaf = leaf_of(problem, solution, bits, granularity, scale)
@@ -161,6 +161,25 @@ def test_groups_are_solved_as_if_each_were_alone(scale):
         assert np.array_equal(together.indices[rows], alone.indices)
         values = together.levels[rows] * (1 if scale is None else together.scale[rows])
         assert values == pytest.approx(alone.levels * (1 if scale is None else alone.scale), rel=1e-4)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_of_stretches_are_those_of_all_inputs_with_zeros_between(granularity, scale, groups):
+    weights, hessian = drawn(9, 20, groups)
+    stretches = np.stack([hessian[:, at : at + 5, at : at + 5] for at in range(0, 20, 5)], axis=1)
+    whole = np.zeros_like(hessian)
+    for place, at in enumerate(range(0, 20, 5)):
+        whole[:, at : at + 5, at : at + 5] = stretches[:, place]
+    given = dict(bits=2, granularity=granularity, scale=scale)
+    parts = quantize(Problem(weights, stretches), **given)
+    assert is_falling(parts.errors)
+    error = output_error(
+        Problem(weights, whole), dense_on_host(leaf_of(Problem(weights, whole), parts, 2, granularity, scale))
+    )
+    assert error == pytest.approx(list(parts.errors.values())[-1], rel=1e-3)
+    assert error <= 1.1 * list(quantize(Problem(weights, whole), **given).errors.values())[-1]
 
 
 def test_one_group_for_each_output_is_the_dense_problem_with_equal_moments():
@@ -266,6 +285,7 @@ def test_a_sample_of_a_long_row_meets_every_input_alike():
         (np.ones((2, 3)), np.eye(4)[None], {}, r"moments of shape \(1, 4, 4\).*\[G, 3, 3\]"),
         (np.ones((2, 3)), np.stack([np.eye(3)] * 4), {}, "G a divisor of 2"),
         (np.ones((2, 3)), np.eye(3), {}, r"moments of shape \(3, 3\)"),
+        (np.ones((2, 6)), np.ones((1, 4, 2, 2)), {}, r"or \[G, B, 6/B, 6/B\]"),
         (np.full((2, 3), np.nan), np.eye(3)[None], {}, "weights that are NaN or infinite"),
         (np.ones((2, 3)), np.full((1, 3, 3), np.inf), {}, "moments that are NaN or infinite"),
         (np.ones((2, 3)), np.eye(3)[None], {"bits": 9}, "bits=9, but a whole number from 1 to 8"),

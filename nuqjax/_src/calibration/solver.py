@@ -24,7 +24,7 @@ from nuqjax._src.calibration.rated import equal_steps, rated_stages
 from nuqjax._src.calibration.stages import (
     State,
     Task,
-    better,
+    better_indices,
     evaluated,
     nearest,
     refitted,
@@ -87,13 +87,14 @@ def quantize(
     """
     _check(problem, bits, rate)
     weights = np.asarray(problem.weights)
-    outputs = len(weights)
     dtype = np.dtype(weights.dtype)
     unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
     channels = (weights.astype(np.float64) / unit).astype(np.float32)
-    hessian, order, moment = _ordered(np.asarray(problem.hessian))
-    places = places_of(outputs, order, granularity, scale)
-    visits = visited(channels, order)
+    hessian = np.asarray(problem.hessian)
+    stretches = hessian.shape[1] if hessian.ndim == 4 else 1
+    hessian, order, moment = _ordered(hessian.reshape(-1, *hessian.shape[-2:]))
+    places = places_of(len(weights), order, stretches, granularity, scale)
+    visits = visited(channels, places)
     pinned = visits == 0 if keep_zero else None
     task = Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
     matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
@@ -114,7 +115,6 @@ def _stages(
     task: Task, levels: np.ndarray, scale: np.ndarray | None, matrix: np.ndarray | None, refit: int
 ) -> tuple[State, dict[str, float]]:
     """The solution that the stages come to, and the error after each."""
-    outputs = task.places.book_of_output.size
     state = evaluated(task, levels, scale, sweep(task.weights, None, nearest(task, levels, scale))[0])
     errors = {"nearest": float(state.cost.sum())}
 
@@ -127,7 +127,7 @@ def _stages(
     def fed_back(stage: str) -> None:
         if matrix is not None:
             indices, _ = sweep(task.weights, matrix, nearest(task, state.levels, state.scale))
-            improved(stage, better(state, evaluated(task, state.levels, state.scale, indices), outputs))
+            improved(stage, better_indices(state, evaluated(task, state.levels, state.scale, indices)))
 
     fed_back("feedback")
     descent = descent_matrix(task.hessian)
@@ -147,10 +147,13 @@ def _check(problem: Problem, bits: int, rate: float | None) -> None:
         raise ValueError(f"quantize: weights of shape {weights.shape}, but [O, I] is wanted")
     outputs, inputs = weights.shape
     groups = hessian.shape[0] if hessian.ndim else 0
-    if hessian.shape != (groups, inputs, inputs) or not groups or outputs % groups:
+    stretches = hessian.shape[1] if hessian.ndim == 4 and hessian.shape[1] else 1
+    size = inputs // stretches
+    whole = hessian.shape[-2:] == (size, size) and size * stretches == inputs and hessian.ndim in (3, 4)
+    if not whole or not groups or outputs % groups:
         raise ValueError(
             f"quantize: moments of shape {hessian.shape} for weights of shape {weights.shape}, but "
-            f"[G, {inputs}, {inputs}] is wanted, with G a divisor of {outputs}"
+            f"[G, {inputs}, {inputs}] is wanted, with G a divisor of {outputs}; or [G, B, {inputs}/B, {inputs}/B]"
         )
     for name, array in (("weights", weights), ("moments", hessian)):
         if not np.isfinite(array).all():
@@ -224,7 +227,8 @@ def _kmeans(
     importance = np.empty(order.shape, np.float32)
     each = np.sqrt(pivots * np.einsum("gii->gi", task.hessian)).astype(np.float32)
     np.put_along_axis(importance, order, each, axis=1)
-    importance = np.repeat(importance, outputs // len(order), axis=0)
+    importance = importance.reshape(-1, inputs)
+    importance = np.repeat(importance, outputs // len(importance), axis=0)
     if factors is not None:
         spread = np.repeat(factors.astype(np.float32), _run(scale, inputs), axis=1)[:, :inputs]
         channels = channels / np.where(spread > 0, spread, 1)
@@ -245,7 +249,7 @@ def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
 
 
 def _solution(task: Task, state: State, errors: dict[str, float]) -> Solution:
-    indices = channels_of(state.indices, task.places.order)
+    indices = channels_of(state.indices, task.places)
     levels, scale = rounded_levels(state.levels * task.level_unit, task.codebook_format, task.dtype), None
     if state.scale is not None:
         dtype = scale_dtype(task.codebook_format, task.dtype)
