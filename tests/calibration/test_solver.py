@@ -15,7 +15,7 @@ from nuqjax.codebook_array import check, dense_on_host
 from nuqjax.fixed_point import encode_on_host
 from nuqjax.packing import pack
 
-GRANULARITIES = ["tensor", "channel", ChannelGroups(3), InputGroups(5)]
+GRANULARITIES = ["tensor", "channel", ChannelGroups(4), InputGroups(5)]
 SCALES = [None, "channel", InputGroups(4)]
 FORMATS = [None, jnp.float16, jnp.bfloat16, "float8_e4m3fn", QFormat(6, 4), QFormat(8, 9), AutoQFormat(5)]
 
@@ -69,8 +69,8 @@ def is_falling(errors):
 @pytest.mark.parametrize("scale", SCALES, ids=str)
 @pytest.mark.parametrize("codebook_format", FORMATS, ids=str)
 def test_every_layout_is_a_leaf_whose_error_is_the_one_told_and_never_rises(granularity, scale, codebook_format):
-    for bits, groups in ((2, 1), (3, 4)):
-        problem = drawn(8, 18, groups, seed=bits)
+    for bits, groups in ((2, 1), (3, 3)):
+        problem = drawn(9, 18, groups, seed=bits)  # the last group of channels is short
         solution = quantize(problem, bits=bits, granularity=granularity, scale=scale, codebook_format=codebook_format)
         assert is_falling(solution.errors)
         leaf = leaf_of(problem, solution, bits, granularity, scale)
@@ -89,10 +89,11 @@ def test_every_layout_is_a_leaf_whose_error_is_the_one_told_and_never_rises(gran
     granularity=st.sampled_from(GRANULARITIES),
     scale=st.sampled_from(SCALES),
     codebook_format=st.sampled_from(FORMATS),
+    rate=st.sampled_from([None, None, 0.0, 1e-4, 1e30]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_the_error_is_finite_and_never_rises(
-    outputs, inputs, samples, bits, seed, kind, keep_zero, granularity, scale, codebook_format
+    outputs, inputs, samples, bits, seed, kind, keep_zero, granularity, scale, codebook_format, rate
 ):
     weights, hessian = drawn(outputs, inputs, seed=seed, samples=samples)
     if kind == "raw":  # of a rank below the number of inputs
@@ -109,7 +110,7 @@ def test_the_error_is_finite_and_never_rises(
     hessian = 0 * hessian if kind == "no moments" else hessian
     solution = quantize(
         Problem(weights, hessian), bits=bits, granularity=granularity, scale=scale, codebook_format=codebook_format,
-        keep_zero=keep_zero,
+        keep_zero=keep_zero, rate=rate,
     )  # fmt: skip
     assert is_falling(solution.errors)
     assert np.isfinite(solution.levels).all()
@@ -160,6 +161,25 @@ def test_groups_are_solved_as_if_each_were_alone(scale):
         assert np.array_equal(together.indices[rows], alone.indices)
         values = together.levels[rows] * (1 if scale is None else together.scale[rows])
         assert values == pytest.approx(alone.levels * (1 if scale is None else alone.scale), rel=1e-4)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_moments_of_stretches_are_those_of_all_inputs_with_zeros_between(granularity, scale, groups):
+    weights, hessian = drawn(9, 20, groups)
+    stretches = np.stack([hessian[:, at : at + 5, at : at + 5] for at in range(0, 20, 5)], axis=1)
+    whole = np.zeros_like(hessian)
+    for place, at in enumerate(range(0, 20, 5)):
+        whole[:, at : at + 5, at : at + 5] = stretches[:, place]
+    given = dict(bits=2, granularity=granularity, scale=scale)
+    parts = quantize(Problem(weights, stretches), **given)
+    assert is_falling(parts.errors)
+    error = output_error(
+        Problem(weights, whole), dense_on_host(leaf_of(Problem(weights, whole), parts, 2, granularity, scale))
+    )
+    assert error == pytest.approx(list(parts.errors.values())[-1], rel=1e-3)
+    assert error <= 1.1 * list(quantize(Problem(weights, whole), **given).errors.values())[-1]
 
 
 def test_one_group_for_each_output_is_the_dense_problem_with_equal_moments():
@@ -222,6 +242,34 @@ def test_more_bits_and_more_stages_are_better():
     assert stages["refit"] < 0.95 * stages["feedback"] < 0.7 * stages["nearest"]
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("scale", [None, "channel"])
+def test_a_higher_price_of_bits_makes_fewer_bits_and_more_error(granularity, scale):
+    problem = drawn(24, 40)
+    solutions = [
+        quantize(problem, bits=6, rate=rate, granularity=granularity, scale=scale, codebook_format=jnp.float16)
+        for rate in (1e-5, 1e-4, 1e-3)
+    ]
+    for solution, rate in zip(solutions, (1e-5, 1e-4, 1e-3), strict=True):
+        assert is_falling(solution.errors)
+        error = output_error(problem, dense_on_host(leaf_of(problem, solution, 6, granularity, scale)))
+        total = error + rate * solution.bits_per_weight * problem.weights.size
+        assert total == pytest.approx(list(solution.errors.values())[-1], rel=1e-2)
+    bits = [solution.bits_per_weight for solution in solutions]
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] > bits[2] + 2
+
+
+def test_priced_indices_take_fewer_bits_at_the_error_of_unpriced_ones():
+    """Of codes as long as their entropies."""
+    problem = drawn(64, 48)
+    plain = quantize(problem, bits=3)
+    priced = quantize(problem, bits=8, rate=0.7 * list(plain.errors.values())[-1] / problem.weights.size)
+    error = output_error(problem, dense_on_host(leaf_of(problem, priced, 8, "tensor", "channel")))
+    assert error <= list(plain.errors.values())[-1]
+    assert priced.bits_per_weight < plain.bits_per_weight - 0.2
+
+
 def test_a_sample_of_a_long_row_meets_every_input_alike():
     rows = np.tile(np.arange(6), 100)[None]
     sample = sampled(rows, 6, most=150)
@@ -237,9 +285,11 @@ def test_a_sample_of_a_long_row_meets_every_input_alike():
         (np.ones((2, 3)), np.eye(4)[None], {}, r"moments of shape \(1, 4, 4\).*\[G, 3, 3\]"),
         (np.ones((2, 3)), np.stack([np.eye(3)] * 4), {}, "G a divisor of 2"),
         (np.ones((2, 3)), np.eye(3), {}, r"moments of shape \(3, 3\)"),
+        (np.ones((2, 6)), np.ones((1, 4, 2, 2)), {}, r"or \[G, B, 6/B, 6/B\]"),
         (np.full((2, 3), np.nan), np.eye(3)[None], {}, "weights that are NaN or infinite"),
         (np.ones((2, 3)), np.full((1, 3, 3), np.inf), {}, "moments that are NaN or infinite"),
         (np.ones((2, 3)), np.eye(3)[None], {"bits": 9}, "bits=9, but a whole number from 1 to 8"),
+        (np.ones((2, 3)), np.eye(3)[None], {"rate": -1.0}, "rate=-1.0, but the price of a bit is 0 or more"),
         (np.ones((2, 3)), np.eye(3)[None], {"granularity": "row"}, "unknown granularity 'row'"),
         (np.ones((2, 3)), np.eye(3)[None], {"scale": "row"}, "scale 'row', but it must be None"),
     ],

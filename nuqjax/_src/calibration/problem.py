@@ -15,7 +15,8 @@ class Problem(NamedTuple):
     Attributes:
       weights: `[O, I]`: row o is what output o is made of, inputs in the leaf's own order of its other axes.
       hessian: `[G, I, I]` centred second moments of the inputs, as `shrunk` gives them; G divides O, and the rows
-        g·O/G … (g + 1)·O/G share the g-th (dense layers: G = 1; depthwise ones: G = O).
+        g·O/G … (g + 1)·O/G share the g-th (dense layers: G = 1; depthwise ones: G = O). Or `[G, B, I/B, I/B]`: those
+        within B stretches of inputs, one after another, what lies between stretches being unknown (wide layers).
     """
 
     weights: np.ndarray

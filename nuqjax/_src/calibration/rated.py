@@ -12,8 +12,7 @@ import numpy as np
 from nuqjax._src.calibration.stages import Prices, State, Task, evaluated, nearest, scale_of, with_better_values
 from nuqjax._src.calibration.sweeps import descent_matrix, sweep
 
-_PASSES = 3  # of error feedback: each knows what indices cost after the one before
-_WIDENING = 1.4  # of the steps, beside those that are best if each weight goes to its nearest level
+_ENOUGH = 1e-3  # the share of the sum that a round must take off for another one to follow
 
 
 def entropy_bits(indices: np.ndarray, num_levels: int) -> tuple[np.ndarray, float]:
@@ -30,50 +29,59 @@ def entropy_bits(indices: np.ndarray, num_levels: int) -> tuple[np.ndarray, floa
 def equal_steps(task: Task, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, rate: float) -> np.ndarray:
     """`[R, K]` levels at equal distances, one of them 0, for weights divided by factors `[O, S]`.
 
-    Their steps are so wide that another bit a weight would take off the error just what it costs.
+    Their steps are such that another bit a weight would take off the error just what it costs.
     """
-    largest, size = float(np.abs(task.weights).max(initial=0)), 0.0
+    largest, size = float(np.abs(task.weights).max(initial=0)), 1.0
     if factors is not None and factors.size:
         alive = np.where(factors > 0, factors, 1).astype(np.float32)
-        size = 2 * float(np.log(alive).mean())
+        size = float(np.square(factors).mean())
         largest = float(np.abs(task.weights / alive.reshape(-1)[scale_of(task.places)]).max(initial=0))
-    weight = math.exp(float(np.log(pivots).mean()) + size)
-    step = max(_WIDENING * math.sqrt(6 * max(rate, 0) / (math.log(2) * weight)), 2 * largest / num_levels)
+    weight = max(float(pivots.mean()) * size, 1e-30)
+    step = min(max(math.sqrt(6 * rate / (math.log(2) * weight)), 2 * largest / num_levels), 4 * largest)
     levels = (np.arange(num_levels) - num_levels // 2) * (step or 1.0)
     return np.tile(levels, (task.places.books, 1))
+
+
+def _total(state: State, rate: float) -> float:
+    return float(state.cost.sum()) + rate * entropy_bits(state.indices, state.levels.shape[1])[1]
+
+
+def _prices(state: State, squares: np.ndarray, rate: float) -> Prices:
+    return Prices((rate * entropy_bits(state.indices, state.levels.shape[1])[0]).astype(np.float32), squares)
 
 
 def rated_stages(
     task: Task, levels: np.ndarray, scale: np.ndarray | None, matrix: np.ndarray | None, pivots: np.ndarray, *,
     rate: float, refit: int,
 ) -> tuple[State, dict[str, float]]:  # fmt: skip
-    """The solution of least error + `rate` · bits of the indices that the stages come to, and that sum after each."""
-    num_levels = levels.shape[1]
+    """The solution of least error + `rate` · bits that the stages come to, and that sum after each.
 
-    def total(state: State) -> float:
-        return float(state.cost.sum()) + rate * entropy_bits(state.indices, num_levels)[1]
-
-    def prices(state: State, squares: np.ndarray) -> Prices:
-        return Prices((rate * entropy_bits(state.indices, num_levels)[0]).astype(np.float32), squares)
-
+    Args:
+      task: the problem.
+      levels: `[R, K]` to begin with.
+      scale: `[O · S]` to begin with.
+      matrix: of error feedback; None: without.
+      pivots: `[G, I]` what the squared distances from targets of error feedback count.
+      rate: what a bit costs.
+      refit: how many rounds of refit at most.
+    """
     state = evaluated(task, levels, scale, sweep(task.weights, None, nearest(task, levels, scale))[0])
-    sums = {"nearest": total(state)}
+    sums = {"nearest": _total(state, rate)}
 
     def improved(stage: str, other: State) -> None:
         nonlocal state
-        if total(other) < min(sums.values()):
-            state, sums[stage] = other, total(other)
+        if _total(other, rate) < min(sums.values()):
+            state, sums[stage] = other, _total(other, rate)
 
-    for _ in range(_PASSES):
-        choose = nearest(task, levels, scale, prices(state, pivots))
-        improved("feedback", evaluated(task, levels, scale, sweep(task.weights, matrix, choose)[0]))
+    choose = nearest(task, levels, scale, _prices(state, pivots, rate))
+    improved("feedback", evaluated(task, levels, scale, sweep(task.weights, matrix, choose)[0]))
     descent, diagonal = descent_matrix(task.hessian), np.einsum("gii->gi", task.hessian)
     for _ in range(refit):
         before = min(sums.values())
         improved("refit", with_better_values(task, state))
-        choose = nearest(task, state.levels, state.scale, prices(state, diagonal))
+        choose = nearest(task, state.levels, state.scale, _prices(state, diagonal, rate))
         indices, _ = sweep(task.weights, descent, choose, state.errors)
         improved("refit", evaluated(task, state.levels, state.scale, indices))
-        if not min(sums.values()) < 0.999 * before:
+        if not min(sums.values()) < (1 - _ENOUGH) * before:
             break
     return state, sums

@@ -2,8 +2,8 @@
 
 In stages, of which none raises tr((W − Ŵ) H (W − Ŵ)ᵀ): the k-means levels and each weight's nearest; *error feedback*
 with those levels; and rounds of *refit*: levels, then scales, by least squares for the indices as they are, rounded as
-they are stored, then indices by coordinate descent for the levels as they are. What is no improvement is left out: of
-indices for each output alone, of levels for each codebook.
+they are stored, then indices by coordinate descent for the levels as they are; every later round begins with error
+feedback once more. What is no improvement is left out: of indices for each output alone, of levels for each codebook.
 """
 
 import math
@@ -24,7 +24,7 @@ from nuqjax._src.calibration.rated import equal_steps, rated_stages
 from nuqjax._src.calibration.stages import (
     State,
     Task,
-    better,
+    better_indices,
     evaluated,
     nearest,
     refitted,
@@ -66,7 +66,7 @@ def quantize(
       feedback: choose indices with error feedback.
       refit: how many rounds of refit at most.
       rate: for entropy-coded files: what a bit of code costs, in units of the error. The sum of error and rate · bits
-        is made small, from levels at equal distances, and `errors` has that sum. Of 5 bits or more there are enough.
+        is made small, from levels at equal distances, and `errors` has that sum. With 6 to 8 bits there are enough.
       rate: for entropy-coded files: what a bit of code costs, in units of the error. The sum of error and rate · bits
         is made small, beginning with levels at equal distances, and `Solution.errors` has that sum; 6 bits or more
         give it levels enough.
@@ -85,25 +85,26 @@ def quantize(
     >>> list(solution.errors)
     ['nearest', 'feedback', 'refit']
     """
-    _check(problem, bits)
+    _check(problem, bits, rate)
     weights = np.asarray(problem.weights)
-    outputs = len(weights)
     dtype = np.dtype(weights.dtype)
     unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
     channels = (weights.astype(np.float64) / unit).astype(np.float32)
-    hessian, order, moment = _ordered(np.asarray(problem.hessian))
-    places = places_of(outputs, order, granularity, scale)
-    visits = visited(channels, order)
+    hessian = np.asarray(problem.hessian)
+    stretches = hessian.shape[1] if hessian.ndim == 4 else 1
+    hessian, order, moment = _ordered(hessian.reshape(-1, *hessian.shape[-2:]))
+    places = places_of(len(weights), order, stretches, granularity, scale)
+    visits = visited(channels, places)
     pinned = visits == 0 if keep_zero else None
     task = Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
     matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
     factors = _root_mean_squares(channels, scale)
     if rate is None:
-        levels = _kmeans(task, channels, factors, 2**bits, granularity, scale, keep_zero)
+        levels = _kmeans(task, channels, factors, pivots, 2**bits, granularity, scale, keep_zero)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = _stages(task, levels, factors, matrix, refit)
     else:
-        rate = rate / (unit**2 * moment)
+        rate = min(rate / (unit**2 * moment), float(channels.size * channels.shape[1]))  # more than all errors
         levels = equal_steps(task, factors, pivots, 2**bits, rate)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = rated_stages(task, levels, factors, matrix, pivots, rate=rate, refit=refit)
@@ -114,7 +115,6 @@ def _stages(
     task: Task, levels: np.ndarray, scale: np.ndarray | None, matrix: np.ndarray | None, refit: int
 ) -> tuple[State, dict[str, float]]:
     """The solution that the stages come to, and the error after each."""
-    outputs = task.places.book_of_output.size
     state = evaluated(task, levels, scale, sweep(task.weights, None, nearest(task, levels, scale))[0])
     errors = {"nearest": float(state.cost.sum())}
 
@@ -124,32 +124,42 @@ def _stages(
         if total < state.cost.sum():
             state, errors[stage] = other, total
 
-    if matrix is not None:
-        indices, _ = sweep(task.weights, matrix, nearest(task, levels, scale))
-        improved("feedback", better(state, evaluated(task, levels, scale, indices), outputs))
+    def fed_back(stage: str) -> None:
+        if matrix is not None:
+            indices, _ = sweep(task.weights, matrix, nearest(task, state.levels, state.scale))
+            improved(stage, better_indices(state, evaluated(task, state.levels, state.scale, indices)))
+
+    fed_back("feedback")
     descent = descent_matrix(task.hessian)
-    for _ in range(refit):
+    for number in range(refit):
         before = state.cost.sum()
+        if number:  # with the levels of the round before
+            fed_back("refit")
         improved("refit", refitted(task, state, descent))
         if not state.cost.sum() < (1 - _ENOUGH) * before:
             break
     return state, errors
 
 
-def _check(problem: Problem, bits: int) -> None:
+def _check(problem: Problem, bits: int, rate: float | None) -> None:
     weights, hessian = np.asarray(problem.weights), np.asarray(problem.hessian)
     if weights.ndim != 2:
         raise ValueError(f"quantize: weights of shape {weights.shape}, but [O, I] is wanted")
     outputs, inputs = weights.shape
     groups = hessian.shape[0] if hessian.ndim else 0
-    if hessian.shape != (groups, inputs, inputs) or not groups or outputs % groups:
+    stretches = hessian.shape[1] if hessian.ndim == 4 and hessian.shape[1] else 1
+    size = inputs // stretches
+    whole = hessian.shape[-2:] == (size, size) and size * stretches == inputs and hessian.ndim in (3, 4)
+    if not whole or not groups or outputs % groups:
         raise ValueError(
             f"quantize: moments of shape {hessian.shape} for weights of shape {weights.shape}, but "
-            f"[G, {inputs}, {inputs}] is wanted, with G a divisor of {outputs}"
+            f"[G, {inputs}, {inputs}] is wanted, with G a divisor of {outputs}; or [G, B, {inputs}/B, {inputs}/B]"
         )
     for name, array in (("weights", weights), ("moments", hessian)):
         if not np.isfinite(array).all():
             raise ValueError(f"quantize: {name} that are NaN or infinite, but finite values are wanted")
+    if rate is not None and not rate >= 0:
+        raise ValueError(f"quantize: rate={rate!r}, but the price of a bit is 0 or more")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"quantize: bits={bits!r}, but a whole number from 1 to 8 is wanted")
 
@@ -204,18 +214,21 @@ def _as_stored(
 
 
 def _kmeans(
-    task: Task, channels: np.ndarray, factors: np.ndarray | None, num_levels: int, granularity: Any, scale: Any,
-    keep_zero: bool,
+    task: Task, channels: np.ndarray, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, granularity: Any,
+    scale: Any, keep_zero: bool,
 ) -> np.ndarray:  # fmt: skip
-    """`[R, K]` the k-means levels of weights divided by factors, each squared error weighted by its input's moment.
+    """`[R, K]` the k-means levels of weights divided by factors.
 
-    Of long rows those of a sample, which error feedback moves on from anyway.
+    Squared errors are weighted by the geometric mean of what they count by themselves, the moment of their input, and
+    after error feedback, its pivot: better than either. Of long rows a sample is fitted.
     """
     outputs, inputs = channels.shape
     order = task.places.order
     importance = np.empty(order.shape, np.float32)
-    np.put_along_axis(importance, order, np.einsum("gii->gi", task.hessian), axis=1)
-    importance = np.repeat(importance, outputs // len(order), axis=0)
+    each = np.sqrt(pivots * np.einsum("gii->gi", task.hessian)).astype(np.float32)
+    np.put_along_axis(importance, order, each, axis=1)
+    importance = importance.reshape(-1, inputs)
+    importance = np.repeat(importance, outputs // len(importance), axis=0)
     if factors is not None:
         spread = np.repeat(factors.astype(np.float32), _run(scale, inputs), axis=1)[:, :inputs]
         channels = channels / np.where(spread > 0, spread, 1)
@@ -236,7 +249,7 @@ def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
 
 
 def _solution(task: Task, state: State, errors: dict[str, float]) -> Solution:
-    indices = channels_of(state.indices, task.places.order)
+    indices = channels_of(state.indices, task.places)
     levels, scale = rounded_levels(state.levels * task.level_unit, task.codebook_format, task.dtype), None
     if state.scale is not None:
         dtype = scale_dtype(task.codebook_format, task.dtype)

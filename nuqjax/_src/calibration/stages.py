@@ -135,33 +135,35 @@ def evaluated(task: Task, levels: np.ndarray, scale: np.ndarray | None, indices:
     return State(levels, scale, indices, errors, pull, cost)
 
 
-def better(one: State, other: State, systems: int) -> State:
-    """The better of two solutions: of each of several systems of outputs (neighbours, all of one size)."""
-    groups, outputs = one.cost.shape
-    lower = (other.cost < one.cost).reshape(-1)
-    if systems < groups * outputs:
-        member = np.arange(groups * outputs) // -(-groups * outputs // systems)
-        lower = (np.bincount(member, (other.cost - one.cost).reshape(-1), systems) < 0)[member]
+def better_indices(one: State, other: State) -> State:
+    """The better of two solutions with the same levels and scales: of each output in each group by itself."""
+    lower = other.cost < one.cost
+    return other if lower.all() else _mixed(one, other, lower)
+
+
+def better_values(one: State, other: State, system: np.ndarray, systems: int) -> State:
+    """The better of two solutions: of each system of outputs, `system` `[G, P]`, with its codebooks or scales."""
+    lower = np.bincount(system.reshape(-1), (other.cost - one.cost).reshape(-1), systems) < 0
     if lower.all():
         return other
-    mine = lower.reshape(groups, outputs)
 
-    def of_parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Codebooks or scales, an equal number of neighbours for each system."""
+    def of_systems(a: Any, b: Any) -> Any:
         if a is b:
             return a
-        first = lower[:: -(-groups * outputs // systems)]
-        take = np.repeat(first, a.shape[0] // systems)
-        return np.where(take.reshape(-1, *[1] * (a.ndim - 1)), b, a)
+        return np.where(np.repeat(lower, len(a) // systems).reshape(-1, *[1] * (a.ndim - 1)), b, a)
 
-    each = mine[:, None, :]
-    return State(
-        levels=of_parts(one.levels, other.levels),
-        scale=None if one.scale is None or other.scale is None else of_parts(one.scale, other.scale),
+    mixed = _mixed(one, other, lower[system])
+    levels, scale = of_systems(one.levels, other.levels), of_systems(one.scale, other.scale)
+    return mixed._replace(levels=levels, scale=scale)
+
+
+def _mixed(one: State, other: State, lower: np.ndarray) -> State:
+    each = lower[:, None, :]
+    return one._replace(
         indices=np.where(each, other.indices, one.indices),
         errors=np.where(each, other.errors, one.errors),
         pull=np.where(each, other.pull, one.pull),
-        cost=np.where(mine, other.cost, one.cost),
+        cost=np.where(lower, other.cost, one.cost),
     )
 
 
@@ -169,23 +171,29 @@ def refitted(task: Task, state: State, descent: np.ndarray) -> State:
     """One round: levels, scales, indices."""
     state = with_better_values(task, state)
     indices, _ = sweep(task.weights, descent, nearest(task, state.levels, state.scale), state.errors)
-    return better(state, evaluated(task, state.levels, state.scale, indices), state.cost.size)
+    return better_indices(state, evaluated(task, state.levels, state.scale, indices))
 
 
 def with_better_values(task: Task, state: State) -> State:
     """Levels, then scales, by least squares for the indices as they are."""
-    outputs = state.cost.size
-    state = better(state, _with_better_levels(task, state), min(state.levels.shape[0], outputs))
-    return state if state.scale is None else better(state, _with_better_scales(task, state), outputs)
+    places = task.places
+    state = better_values(state, _with_better_levels(task, state), places.system, places.systems)
+    if state.scale is None:
+        return state
+    return better_values(state, _with_better_scales(task, state), places.output, _outputs(places))
+
+
+def _outputs(places: Places) -> int:
+    return places.output.size // places.stretches
 
 
 def _with_better_levels(task: Task, state: State) -> State:
-    count, num_levels = state.levels.shape
+    num_levels = state.levels.shape[1]
     books = book_of(task.places)
     held = None if task.pinned is None else state.levels.reshape(-1) == 0
     found = least_squares(
         state.levels.reshape(-1), books * num_levels + state.indices, _factors(task, state.scale), state.pull,
-        task.hessian, systems=min(count, state.cost.size), steps=_LEVEL_STEPS, held=held,
+        task.hessian, systems=task.places.systems, steps=_LEVEL_STEPS, held=held,
     )  # fmt: skip
     levels = stored_levels(task, found.reshape(state.levels.shape))
     order = np.argsort(levels, axis=1, kind="stable")
@@ -199,7 +207,7 @@ def _with_better_scales(task: Task, state: State) -> State:
     values = state.levels.reshape(-1)[book_of(task.places) * state.levels.shape[1] + state.indices]
     found = least_squares(
         state.scale, scale_of(task.places), values, state.pull, task.hessian,
-        systems=state.cost.size, steps=min(task.places.scales, _LEVEL_STEPS),
+        systems=_outputs(task.places), steps=min(task.places.scales, _LEVEL_STEPS),
     )  # fmt: skip
     # A factor that changes sign, or runs away, fits indices that are about to change.
     scale = np.clip(found, state.scale * np.float32(0.3), state.scale * np.float32(3)).astype(np.float32)
