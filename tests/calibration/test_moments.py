@@ -13,8 +13,12 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
+from nuqjax._src.calibration.layers import solved
+from nuqjax._src.calibration.layouts import as_used
 from nuqjax._src.calibration.uses import Recorder, run
 from nuqjax.calibration import LeafMoments, moments
+from nuqjax.plan import plan_leaves
+from nuqjax.rules import Options
 
 ALL = 10**6  # positions: every one
 
@@ -329,3 +333,23 @@ def test_batches_and_parameters_on_a_mesh_have_the_moments_of_one_device():
     environment |= {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
     run = subprocess.run([sys.executable, "-c", _ON_A_MESH], env=environment, capture_output=True, text=True)
     assert run.stdout.split() == ["done"], run.stderr
+
+
+def test_second_moments_of_a_wide_layer_are_taken_within_stretches_of_its_inputs():
+    x, params = normal(0, 30, 12), {"w": normal(1, 12, 5), "b": normal(2, 5), "k": normal(3, 2, 6, 4)}
+
+    def fn(params, x):
+        y = x @ params["w"] + params["b"][None]
+        return y, lax.conv_general_dilated(
+            x.reshape(30, 2, 6), params["k"], (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+
+    found = moments(fn, params, [x], positions=ALL, widest=5)
+    wanted = np.cov(x.T, bias=True).reshape(3, 4, 3, 4)[np.arange(3), :, np.arange(3)]
+    np.testing.assert_allclose(found["w"].second[0], wanted, rtol=1e-4, atol=1e-5)
+    assert found["k"].is_diagonal  # its operand's inputs are in another order than the leaf's
+    np.testing.assert_allclose(found["k"].second[0], (x**2).mean(axis=0), rtol=1e-4)
+    plan = as_used(plan_leaves({"w": params["w"]}, Options(bits=2, min_size=1, scale="channel"), ())[0], found)
+    done = solved(params["w"], plan, found["w"])
+    assert done.leaf.shape == (12, 5)
+    assert list(done.errors.values()) == sorted(done.errors.values(), reverse=True)

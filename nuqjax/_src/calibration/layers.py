@@ -43,12 +43,14 @@ class Solved(NamedTuple):
 def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments) -> list[Problem]:
     """The layer-wise problem of each slice of a leaf."""
     slices = array.reshape(-1, *plan.slice_shape)
-    second = found.second.reshape(len(slices), -1, *found.second.shape[-2:])
+    groups = found.mean.shape[-2]
+    second = found.second.reshape(len(slices), groups, *found.second.shape[found.mean.ndim - 1 :])
     positions = max(1, round(found.positions))
-    return [
-        Problem(np.ascontiguousarray(rows.to_channels(one, plan.axes)), shrunk(moment, found.images, positions))
-        for one, moment in zip(slices, second, strict=True)
-    ]
+    made = []
+    for one, moment in zip(slices, second, strict=True):
+        hessian = shrunk(moment.reshape(-1, *moment.shape[-2:]), found.images, positions).reshape(moment.shape)
+        made.append(Problem(np.ascontiguousarray(rows.to_channels(one, plan.axes)), hessian))
+    return made
 
 
 def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) -> Solved:

@@ -21,7 +21,8 @@ class LeafMoments:
     Attributes:
       second: `[*S, G, I, I]` float64, E[x xᵀ], less μμᵀ where an offset after the layer can repair the mean's part;
         rows g·O/G to (g + 1)·O/G share a matrix (G is the number of groups of a grouped convolution, O of a depthwise
-        one, else mostly 1). Or `[*S, G, I]`, the diagonal, for look-ups and very many inputs.
+        one, else mostly 1). Of very many inputs `[*S, G, B, I/B, I/B]`, within B stretches of them, or `[*S, G, I]`,
+        the diagonal, as of look-ups.
       mean: `[*S, G, I]` float64, μ = E[x].
       axes: the output axes of a slice, as the function uses it.
       stack_axes: how many leading axes are layers that a loop runs through.
@@ -51,7 +52,7 @@ class LeafMoments:
 
 
 class Record(NamedTuple):
-    """Sums over all batches: `first [N·B, I]` and `second [N·B, I, I]` (or `[N·B, I]`, or None), float64."""
+    """Sums over all batches: `first [N·B, I]` and `second [N·B, S, I/S, I/S]` (or `[N·B, I]`, or None), float64."""
 
     use: Use
     count: int
@@ -62,6 +63,13 @@ class Record(NamedTuple):
     def mean(self) -> np.ndarray:
         """`[N·B, I]`."""
         return self.first / max(self.count, 1)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """`[N·B, I]` E[x²]."""
+        assert self.second is not None
+        found = np.einsum("nsii->nsi", self.second) if self.use.stretches else self.second
+        return found.reshape(self.first.shape) / max(self.count, 1)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class Moments(Mapping[str, LeafMoments | str]):
     def axes(self, path: str) -> tuple[tuple[int, ...], int] | None:
         """The output axes of a slice of the leaf, and its stack axes, as the function uses it; None if it does not."""
         records = self.records.get(path, ())
-        main = next((r for r in records if not r.use.diagonal), records[0] if records else None)
+        main = next((r for r in records if r.use.stretches), records[0] if records else None)
         return None if main is None else _axes(main.use, self.shapes[path])
 
     def of(self, path: str, axes: Sequence[int] | None = None, stack_axes: int | None = None) -> LeafMoments | str:
@@ -154,7 +162,7 @@ def moments(
       params: its first argument: any tree of dense arrays.
       batches: inputs, each an array or a tuple of arrays; an iterable that can be gone through again.
       positions: places of an example that are looked at in each layer, at most: a lattice of them.
-      widest: inputs of a layer above which only the diagonal of its second moments is taken.
+      widest: inputs between which second moments are taken: of a layer with more, within stretches of them.
 
     Returns:
       `Moments`: by path, `LeafMoments`, or the reason why there are none.
@@ -260,7 +268,7 @@ def _record(use: Use, count: int, sums: Sums) -> Record:
         array = np.asarray(array, np.float64)
         return array.reshape(-1, *array.shape[array.ndim - axes :])
 
-    second = None if sums.second is None else flat(sums.second, 1 if use.diagonal else 2)
+    second = None if sums.second is None else flat(sums.second, 3 if use.stretches else 1)
     return Record(use, count, flat(sums.first, 1), second)
 
 
@@ -317,37 +325,45 @@ def _leaf_moments(
     label, parts, spread = [], [], 0.0
     total = sum(record.count for record in records)
     for record in records:
-        assert record.second is not None
         share = record.count / total if total else 0.0
         placed = _placed(record.use, shape, axes, stack)
-        second, mean = record.second / max(record.count, 1), record.mean
         if placed is None:
-            diagonal = second if record.use.diagonal else np.diagonal(second, axis1=1, axis2=2)
-            spread += share * float(diagonal.mean())
+            spread += share * float(record.diagonal.mean())
             continue
         row, column = placed
+        second, diagonal, mean = record.second, record.diagonal, record.mean
+        assert second is not None
+        second = second / max(record.count, 1)
         if len(row) > 1 and (row == row[0]).all() and (column == column[0]).all():  # copies of the same rows
-            row, column, second, mean = row[:1], column[:1], second.sum(axis=0)[None], mean.mean(axis=0)[None]
+            row, column = row[:1], column[:1]
+            second, diagonal, mean = second.sum(axis=0)[None], diagonal.sum(axis=0)[None], mean.mean(axis=0)[None]
         if np.bincount(row.reshape(-1)).max() > 1:
             return "the same weights meet several inputs in one use"
-        if record.use in repaired and not record.use.diagonal:
-            second = second - mean[:, :, None] * mean[:, None, :]
+        if record.use in repaired:
+            diagonal = diagonal - mean**2
+            if record.use.stretches:
+                parted = mean.reshape(second.shape[:-1])
+                second = second - parted[..., :, None] * parted[..., None, :]
         of_row = np.full(slices * outputs, -1)
         of_row[row] = np.arange(len(row))[:, None]
         label.append(of_row)
-        parts.append((column, second, mean, share, record.use.diagonal))
+        parts.append((column, second, diagonal, mean, share, record.use.stretches))
     if not parts:
         return f"it is used along other axes than its output axes {tuple(axes)}"
-    diagonal = any(part[-1] for part in parts)
     labels = np.stack(label).reshape(len(label), slices, outputs)
     ends = np.flatnonzero((labels[:, :, 1:] != labels[:, :, :-1]).any(axis=(0, 1))) + 1
     block = math.gcd(outputs, *ends.tolist())
     groups = outputs // block
-    if not diagonal and slices * groups * inputs**2 > MOST_VALUES:
-        diagonal = True
-    made = np.zeros((slices, groups, inputs) if diagonal else (slices, groups, inputs, inputs))
+    stretches = {part[-1] for part in parts}
+    kind = stretches.pop() if len(stretches) == 1 else 0
+    if kind > 1 and any((column != np.arange(inputs)).any() for column, *_ in parts):
+        kind = 0  # stretches of the operand's inputs are none of the leaf's
+    if kind and slices * groups * inputs**2 // kind > MOST_VALUES:
+        kind = 0
+    size = inputs // max(kind, 1)
+    made = np.zeros((slices, groups, kind, size, size) if kind else (slices, groups, inputs))
     means = np.zeros((slices, groups, inputs))
-    for of_row, (column, second, mean, share, is_diagonal) in zip(label, parts, strict=True):
+    for of_row, (column, second, diagonal, mean, share, _) in zip(label, parts, strict=True):
         first_rows = of_row.reshape(slices, outputs)[:, ::block]
         for s, g in np.ndindex(slices, groups):
             part = first_rows[s, g]
@@ -355,15 +371,17 @@ def _leaf_moments(
                 continue
             where = column[part]
             means[s, g, where] += share * mean[part]
-            if not diagonal:
-                made[s, g][np.ix_(where, where)] += share * second[part]
+            if kind == 1:
+                made[s, g, 0][np.ix_(where, where)] += share * second[part, 0]
+            elif kind:
+                made[s, g] += share * second[part]
             else:
-                made[s, g, where] += share * (second[part] if is_diagonal else np.diagonal(second[part]))
-    if spread:
-        if diagonal:
-            made += spread
-        else:
-            made[..., np.arange(inputs), np.arange(inputs)] += spread
+                made[s, g, where] += share * diagonal[part]
+    if kind:
+        made[..., np.arange(size), np.arange(size)] += spread
+        made = made[:, :, 0] if kind == 1 else made
+    else:
+        made += spread
     stacked = tuple(shape[:stack])
     return LeafMoments(
         made.reshape(*stacked, *made.shape[1:]),

@@ -56,7 +56,7 @@ class Use:
       order: the operand's axes.
       sizes: `(B, O, I)`.
       site: where in the program.
-      diagonal: whether no more than the diagonal of the second moments is known.
+      stretches: second moments are known within each of so many stretches of the inputs; 0 for their diagonal alone.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Use:
     order: tuple[int, ...]
     sizes: tuple[int, int, int]
     site: Site
-    diagonal: bool
+    stretches: int
 
     def entries(self, leaf_shape: Sequence[int]) -> np.ndarray:
         """`[N, B, O, I]` which entry of the leaf, counted row by row, each entry of the operand is.
@@ -107,7 +107,12 @@ class Output:
 
 
 class Sums(NamedTuple):
-    """Of what a use multiplies, over `count` rows: `first [*, B, I]`, `second [*, B, I, I]` or `[*, B, I]` or None."""
+    """Of what a use multiplies, over its rows.
+
+    Attributes:
+      first: `[*, B, I]`.
+      second: `[*, B, S, I/S, I/S]` with S stretches, `[*, B, I]` with none, or None.
+    """
 
     first: Any
     second: Any
@@ -121,7 +126,7 @@ class Recorder:
       wanted: the leaves whose second moments are taken, too.
       images: examples in the batch.
       positions: how many places of an example are looked at, at most.
-      widest: inputs of a use above which only the diagonal of its second moments is taken.
+      widest: inputs between which second moments are taken: of a use with more, within stretches of them.
       records: use, rows, and sums.
       slots: offsets.
       others: by leaf, uses of which nothing is known.
@@ -254,10 +259,17 @@ def _sums(x: Any, recorder: Recorder, use: Use) -> Sums:
     first = x.sum(axis=1)
     if not recorder.wanted(use.name):
         return Sums(first, None)
-    if use.diagonal:
+    if not use.stretches:
         return Sums(first, (x * x).sum(axis=1))
-    product = lax.dot_general(x, x, (((1,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+    x = x.reshape(*x.shape[:2], use.stretches, -1)
+    product = lax.dot_general(x, x, (((1,), (1,)), ((0, 2), (0, 2))), precision=lax.Precision.HIGHEST)
     return Sums(first, product)
+
+
+def _stretches(inputs: int, widest: int) -> int:
+    """The fewest equal stretches of no more than `widest` inputs; 0 where they would be less than half of that."""
+    fewest = max(1, -(-inputs // widest))
+    return next((n for n in range(fewest, 2 * fewest + 1) if inputs % n == 0), 0)
 
 
 def _dot(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
@@ -275,9 +287,9 @@ def _dot(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
         axes.append((list(batched[k]), free, list(contracted[k])))
     shape = parameter.array.shape
     parts, outputs, inputs = (math.prod(shape[a] for a in group) for group in axes[0])
-    diagonal = inputs > recorder.widest
     order = tuple(a for group in axes[0] for a in group)
-    use = Use(parameter.name, parameter.moves, shape, order, (parts, outputs, inputs), site, diagonal)
+    stretches = _stretches(inputs, recorder.widest)
+    use = Use(parameter.name, parameter.moves, shape, order, (parts, outputs, inputs), site, stretches)
     if not jnp.issubdtype(result.dtype, jnp.floating) or 0 in (*shape, *x.shape):
         recorder.note(parameter, f"{site.primitive} of no values, or of integers")
         return [result]
@@ -303,8 +315,7 @@ def _conv(interpreter: Any, site: Site, eqn: core.JaxprEqn, x: Any, kernel: Any)
         recorder.note(kernel, "a convolution of no values")
         return [result]
     sizes = groups, shape[order[0]] // groups, inputs
-    diagonal = inputs > recorder.widest
-    use = Use(kernel.name, kernel.moves, shape, order, sizes, site, diagonal)
+    use = Use(kernel.name, kernel.moves, shape, order, sizes, site, _stretches(inputs, recorder.widest))
     count, sums = _patch_sums(x, result.shape, params, recorder, use)
     recorder.records.append((use, count, sums))
     channels = np.arange(groups * sizes[1]).reshape([-1 if a == numbers.out_spec[1] else 1 for a in range(result.ndim)])
@@ -377,7 +388,7 @@ def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index:
         return _default(interpreter, site, eqn, table, index)
     order = (*(a for a in range(len(shape)) if a != axis), axis)
     outputs = math.prod(shape) // shape[axis]
-    use = Use(table.name, table.moves, shape, order, (1, outputs, shape[axis]), site, True)
+    use = Use(table.name, table.moves, shape, order, (1, outputs, shape[axis]), site, 0)
     counts = jnp.zeros(shape[axis], jnp.float32).at[index.reshape(-1)].add(1, mode="drop")[None]
     recorder.records.append((use, index.size, Sums(counts, counts if recorder.wanted(table.name) else None)))
     return bind(eqn, [table.array, index])
