@@ -307,3 +307,15 @@ def test_correct_bias_refuses_what_it_cannot_go_through_twice_and_trees_that_dif
         correct_bias(network, params, cparams, iter(batches))
     with pytest.raises(ValueError, match="the trees differ"):
         correct_bias(network, params, {"a": cparams["a"]}, batches)
+
+
+def test_outputs_that_are_no_classes_have_a_relative_error():
+    params, batches = teacher()
+    fn = lambda p, x: network(p, x)[:, :1]  # noqa: E731
+    given = {"fn": fn, "batches": batches[:3], "min_size": 64, "budget": "7bpw"}
+    _, report = nuqjax.compress(params, return_report=True, **given)
+    assert set(report.calibration["measured"]) == {"relative_error", "rows"}
+    assert 0 < report.calibration["measured"]["relative_error"] < 0.1
+    assert "a relative error of" in str(report)
+    with pytest.raises(ValueError, match="no leaf is compressed"):
+        nuqjax.compress(params, **given | {"budget": None, "rate": "3bpw", "min_size": 10**6})

@@ -119,6 +119,8 @@ def _at_rate(
 
     Four times the price takes about a bit off each weight, so that a few steps find it.
     """
+    if not table:
+        raise ValueError(f"compress: {goal.text}: no leaf is compressed; min_size= and rules choose them")
     weights = sum(math.prod(plan.shape) for plan in learned.planned if plan.path in table)
     least = 1e-3 * sorted(prices.values())[len(prices) // 2] or 1e-12
     price = max(math.fsum(cost[3] for cost in table.values()) / max(weights, 1), 1e-12) * 4.0 ** (2.8 - goal.amount)
@@ -276,8 +278,10 @@ class _Told:
         """In words."""
         lines = [f"levels, scales and indices were fitted to {self.learned} examples"]
         if self.allocation is not None:
+            by = "others" if self.same else "of them, before they were learned from"
+            what = "a relative error of" if self.score is not None and self.score.kl is None else "a KL of"
             lines.append(
-                f"bits were allocated by {self.tried} others: predicted KL {self.allocation.predicted:.4g} nats"
+                f"bits were allocated by {self.tried} {by}: {what} {self.allocation.predicted:.4g} is predicted"
             )
         if self.file_bits is not None:
             lines.append(f"coded, the tree takes {self.file_bits:.3f} bits a weight, a file's header not counted")
