@@ -1,11 +1,13 @@
 """Codebook quantization for JAX: any parameter pytree, k-means levels, the model unchanged."""
 
+from nuqjax import calibration
+from nuqjax._src.calibration.door import compress
 from nuqjax.apply import apply
 from nuqjax.assign import Fit, assign
 from nuqjax.calibrate import calibrate
 from nuqjax.checkpoint import open_checkpoint, write_checkpoint
 from nuqjax.codebook_array import CodebookArray
-from nuqjax.compress import codebooks, compress, decompress, with_codebooks
+from nuqjax.compress import codebooks, decompress, with_codebooks
 from nuqjax.convert import compress_checkpoint
 from nuqjax.emulate import Trace, emulate
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
@@ -42,6 +44,7 @@ __all__ = [
     "apply",
     "assign",
     "calibrate",
+    "calibration",
     "codebooks",
     "compress",
     "compress_checkpoint",

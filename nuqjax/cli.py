@@ -5,6 +5,7 @@ interrupted.
 """
 
 import argparse
+import importlib
 import io
 import json
 import math
@@ -43,6 +44,7 @@ examples:
   nuqjax compress weights.safetensors small.safetensors --bits 4 --granularity channel
   nuqjax compress pytorch.safetensors small.safetensors --output-axis 0 --rule 'embed|norm:skip=true'
   nuqjax compress checkpoint/ small.safetensors --rule 'kernel$:bits=8,method=enq' --entropy-coding --resume
+  nuqjax compress weights.npz small.safetensors --bits 3 --fn my_model:apply --batches inputs.npz
 
 The output axis is never guessed: -1 (the default) is that of Flax kernels; PyTorch's [out, in] and OIHW need 0.
 Options of a rule: bits, method, granularity, output_axis, scale, codebook_format, keep_zero, min_size, skip,
@@ -99,6 +101,33 @@ def tolerance(text: str) -> float | None:
         return None if text == "none" else float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}, but a number or none is wanted") from error
+
+
+def function(text: str) -> Any:
+    """A function by the name of its module, which is looked for here, too, and its own.
+
+    >>> function("math:sqrt")(4.0)
+    2.0
+    """
+    module, _, name = text.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, but MODULE:FUNCTION is wanted: {error}") from error
+    return found
+
+
+def budget(text: str) -> int | str:
+    """Bytes, or what `nuqjax.compress` takes as a text.
+
+    >>> budget("2000000"), budget("3bpw")
+    (2000000, '3bpw')
+    """
+    return int(text) if text.isdecimal() else text
 
 
 def axes(text: str) -> Any:
@@ -200,6 +229,12 @@ def parser() -> argparse.ArgumentParser:
     skip(add)
     add("--separator", help='what parts a tensor\'s name into keys (default: "/" where names have it, else ".")')
     add("--resume", action="store_true", help="go on where an interrupted run ended")
+    add("--fn", type=function, metavar="MODULE:FUNCTION",
+        help="with --batches: what is fn(params, *inputs); levels are fitted to what its layers multiply")  # fmt: skip
+    add("--batches", metavar="FILE.npz", help="inputs for --fn, in the order of their names, with all examples each")
+    add("--batch-size", type=int, metavar="N", help="examples that --fn takes at a time (default: 32)")
+    add("--budget", type=budget, metavar="SIZE", help="with --fn, in place of --bits: 3bpw, bytes, or kl=0.05")
+    add("--rate", metavar="SIZE", help="with --fn, of a file with --entropy-coding: 2.5bpw")
     add("--quiet", action="store_true", help="no progress and no report")
 
     add = command("decompress", "write a compressed file as a dense checkpoint").add_argument
@@ -330,7 +365,13 @@ def _say_skipped(checkpoint: Any) -> None:
         print(f"nuqjax: left out of {checkpoint.path}: {names}{more}", file=sys.stderr)
 
 
+_DATA = ("fn", "batches", "batch_size", "budget", "rate")
+
+
 def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options: Any) -> None:
+    data = {name: options.pop(name) for name in _DATA}
+    if any(value is not None for value in data.values()):
+        return _compress_with_data(source, target, quiet, options | {"axis": output_axis}, data)
     bar = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(),
         TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -350,6 +391,32 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
             bar.update(task, advance=nbytes, description=text)
 
         report = nuqjax.compress_checkpoint(source, target, axis=output_axis, progress=progress, **options)
+    if not quiet:
+        print(report)
+
+
+def _compress_with_data(source: str, target: str, quiet: bool, options: dict[str, Any], data: dict[str, Any]) -> None:
+    """The whole tree at once: how its leaves are used is seen only together."""
+    if data["fn"] is None or data["batches"] is None:
+        raise ValueError("--fn and --batches are given together: --fn module:function --batches inputs.npz")
+    if options.pop("resume"):
+        raise ValueError("--resume is for compression tensor by tensor, without --fn")
+    size = data["batch_size"] or 32
+    with np.load(data["batches"], allow_pickle=False) as file:
+        arrays = [file[name] for name in file.files] if hasattr(file, "files") else []
+    if not arrays or len({len(x) if x.ndim else 0 for x in arrays}) != 1:
+        raise ValueError(
+            f"{data['batches']}: arrays of as many examples each are wanted, got {[x.shape for x in arrays]}"
+        )
+    if size < 1:
+        raise ValueError(f"--batch-size {size}, but 1 or more is wanted")
+    batches = [tuple(x[n : n + size] for x in arrays) for n in range(0, len(arrays[0]), size)]
+    checkpoint = nuqjax.open_checkpoint(source, *(options.pop(name) for name in ("format", "separator", "skip")))
+    _say_skipped(checkpoint)
+    saving = {name: options.pop(name) for name in ("entropy_coding", "max_shard_size")}
+    given = {name: data[name] for name in ("fn", "budget", "rate")} | {"batches": batches, "progress": not quiet}
+    cparams, report = nuqjax.compress(checkpoint.read(), return_report=True, **given, **options)
+    nuqjax.save(target, cparams, report=report, **saving)
     if not quiet:
         print(report)
 

@@ -114,12 +114,19 @@ def compress(
         bits=bits, method=method, granularity=granularity, axis=axis, scale=scale, codebook_format=codebook_format,
         keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
     )  # fmt: skip
+    return compress_tree(params, options, rules, sensitivity, return_report=return_report, progress=progress)
+
+
+def compress_tree(
+    params: Any, options: Options, rules: Any, sensitivity: Any, *, return_report: bool, progress: bool
+) -> Any:
+    """`compress`, which is what calls it: warnings name the place that calls that."""
     leaves, structure = jax.tree.flatten(params, is_leaf=is_codebook_array)
     plans = plan_leaves(params, options, rules)
-    _check_arrays(leaves, plans)
+    check_arrays(leaves, plans)
     notes = Plan(tuple(plans)).notes
     for note in notes:
-        warnings.warn(f"compress: {note}", stacklevel=2)
+        warnings.warn(f"compress: {note}", stacklevel=3)
     importances = _importances(sensitivity, plans)
     results, fits, tied = [], {}, {}
     for leaf, plan in _with_progress(list(zip(leaves, plans, strict=True)), progress):
@@ -138,7 +145,7 @@ def compress(
     return cparams, build_report(params, cparams, reasons, fits, notes)
 
 
-def _check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:
+def check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:
     """Raises ValueError for shapes where values are wanted."""
     for leaf, plan in zip(leaves, plans, strict=True):
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -255,7 +262,7 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
     if isinstance(importance, jax.core.Tracer):
         array = jnp.asarray(array)
     array = _on_host(array)
-    _check_finite(array, plan.path)
+    check_finite(array, plan.path)
     on_mesh = _fit_on_mesh(array, importance, plan)
     view = _view(array, importance, plan)
     levels, certificate = on_mesh if on_mesh is not None else _fit(view, 2**options.bits, options)
@@ -318,6 +325,25 @@ def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_forma
     )
 
 
+def leaf_of(
+    plan: LeafPlan, levels: np.ndarray, indices: np.ndarray, scale: np.ndarray | None, codebook_format: Any
+) -> CodebookArray:
+    """The leaf of a plan with these values of its levels, which its format represents, and these indices.
+
+    Args:
+      plan: of the leaf.
+      levels: `[S, R, K]` ascending values.
+      indices: `[S, O, I]` uint8.
+      scale: `[S, O, G]` in the dtype in which it is stored, or None.
+      codebook_format: how the levels are stored: no `AutoQFormat`.
+    """
+    if isinstance(codebook_format, QFormat):
+        stored = fixed_point.encode_on_host(levels, codebook_format).astype(codebook_format.storage_dtype)
+    else:
+        stored = levels.astype(jnp.dtype(plan.dtype if codebook_format is None else codebook_format))
+    return _leaf(plan, stored, packing.pack(indices, plan.options.bits), scale, codebook_format)
+
+
 def _empty_leaf(plan: LeafPlan) -> CodebookArray:
     """The leaf of an array without values: what codebooks it has are zero."""
     options, dtype = plan.options, jnp.dtype(plan.dtype)
@@ -340,7 +366,8 @@ def _on_host(array: Any) -> Any:
     return to_numpy(array) if on_host(array) else array
 
 
-def _check_finite(array: Any, path: str) -> None:
+def check_finite(array: Any, path: str) -> None:
+    """Raises ValueError, naming `path`, for NaN or infinity in an array that is no tracer."""
     if isinstance(array, jax.core.Tracer):
         return
     xp = rows.namespace(array)

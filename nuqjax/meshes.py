@@ -64,15 +64,22 @@ def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> A
     arrays = [leaves[n] for n in places]
     if any(isinstance(x, jax.core.Tracer) for x in arrays):
         return as_automatic(run, mesh, specs)(*arrays)
-    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    arrays = [
-        x if explicit_sharding(x) is None else jax.device_put(x, NamedSharding(automatic, x.sharding.spec))
-        for x in arrays
-    ]  # no value is moved
+    arrays = [on_automatic(x) for x in arrays]
+    automatic = _automatic(mesh)
     within = contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(automatic)
     with within:
         results = run(*arrays)
     return results if specs is None else jax.device_put(results, _shardings(mesh, specs))
+
+
+def on_automatic(x: Any) -> Any:
+    """An array, not a traced one, with its mesh's axes automatic; no value is moved. Others as they are."""
+    sharding = None if isinstance(x, jax.core.Tracer) else explicit_sharding(x)
+    return x if sharding is None else jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
+
+
+def _automatic(mesh: Any) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def as_on_automatic(specs: Any) -> Callable[[Callable], Callable]:

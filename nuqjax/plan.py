@@ -295,6 +295,17 @@ def _plan_leaf(path: str, leaf: Any, options: Options, why_not: str | None) -> L
     return compressed
 
 
+def replanned(plan: LeafPlan, options: Options) -> LeafPlan:
+    """The plan of a leaf that is compressed, with other options."""
+    dtype = jnp.dtype(plan.dtype)
+    changed = replace(plan, options=options, nbytes_after=_nbytes_after(plan.shape, dtype, options))
+    if options.skip is not False and changed.nbytes_after >= plan.nbytes_before:
+        return replace(
+            plan, reason=f"would take {changed.nbytes_after:,} bytes, not fewer", nbytes_after=plan.nbytes_before
+        )
+    return changed
+
+
 def _nbytes_after(shape: tuple[int, ...], dtype: np.dtype, options: Options) -> int:
     stack, slice_shape = math.prod(shape[: options.stack_axes]), shape[options.stack_axes :]
     outputs, inputs = rows.channel_shape(slice_shape, rows.output_axes(options.axis, len(slice_shape)))

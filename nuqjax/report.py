@@ -113,6 +113,7 @@ class Report:
       nbytes_file: bytes on disk of the file that the tree was written to, all parts and the header counted; None where
         it was written to none.
       nbytes_source: bytes on disk of the files that it came from; None where it came from none.
+      calibration: what was learned from data, and measured on such as were held out; None where there were none.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"w": jnp.arange(1024.0).reshape(32, 32), "b": jnp.zeros(32)}
@@ -125,6 +126,7 @@ class Report:
     notes: tuple[str, ...] = ()
     nbytes_file: int | None = field(default=None, compare=False)
     nbytes_source: int | None = field(default=None, compare=False)
+    calibration: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def growth(self) -> str | None:
@@ -187,8 +189,9 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings."""
-        return {"total": self.total, "leaves": [leaf.to_dict() for leaf in self.leaves]}
+        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings, and `"calibration"` if there was."""
+        learned = {} if self.calibration is None else {"calibration": dict(self.calibration)}
+        return {"total": self.total, "leaves": [leaf.to_dict() for leaf in self.leaves], **learned}
 
     def plot(self) -> "Figure":
         """A figure of the leaves: memory before and after, and SQNR. Needs matplotlib (the `plot` extra)."""

@@ -417,3 +417,29 @@ def test_a_file_that_grew_is_told_in_one_line(folder, capsys):
         status, _, err = run("compress zeros.npz zeros.safetensors --method normal" + quiet, capsys)
         assert status == 0
         assert "nuqjax: warning: the file takes " in err
+
+
+def test_compress_with_a_function_and_its_inputs(folder, capsys):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(16, 32)).astype(np.float32), "b": np.zeros(32, np.float32)}
+    np.savez("in.npz", **params)
+    x = rng.normal(size=(20, 16)).astype(np.float32)
+    np.savez("inputs.npz", x)
+    (folder / "a_model.py").write_text("def run(params, x):\n    return x @ params['w'] + params['b'][None]\n")
+    command = "compress in.npz out.safetensors --bits 3 --fn a_model:run --batches inputs.npz --batch-size 10"
+    status, out, err = run(command, capsys)
+    assert status == 0, err
+    assert "10 examples that were held out" in out
+    fn = lambda params, x: x @ params["w"] + params["b"][None]  # noqa: E731
+    wanted = nuqjax.compress(params, 3, fn=fn, batches=[x[:10], x[10:]])
+    for one, other in zip(jax.tree.leaves(nuqjax.load("out.safetensors")), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    for changed, words in {
+        "--batches inputs.npz": "given together",
+        "a_model:run": "MODULE:FUNCTION",
+        "inputs.npz": "as many examples",
+    }.items():
+        replacement = {"a_model:run": "a_model:walk", "inputs.npz": "in.npz"}.get(changed, "")
+        status, _, err = run(command.replace(changed, replacement), capsys)
+        assert status in (1, 2)
+        assert words in err

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import nuqjax
-from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, Rule, cli
+from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, Rule, calibration, cli
 from nuqjax.compat import enable_x64
 from nuqjax.fit import METHODS
 
@@ -93,6 +93,14 @@ def test_compress_decompress_and_report(method, granularity):
                 nuqjax.report(params, cparams)
                 nuqjax.plan(params, 3, method, granularity=granularity)
             assert all(isinstance(array, jax.Array) for array in jax.tree.leaves((cparams["w"], dense["w"])))
+
+
+@pytest.mark.parametrize("codebook_format", [None, "float16", AutoQFormat(5)], ids=str)
+def test_calibration(codebook_format):
+    weights, inputs = drawn((9, 43), np.float32), drawn((60, 43), np.float64)
+    with nothing_compiles():
+        hessian = calibration.shrunk((inputs.T @ inputs)[None] / 60, images=60, positions=1)
+        calibration.quantize(calibration.Problem(weights, hessian), bits=3, codebook_format=codebook_format)
 
 
 @pytest.mark.parametrize("method", ["enq", "knq"])

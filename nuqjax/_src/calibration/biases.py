@@ -1,0 +1,105 @@
+"""Bias correction: what compression adds to the mean of a layer's output, an offset after it takes away."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nuqjax._src.calibration.programs import Programs, checked_batches
+from nuqjax._src.calibration.second_moments import Moments, Record, gather_moments
+from nuqjax._src.calibration.uses import Slot
+from nuqjax.codebook_array import is_codebook_array
+from nuqjax.rules import path_name
+
+
+def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Iterable[Any]) -> Any:
+    """Corrects the offsets of a compressed tree so that each layer's output keeps its mean.
+
+    Replacing the weights W of a layer by Ŵ moves the mean of its output by (Ŵ − W)·E[x], x being what they multiply.
+    One pass over some batches finds E[x], and the leaf that is added after the layer takes the difference: the layer's
+    own bias, or the mean that a batch-norm after it subtracts. Useful for any compressed tree, whatever the method.
+
+    Args:
+      fn: `fn(params, *inputs)`.
+      params: the dense tree.
+      cparams: the tree that was made of it.
+      batches: inputs, each an array or a tuple of arrays; an iterable that can be gone through again.
+
+    Returns:
+      The compressed tree with other offsets. A layer without one, or whose offset is compressed itself, stays as it is.
+
+    Raises:
+      ValueError: the trees differ, there are no batches, or `fn` fails.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> fn = lambda p, x: x @ p["w"] + p["b"]
+    >>> params = {"w": jnp.linspace(0.1, 1, 512).reshape(16, 32) ** 2, "b": jnp.zeros(32)}
+    >>> cparams, batch = nuqjax.compress(params, bits=1), jnp.ones((2, 16))
+    >>> error = lambda cparams: float(jnp.abs(nuqjax.apply(fn)(cparams, batch) - fn(params, batch)).max())
+    >>> error(cparams) > 0.1, error(correct_bias(fn, params, cparams, [batch])) < 1e-4
+    (True, True)
+    """
+    batches = checked_batches(batches, "correct_bias")
+    means = gather_moments(Programs(fn, params, "correct_bias"), batches, wanted=frozenset())
+    return corrected(params, cparams, means)[0]
+
+
+def corrected(params: Any, cparams: Any, means: Moments) -> tuple[Any, dict[str, str]]:
+    """The tree with corrected offsets, and by the path of each compressed leaf that is not, why not."""
+    dense, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
+    leaves, other = jax.tree.flatten(cparams, is_leaf=is_codebook_array)
+    if structure != other:
+        raise ValueError(f"correct_bias: the trees differ: {structure} and {other}")
+    place = {path_name(path): n for n, (path, _) in enumerate(dense)}
+    errors = {  # of the compressed leaves, W − Ŵ
+        path: np.asarray(x, np.float64) - np.asarray(leaves[place[path]], np.float64)
+        for path, x in ((path_name(p), x) for p, x in dense)
+        if is_codebook_array(leaves[place[path]]) and not is_codebook_array(x)
+    }
+    shifts: dict[str, list[np.ndarray]] = {}
+    done: set[str] = set()
+    records = {r.use: r for some in means.records.values() for r in some}
+    for slot in means.slots:
+        names = {use.name for use, _ in slot.uses} & errors.keys()
+        leaf = leaves[place[slot.name]]
+        if names and not is_codebook_array(leaf):
+            shift = _shift(slot, errors, records, means.shapes[slot.name])
+            if shift is not None:
+                shifts.setdefault(slot.name, []).append(shift)
+                done |= names
+    for path, found in shifts.items():
+        leaf = leaves[place[path]]
+        new = (np.asarray(leaf, np.float64) + np.mean(found, axis=0)).astype(leaf.dtype)
+        leaves[place[path]] = jax.device_put(new, leaf.sharding) if isinstance(leaf, jax.Array) else new
+    taken = {use.name for slot in means.slots for use, _ in slot.uses}
+    why = {
+        path: "its offset is compressed, or varies in other ways" if path in taken else "nothing is added after it"
+        for path in errors
+        if path not in done and means.records.get(path)
+    }
+    return structure.unflatten(leaves), why
+
+
+def _shift(
+    slot: Slot, errors: Mapping[str, np.ndarray], records: Mapping[Any, Record], shape: Sequence[int]
+) -> np.ndarray | None:
+    """What a slot's leaf has to be raised by, in its shape; None where steps of loops do not go together."""
+    entries = slot.entries(shape)
+    values: Any = 0.0
+    for use, numbers in slot.uses:
+        if use.name not in errors or use not in records:
+            continue
+        of_leaf = use.entries(errors[use.name].shape)
+        steps = len(of_leaf)
+        mean = records[use].mean.reshape(steps, use.sizes[0], use.sizes[2])
+        moved = np.einsum("nboi,nbi->nbo", errors[use.name].reshape(-1)[of_leaf], mean).reshape(steps, -1)
+        if 1 not in (steps, len(entries)) and steps != len(entries):
+            return None
+        values = values + moved[:, numbers]
+    values, where = np.broadcast_arrays(np.asarray(values), entries)
+    size = int(np.prod(shape))
+    count = np.bincount(where.reshape(-1), minlength=size)
+    total = np.bincount(where.reshape(-1), weights=values.reshape(-1), minlength=size)
+    mean = (total / np.maximum(count, 1)).reshape(shape)
+    return -mean if slot.negative else mean

@@ -1,0 +1,371 @@
+"""The flow with data: split the batches, gather moments, choose widths, solve leaf by leaf, correct, measure."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from nuqjax._src.calibration.biases import corrected
+from nuqjax._src.calibration.layers import Solved, solved
+from nuqjax._src.calibration.layouts import as_used, with_scales
+from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
+from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
+from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
+from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
+from nuqjax.codebook_array import is_codebook_array
+from nuqjax.compress import check_arrays, decompress
+from nuqjax.plan import LeafPlan, Plan, plan_leaves
+from nuqjax.report import build_report
+from nuqjax.rules import Options, path_name
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, int], Iterable[Any]]]:
+    """A function that shows how far one has come with some work of a known number of steps."""
+    if not show:
+        yield lambda work, name, count: work
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as bars:
+        yield lambda work, name, count: bars.track(work, total=count, description=name)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Batches whose every pass is shown."""
+
+    batches: Some
+    shown: Callable[..., Iterable[Any]]
+    name: str
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.shown(self.batches, self.name, len(self.batches.numbers)))
+
+
+def calibrated(
+    programs: Programs, batches: Any, options: Options, rules: Any, goal: Goal | None, progress: bool
+) -> tuple[Any, Callable[[], Any], tuple[str, ...]]:
+    """A compressed tree, what gives its report, and what to warn of.
+
+    Args:
+      programs: the function, and the dense tree.
+      batches: its inputs.
+      options: as the user gave them.
+      rules: likewise.
+      goal: what decides the bits of each leaf; None leaves them as the options and rules say.
+      progress: whether to show how far it has come.
+    """
+    options = with_scales(options)
+    flat, structure = jax.tree_util.tree_flatten_with_path(programs.params, is_leaf=is_codebook_array)
+    leaves = [leaf for _, leaf in flat]
+    planned = plan_leaves(programs.params, options, rules)
+    check_arrays(leaves, planned)
+    batches = checked_batches(batches, programs.caller)
+    split = split_off(batches, thirds=goal is not None)
+    if goal is not None and not split.tried:
+        raise ValueError(f"compress: {goal.text} needs two batches or more: some are held out to measure on")
+    learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat))
+    allocation = None
+    with _bars(progress) as shown:
+        if goal is None:
+            made, found = learned.solved(shown)
+        else:
+            table, prices = learned.sensitivities(Some(batches, split.tried), shown)
+            if split.tried != split.measured:  # what was tried may be learned from now
+                learned = learned.of_more(Some(batches, tuple(sorted(split.learned + split.tried))), shown)
+            if goal.kind == "rate":
+                made, found = _at_rate(learned, table, prices, goal, shown)
+            else:
+                allocation = allocated(planned, learned.plans(learned.means), table, goal, options)
+                learned.bits = allocation.bits
+                made, found = learned.solved(shown)
+        plans = learned.plans(learned.means)
+        results = [made[plan.path].leaf if plan.reason is None else x for plan, x in zip(plans, leaves, strict=True)]
+        cparams, uncorrected = corrected(programs.params, structure.unflatten(results), learned.means)
+        score = _measured(programs, cparams, Some(batches, split.measured), shown) if split.measured else None
+    notes = (*Plan(tuple(plans)).notes, *_few(found, plans))
+    told = _Told(
+        learned.means.images,
+        _examples(Some(batches, split.tried)) if goal is not None else 0,
+        _examples(Some(batches, split.measured)),
+        goal is not None and split.tried == split.measured,
+        score,
+        allocation,
+        _file_bits(made, plans) if goal is not None and goal.kind == "rate" else None,
+        {path: text for path, text in found.items() if isinstance(text, str)},
+        uncorrected,
+        {path: one.errors for path, one in made.items() if one.errors},
+    )
+
+    def report() -> Any:
+        fits = {path: (one.method, one.certificate) for path, one in made.items()}
+        reasons = {plan.path: plan.reason for plan in plans if plan.reason is not None}
+        whole = build_report(programs.params, cparams, reasons, fits, (*notes, *told.lines()))
+        return replace(whole, calibration=told.numbers())
+
+    return cparams, report, notes
+
+
+def _at_rate(
+    learned: "_Learned", table: Mapping[str, Mapping[int, float]], prices: Mapping[str, float], goal: Goal, shown: Any
+) -> tuple[dict[str, Solved], dict[str, LeafMoments | str]]:
+    """The leaves in a code of so many bits a weight: one price of a bit for all, in nats of divergence, decides.
+
+    Four times the price takes about a bit off each weight, so that a few steps find it.
+    """
+    if not table:
+        raise ValueError(f"compress: {goal.text}: no leaf is compressed; min_size= and rules choose them")
+    weights = sum(math.prod(plan.shape) for plan in learned.planned if plan.path in table)
+    least = 1e-3 * sorted(prices.values())[len(prices) // 2] or 1e-12
+    price = max(math.fsum(cost[3] for cost in table.values()) / max(weights, 1), 1e-12) * 4.0 ** (2.8 - goal.amount)
+    best = None
+    for _ in range(_RATE_STEPS):
+        rates = {path: price / max(here, least) for path, here in prices.items()}
+        made, found = learned.solved(shown, rates)
+        bits = _file_bits(made, learned.plans(learned.means))
+        if bits <= goal.amount and (best is None or bits > best[0]):
+            best = bits, made, found
+        if goal.amount * 0.995 < bits <= goal.amount:
+            break
+        price *= 4.0 ** (bits - goal.amount * 0.998)
+    if best is None:
+        raise ValueError(f"compress: {goal.text}: the tree takes {bits:.3f} bits a weight, whatever bits cost")  # pyright: ignore[reportPossiblyUnboundVariable]
+    return best[1:]
+
+
+_RATE_STEPS = 6
+
+
+def _file_bits(made: Mapping[str, Solved], plans: Sequence[LeafPlan]) -> float:
+    """Bits a weight of the tree with its indices coded."""
+    bits, weights = 0.0, 0
+    for plan in plans:
+        weights += math.prod(plan.shape)
+        if plan.reason is None:
+            one = made[plan.path]
+            scales = 0 if one.leaf.scale is None else one.leaf.scale.nbytes
+            bits += one.code_bits + 8 * (one.leaf.levels.nbytes + scales)
+        else:
+            bits += 8 * plan.nbytes_after
+    return bits / max(weights, 1)
+
+
+@dataclass
+class _Learned:
+    """The moments of the leaves, as many leaves at a time as memory holds.
+
+    Attributes:
+      programs: the function.
+      batches: what is learned from.
+      planned: the leaves, as the user's options say.
+      leaves: their arrays.
+      tied: by path, all the paths at which the same array stands, where there are several.
+      bits: of the leaves, where a budget has decided.
+      means: of all leaves.
+    """
+
+    programs: Programs
+    batches: Some
+    planned: Sequence[LeafPlan]
+    leaves: Sequence[Any]
+    tied: Mapping[str, Sequence[str]]
+    bits: Mapping[str, int] = field(default_factory=dict)
+    means: Any = None
+    _only: Any = None
+
+    def groups(self, shown: Callable[..., Iterable[Any]]) -> Iterator[tuple[frozenset[str], Moments]]:
+        """Leaves and their moments. A single group's are kept, those of several gathered anew each time."""
+        if self._only is not None:
+            yield self._only
+            return
+        sizes = sums_of_uses(self.programs, next(iter(self.batches)))
+        if not sizes:
+            raise ValueError(
+                "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params is to be its first "
+                "argument: fn(params, *inputs)"
+            )
+        groups = _groups(self.planned, sizes, self.tied)
+        for group in groups:
+            moments = self._gathered(_Counted(self.batches, shown, "moments"), group).joined(self.tied)
+            if self.means is None:
+                self.means = moments.without_second()
+            if len(groups) == 1:
+                self._only = group, moments
+            yield group, moments
+
+    def of_more(self, batches: Some, shown: Any) -> "_Learned":
+        """The same leaves, learned from other batches."""
+        more = replace(self, batches=batches, means=None, _only=None)
+        next(iter(more.groups(shown)))
+        return more
+
+    def plans(self, moments: Moments) -> list[LeafPlan]:
+        """The leaves' plans, with the axes that moments show and the bits that a budget gives."""
+        used = [as_used(plan, moments) for plan in self.planned]
+        return [replanned_to(p, self.bits[p.path]) if p.path in self.bits and p.reason is None else p for p in used]
+
+    def sensitivities(self, tried: Some, shown: Any) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+        """What each leaf costs at each width, and what a unit of its layer's error costs."""
+        table, prices = {}, {}
+        for group, moments in self.groups(shown):
+            plans = [plan if plan.path in group else _left(plan) for plan in self.plans(moments)]
+            found = sensitivities(self.programs, tried, moments, plans, (2, 3), shown)
+            table |= found[0]
+            prices |= found[1]
+        return table, prices
+
+    def solved(
+        self, shown: Any, rates: Mapping[str, float] | None = None
+    ) -> tuple[dict[str, Solved], dict[str, LeafMoments | str]]:
+        """Every leaf compressed, and what was known of it; `rates` are what a bit of code costs."""
+        made: dict[str, Solved] = {}
+        found: dict[str, LeafMoments | str] = {}
+        options: dict[str, str] = {}
+        for group, moments in self.groups(shown):
+            plans = self.plans(moments)
+            work = [n for n, plan in enumerate(plans) if plan.reason is None and plan.path in group]
+            for n in shown(work, "leaves", len(work)):
+                plan = plans[n]
+                options[plan.path] = repr(plan.options)
+                twin = self.tied.get(plan.path, (plan.path,))[0]
+                if twin in made and options[twin] == options[plan.path]:
+                    made[plan.path], found[plan.path] = made[twin], found[twin]
+                    continue
+                here = moments.of(plan.path, plan.axes, plan.options.stack_axes)
+                found[plan.path] = here if isinstance(here, str) else here.without_values()
+                stages = {} if rates is None else {"rate": rates.get(plan.path)}
+                made[plan.path] = solved(self.leaves[n], plan, None if isinstance(here, str) else here, **stages)
+        return made, found
+
+    def _gathered(self, batches: Any, group: frozenset[str]) -> Moments:
+        def check(number: int, batch: Any, outputs: Sequence[Any]) -> None:
+            what = f"batch {number} and the parameters as they are"
+            finite(self.programs.compared(batch, outputs), what, self.programs.caller)
+
+        return gather_moments(self.programs, batches, wanted=group, seen=check)
+
+
+def _left(plan: LeafPlan) -> LeafPlan:
+    return replace(plan, reason="in another group") if plan.reason is None else plan
+
+
+def _examples(batches: Some) -> int:
+    return sum(example_count(batch) for batch in batches)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the report says of the data."""
+
+    learned: int
+    tried: int
+    held: int
+    same: bool
+    score: Measured | None
+    allocation: Allocation | None
+    file_bits: float | None
+    alone: Mapping[str, str]
+    uncorrected: Mapping[str, str]
+    errors: Mapping[str, Mapping[str, float]]
+
+    def lines(self) -> list[str]:
+        """In words."""
+        lines = [f"levels, scales and indices were fitted to {self.learned} examples"]
+        if self.allocation is not None:
+            by = "others" if self.same else "of them, before they were learned from"
+            what = "a relative error of" if self.score is not None and self.score.kl is None else "a KL of"
+            lines.append(
+                f"bits were allocated by {self.tried} {by}: {what} {self.allocation.predicted:.4g} is predicted"
+            )
+        if self.file_bits is not None:
+            lines.append(f"coded, the tree takes {self.file_bits:.3f} bits a weight, a file's header not counted")
+        if self.score is not None:
+            which = "that decided on bits" if self.same else "that were held out"
+            lines.append(f"on {self.held} examples {which}, beside the float outputs: {self.score}")
+        else:
+            lines.append("nothing was measured: with two batches or more, some are held out")
+        lines += [f"{path}: by its weights alone: {why}" for path, why in self.alone.items()]
+        lines += [f"{path}: the mean of its output is not corrected: {why}" for path, why in self.uncorrected.items()]
+        return lines
+
+    def numbers(self) -> dict[str, Any]:
+        """As plain numbers and strings."""
+        return {
+            "examples": self.learned,
+            "tried": self.tried,
+            "held_out": self.held,
+            "measured": None if self.score is None else as_numbers(self.score),
+            "file_bits_per_weight": self.file_bits,
+            "predicted": None if self.allocation is None else self.allocation.predicted,
+            "rules": [] if self.allocation is None else [repr(rule) for rule in self.allocation.rules],
+            "by_weights_alone": dict(self.alone),
+            "uncorrected": dict(self.uncorrected),
+            "layer_errors": {path: dict(errors) for path, errors in self.errors.items()},
+        }
+
+
+def _measured(programs: Programs, cparams: Any, held: Some, shown: Callable[..., Iterable[Any]]) -> Measured:
+    dense = decompress(cparams)
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for batch in shown(held, "measured on what was held out", len(held.numbers)):
+            yield tuple(
+                finite(programs.outputs(tree, batch), f"{what} parameters", programs.caller)
+                for tree, what in ((programs.params, "the float"), (dense, "the compressed"))
+            )  # pyright: ignore[reportReturnType]
+
+    return measured(pairs())
+
+
+def _tied(flat: Sequence[tuple[Any, Any]]) -> dict[str, tuple[str, ...]]:
+    """By path, all the paths at which the same array stands, where there are several."""
+    places: dict[int, list[str]] = {}
+    for path, leaf in flat:
+        if hasattr(leaf, "shape"):
+            places.setdefault(id(leaf), []).append(path_name(path))
+    return {path: tuple(paths) for paths in places.values() if len(paths) > 1 for path in paths}
+
+
+def _groups(
+    plans: Sequence[LeafPlan], sizes: Mapping[str, int], tied: Mapping[str, Sequence[str]]
+) -> list[frozenset[str]]:
+    """The leaves whose moments are held in memory together: all that is compressed, mostly."""
+    groups: list[set[str]] = [set()]
+    room, seen = _MOMENT_VALUES, set()
+    for plan in plans:
+        if plan.path in seen:
+            continue
+        together = {plan.path, *tied.get(plan.path, ())}
+        seen |= together
+        size = sum(sizes.get(path, 0) for path in together) if plan.reason is None else 0
+        if size > room and groups[-1]:
+            groups.append(set())
+            room = _MOMENT_VALUES
+        room -= size
+        groups[-1] |= together
+    return [frozenset(group) for group in groups]
+
+
+_MOMENT_VALUES = 2**27  # a gigabyte in float64
+
+
+def _few(found: Mapping[str, LeafMoments | str], plans: Sequence[LeafPlan]) -> list[str]:
+    """Which layers have far more inputs than these examples can tell apart."""
+    worst: tuple[float, str] | None = None
+    for plan in plans:
+        here = found.get(plan.path)
+        if not isinstance(here, LeafMoments) or here.look_up or plan.reason is not None:
+            continue
+        shape = plan.slice_shape
+        inputs = int(np.prod([n for a, n in enumerate(shape) if a not in plan.axes]))
+        places = min(max(here.positions, 1), 16)
+        if inputs > 4 * here.images * places:
+            wanted = int(np.ceil(inputs / (4 * places)))
+            worst = max(worst or (0, ""), (wanted, f"{plan.path} has {inputs} inputs, seen in {here.images} examples"))
+    return [f"{worst[1]}: {int(worst[0])} or more would tell them apart better"] if worst else []

@@ -1,0 +1,128 @@
+"""One leaf and its moments to a `CodebookArray`."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nuqjax import rows
+from nuqjax._src.calibration.problem import Problem, Solution, shrunk
+from nuqjax._src.calibration.second_moments import LeafMoments
+from nuqjax._src.calibration.solver import quantize
+from nuqjax.codebook_array import CodebookArray
+from nuqjax.compress import check_finite, compress_leaf, leaf_of
+from nuqjax.host import native_dtype
+from nuqjax.plan import LeafPlan
+from nuqjax.shardings import shardings
+
+
+class Solved(NamedTuple):
+    """A compressed leaf, and how it was made.
+
+    Attributes:
+      leaf: the compressed leaf.
+      method: what its levels and indices were fitted by.
+      errors: the layer's squared error after each stage, of all slices; empty where only a diagonal is known.
+      certificate: of a fit that is proven.
+      code_bits: of the indices, as an entropy coder makes them.
+    """
+
+    leaf: CodebookArray
+    method: str
+    errors: dict[str, float]
+    certificate: float | None
+    code_bits: float
+
+    @property
+    def error(self) -> float:
+        """The layer's squared error in the end (with a rate, the sum of error and cost of the code)."""
+        return list(self.errors.values())[-1] if self.errors else 0.0
+
+
+def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments) -> list[Problem]:
+    """The layer-wise problem of each slice of a leaf."""
+    slices = array.reshape(-1, *plan.slice_shape)
+    groups = found.mean.shape[-2]
+    second = found.second.reshape(len(slices), groups, *found.second.shape[found.mean.ndim - 1 :])
+    positions = max(1, round(found.positions))
+    made = []
+    for one, moment in zip(slices, second, strict=True):
+        hessian = shrunk(moment.reshape(-1, *moment.shape[-2:]), found.images, positions).reshape(moment.shape)
+        made.append(Problem(np.ascontiguousarray(rows.to_channels(one, plan.axes)), hessian))
+    return made
+
+
+def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) -> Solved:
+    """The leaf with the levels, scales and indices of least output error, or by its weights alone.
+
+    Args:
+      leaf: the dense leaf.
+      plan: its options.
+      found: its moments; None gives what `compress` gives without data.
+      **stages: `feedback`, `refit` and `rate` of `quantize`.
+
+    Raises:
+      ValueError: a value is NaN or infinite. The message names the leaf.
+    """
+    if found is None or 0 in plan.shape:
+        return _swapped(compress_leaf(leaf, None, plan), "knq")
+    array = np.asarray(leaf)
+    check_finite(array, plan.path)
+    if found.is_diagonal:
+        importance = _importance(plan, found)
+        return _swapped(compress_leaf(array, importance, plan), "knq, weighted")
+    array = array.astype(native_dtype(array.dtype), copy=False)
+    options = plan.options
+    given = {"bits": options.bits, "granularity": options.granularity, "scale": options.scale} | stages
+    given["keep_zero"] = options.keep_zero
+    each = problems(array, plan, found)
+    made = [quantize(problem, codebook_format=options.codebook_format, **given) for problem in each]
+    made = _of_one_format(each, made, given)
+    scale = None if made[0].scale is None else np.stack([one.scale for one in made if one.scale is not None])
+    levels, indices = np.stack([one.levels for one in made]), np.stack([one.indices for one in made])
+    result = leaf_of(plan, levels, indices, scale, made[0].codebook_format)
+    if rows.on_mesh(leaf):
+        result = jax.device_put(result, shardings(result, leaf.sharding))
+    names = list(dict.fromkeys(name for one in made for name in one.errors))
+    errors = {name: math.fsum(_after(one, names, name) for one in made) for name in names}
+    start = "knq" if stages.get("rate") is None else "rated"
+    method = "+".join([start, *(name for name in names if name != "nearest")])
+    return Solved(result, method, errors, None, sum(one.bits_per_weight * one.indices.size for one in made))
+
+
+def _swapped(made: tuple[CodebookArray, float | None], method: str) -> Solved:
+    leaf, certificate = made
+    return Solved(leaf, method, {}, certificate, float(leaf.size * leaf.bits))
+
+
+def _after(solution: Solution, names: list[str], name: str) -> float:
+    """The error after a stage, or, where that was left out, after the last one before it."""
+    return next(solution.errors[n] for n in names[names.index(name) :: -1] if n in solution.errors)
+
+
+def _of_one_format(each: list[Problem], made: list[Solution], given: dict[str, Any]) -> list[Solution]:
+    """The solutions, of which all slices' levels are of one format: the one of the widest range."""
+    fracs = {one.codebook_format.frac for one in made if hasattr(one.codebook_format, "frac")}
+    if len(fracs) < 2:
+        return made
+    widest = next(one.codebook_format for one in made if one.codebook_format.frac == min(fracs))
+    return [
+        one if one.codebook_format == widest else quantize(problem, codebook_format=widest, **given)
+        for problem, one in zip(each, made, strict=True)
+    ]
+
+
+def _importance(plan: LeafPlan, found: LeafMoments) -> np.ndarray:
+    """What each value of a leaf counts, in its shape: what it multiplies, squared.
+
+    An entry of a table that these inputs never looked up is looked up by others: it counts half of the mean.
+    """
+    second = found.second.reshape(-1, *found.second.shape[-2:])
+    floor = 1.0 if found.look_up else 0.01
+    mean = second.mean(axis=-1, keepdims=True)
+    weights = second / np.where(mean > 0, mean, 1) + floor
+    outputs = rows.channel_shape(plan.slice_shape, plan.axes)[0]
+    of_channels = np.repeat(weights, outputs // weights.shape[1], axis=1).astype(np.float32)
+    dense = [rows.from_channels(one, plan.slice_shape, plan.axes) for one in of_channels]
+    return np.stack(dense).reshape(plan.shape)

@@ -1,0 +1,93 @@
+"""Where the weights of a leaf find their codebook and their scale, in the order in which they are visited.
+
+Values are held as `[G, I, P]`: G groups of weights that share what they are multiplied by, the I inputs of a group in
+the order of visit, and its P outputs side by side, so that a step for one input is one for many outputs. Where moments
+are known within stretches of inputs alone, each stretch of a group is a group of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nuqjax.rows import ChannelGroups, InputGroups, row_shape
+
+
+class Places(NamedTuple):
+    """Codebook and scale of the value at `[g, i, p]`: the sums of a part by output and a part by input.
+
+    Attributes:
+      order: `[G, I]` the input of the group that is visited at each step.
+      stretches: how many groups, one after another, have the same outputs.
+      output: `[G, P]` the output.
+      book_of_output: `[G, P]`, `book_of_input`: `[G, I]`: their sum is the codebook.
+      scale_of_output: `[G, P]`, `scale_of_input`: `[G, I]`: their sum is the scale, counted in `[O, S]` row by row.
+      books: R, the number of codebooks.
+      scales: S, the scales of an output; 0 where there are none.
+      system: `[G, P]` a number that outputs have in common if what a level does for one depends on what it does for
+        the other: that of the codebook, or of the output if it has several.
+      systems: how many systems; each has as many codebooks as any other.
+    """
+
+    order: np.ndarray
+    stretches: int
+    output: np.ndarray
+    book_of_output: np.ndarray
+    book_of_input: np.ndarray
+    scale_of_output: np.ndarray
+    scale_of_input: np.ndarray
+    books: int
+    scales: int
+    system: np.ndarray
+    systems: int
+
+
+def places_of(outputs: int, order: np.ndarray, stretches: int, granularity: Any, scale: Any) -> Places:
+    """The places of `[O, I]` weights, of which each group's inputs are visited in the order `[G, I/stretches]`."""
+    groups, size = order.shape
+    inputs = size * stretches
+    output = np.repeat(np.arange(outputs).reshape(groups // stretches, -1), stretches, axis=0)
+    column = order + size * (np.arange(groups) % stretches)[:, None]
+    zeros = np.zeros_like(column)
+    match granularity:
+        case "tensor":
+            books = np.zeros_like(output), zeros
+        case "channel":
+            books = output, zeros
+        case ChannelGroups(run):
+            books = output // run, zeros
+        case InputGroups(run):
+            books = output * -(-inputs // run), column // run
+        case _:
+            raise ValueError(f"unknown granularity {granularity!r}")
+    match scale:
+        case None:
+            count, scales = 0, (np.zeros_like(output), zeros)
+        case "channel":
+            count, scales = 1, (output, zeros)
+        case InputGroups(run):
+            count = -(-inputs // run)
+            scales = output * count, column // run
+        case _:
+            raise ValueError(f'scale {scale!r}, but it must be None, "channel" or InputGroups(n)')
+    several = isinstance(granularity, InputGroups)
+    number = row_shape(outputs, inputs, granularity)[0]
+    return Places(
+        order, stretches, output, *books, *scales, books=number, scales=count,
+        system=output if several else books[0], systems=outputs if several else number,
+    )  # fmt: skip
+
+
+def visited(channels: np.ndarray, places: Places) -> np.ndarray:
+    """`[O, I]` values as `[G, I, P]`, in the order of visit."""
+    groups, size = places.order.shape
+    values = channels.reshape(groups // places.stretches, -1, places.stretches, size).transpose(0, 2, 3, 1)
+    return np.take_along_axis(values.reshape(groups, size, -1), places.order[:, :, None], axis=1)
+
+
+def channels_of(values: np.ndarray, places: Places) -> np.ndarray:
+    """The inverse of `visited`."""
+    groups, size, outputs = values.shape
+    channels = np.empty_like(values)
+    np.put_along_axis(channels, places.order[:, :, None], values, axis=1)
+    channels = channels.reshape(groups // places.stretches, places.stretches, size, outputs).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(channels).reshape(-1, places.stretches * size)

@@ -1,0 +1,403 @@
+"""Means and second moments of what each leaf multiplies, along the leaf's own axes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nuqjax import rows
+from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, fingerprint, shapes_of
+from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Sums, Use, run
+from nuqjax.interpret import Site
+
+
+@dataclass(frozen=True)
+class LeafMoments:
+    """What a leaf multiplies, seen as `[O, I]`: output channel o is made of I inputs, in the leaf's order of them.
+
+    Attributes:
+      second: `[*S, G, I, I]` float64, E[x xᵀ], less μμᵀ where an offset after the layer can repair the mean's part;
+        rows g·O/G to (g + 1)·O/G share a matrix (G is the number of groups of a grouped convolution, O of a depthwise
+        one, else mostly 1). Of very many inputs `[*S, G, B, I/B, I/B]`, within B stretches of them, or `[*S, G, I]`,
+        the diagonal, as of look-ups.
+      mean: `[*S, G, I]` float64, μ = E[x].
+      axes: the output axes of a slice, as the function uses it.
+      stack_axes: how many leading axes are layers that a loop runs through.
+      images: examples that were seen.
+      positions: places of an example that were looked at.
+      look_up: whether it is a table whose entries are looked up: then the moments are counts.
+      uses: where it is used.
+    """
+
+    second: np.ndarray
+    mean: np.ndarray
+    axes: tuple[int, ...]
+    stack_axes: int
+    images: int
+    positions: float
+    look_up: bool
+    uses: tuple[str, ...]
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether only the diagonal is known."""
+        return self.second.ndim == self.mean.ndim
+
+    def without_values(self) -> "LeafMoments":
+        """What is small of it."""
+        return replace(self, second=np.zeros(0), mean=np.zeros(0))
+
+
+class Record(NamedTuple):
+    """Sums over all batches: `first [N·B, I]` and `second [N·B, S, I/S, I/S]` (or `[N·B, I]`, or None), float64."""
+
+    use: Use
+    count: int
+    first: np.ndarray
+    second: np.ndarray | None
+
+    @property
+    def mean(self) -> np.ndarray:
+        """`[N·B, I]`."""
+        return self.first / max(self.count, 1)
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """`[N·B, I]` E[x²]."""
+        assert self.second is not None
+        found = np.einsum("nsii->nsi", self.second) if self.use.stretches else self.second
+        return found.reshape(self.first.shape) / max(self.count, 1)
+
+
+@dataclass(frozen=True)
+class Moments(Mapping[str, LeafMoments | str]):
+    """By the path of each floating leaf its `LeafMoments`, or why there are none.
+
+    Attributes:
+      shapes: of the leaves.
+      records: of each leaf.
+      slots: leaves that are added after others.
+      others: of each leaf, uses of which nothing is known.
+      images: examples that were seen.
+      seen: what tells the batches that were seen from others.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    records: Mapping[str, Sequence[Record]]
+    slots: Sequence[Slot]
+    others: Mapping[str, Sequence[str]]
+    images: int
+    seen: frozenset[str] = frozenset()
+
+    def __getitem__(self, path: str) -> LeafMoments | str:
+        return self.of(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def axes(self, path: str) -> tuple[tuple[int, ...], int] | None:
+        """The output axes of a slice of the leaf, and its stack axes, as the function uses it; None if it does not."""
+        records = self.records.get(path, ())
+        main = next((r for r in records if r.use.stretches), records[0] if records else None)
+        return None if main is None else _axes(main.use, self.shapes[path])
+
+    def of(self, path: str, axes: Sequence[int] | None = None, stack_axes: int | None = None) -> LeafMoments | str:
+        """The moments of a leaf, with other output and stack axes than the function's use shows, if these are given.
+
+        Raises:
+          KeyError: there is no such leaf.
+        """
+        shape, records = self.shapes[path], self.records.get(path, ())
+        shown = self.axes(path)
+        if shown is None:
+            whys = self.others.get(path, ())
+            return f"it enters no dot, convolution or look-up{': ' + ', '.join(whys[:3]) if whys else ' of fn'}"
+        axes = tuple(shown[0] if axes is None else axes)
+        stack_axes = shown[1] if stack_axes is None else stack_axes
+        return _leaf_moments(shape, axes, stack_axes, records, self._repaired(), self.images)
+
+    def joined(self, tied: Mapping[str, Sequence[str]]) -> "Moments":
+        """The moments where some paths hold the same array: its uses are those at all of them."""
+        together = {
+            path: [r for name in dict.fromkeys(paths) for r in self.records.get(name, ())]
+            for path, paths in tied.items()
+        }
+        return replace(self, records={**self.records, **{path: found for path, found in together.items() if found}})
+
+    def without_second(self) -> "Moments":
+        """The means alone."""
+        records = {path: [r._replace(second=None) for r in some] for path, some in self.records.items()}
+        return replace(self, records=records)
+
+    def _repaired(self) -> frozenset[Use]:
+        """The uses after which a leaf can take the correction of their mean, and takes no other's."""
+        found: dict[str, list[Use]] = {}
+        for slot in self.slots:
+            found.setdefault(slot.name, []).extend(use for use, _ in slot.uses)
+        return frozenset(use for uses in found.values() if len(uses) == 1 for use in uses)
+
+
+def moments(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    positions: int = 64,
+    widest: int = 4096,
+) -> Moments:
+    """Means and second moments of what each leaf of the parameters multiplies in `fn(params, *inputs)`.
+
+    A leaf is followed through casts, transposes, reshapes, slices, calls and loops to every dot, convolution and
+    look-up that it enters; several uses of a leaf add up. Batches are streamed, each compiled once for its shape; sums
+    are float32 within a batch and float64 over them, so that the split into batches changes nothing but roundings.
+
+    Args:
+      fn: a function that JAX can trace.
+      params: its first argument: any tree of dense arrays.
+      batches: inputs, each an array or a tuple of arrays; an iterable that can be gone through again.
+      positions: places of an example that are looked at in each layer, at most: a lattice of them.
+      widest: inputs between which second moments are taken: of a layer with more, within stretches of them.
+
+    Returns:
+      `Moments`: by path, `LeafMoments`, or the reason why there are none.
+
+    Raises:
+      ValueError: there are no batches, `fn` fails, or what it computes is not finite.
+
+    >>> import jax.numpy as jnp
+    >>> found = moments(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
+    >>> found["w"].second.tolist()  # no bias could repair the mean's part, so that it is counted
+    [[[5.0, 7.0], [7.0, 10.0]]]
+    """
+    batches = checked_batches(batches, "moments")
+    return gather_moments(Programs(fn, params, "moments"), batches, positions=positions, widest=widest)
+
+
+def gather_moments(
+    programs: Programs,
+    batches: Iterable[Any],
+    *,
+    positions: int = 64,
+    widest: int = 4096,
+    wanted: frozenset[str] | None = None,
+    seen: Callable[[int, Any, Sequence[Any]], None] = lambda number, batch, outputs: None,
+) -> Moments:
+    """`moments` of a program.
+
+    Args:
+      programs: the function and its parameters.
+      batches: the inputs.
+      positions: as in `moments`.
+      widest: as in `moments`.
+      wanted: of which leaves second moments are taken, the others have means alone; None for all.
+      seen: called with each batch's number, the batch and the outputs.
+    """
+    total: list[Record] = []
+    first, recorder, images, prints = None, None, 0, []
+    for number, batch in enumerate(batches):
+        first = batch if number == 0 else first
+        key = programs.key(batch), wanted, positions, widest
+        if key not in programs.collectors:
+            needs = (lambda name: True) if wanted is None else wanted.__contains__
+            made = Recorder(needs, example_count(batch), positions, widest)
+            programs.collectors[key] = _compile(programs, batch, made), made
+        program, made = programs.collectors[key]
+        outputs, sums = program(*programs.arrays(programs.params, batch))
+        added = [_record(use, count, sums_of) for (use, count, _), sums_of in zip(made.records, sums, strict=True)]
+        for record in added:
+            if not all(np.isfinite(x).all() for x in (record.first, record.second) if x is not None):
+                raise ValueError(
+                    f"{programs.caller}: batch {number} ({shapes_of(batch)}): what {record.use.name} multiplies at "
+                    f"{record.use.site} is not finite, or its squares are not"
+                )
+        if recorder is None:
+            recorder, total = made, added
+        else:
+            if [(r.use.name, r.use.sizes) for r in total] != [(r.use.name, r.use.sizes) for r in added]:
+                raise ValueError(
+                    f"{programs.caller}: with batch {number} ({shapes_of(batch)}) fn uses its parameters in other ways "
+                    "than with the first one; give batches for which it does the same"
+                )
+            total = [_joined(old, new) for old, new in zip(total, added, strict=True)]
+        images += example_count(batch)
+        prints.append(fingerprint(batch))
+        seen(number, batch, outputs)
+    assert recorder is not None
+    records: dict[str, list[Record]] = {}
+    for record in total:
+        records.setdefault(record.use.name, []).append(record)
+    shapes = {
+        name: tuple(x.shape)
+        for name, (_, x) in zip(programs.names(first), programs.traced(first).arrays, strict=True)
+        if name is not None
+    }
+    return Moments(shapes, records, tuple(recorder.slots), recorder.others, images, frozenset(prints))
+
+
+def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str, int]:
+    """By leaf, how many values the second moments take of what it multiplies; nothing is computed."""
+    recorder = Recorder(lambda name: True, example_count(batch), 64, widest)
+    names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
+    jax.eval_shape(lambda *arrays: run(jaxpr, arrays, names, recorder), *programs.arrays(programs.params, batch))
+    sizes: dict[str, int] = {}
+    for use, _, sums in recorder.records:
+        sizes[use.name] = sizes.get(use.name, 0) + sums.second.size
+    return sizes
+
+
+def _compile(programs: Programs, batch: Any, recorder: Recorder) -> Any:
+    names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
+
+    def collect(*arrays):
+        outputs = run(jaxpr, arrays, names, recorder)
+        return outputs, [sums for _, _, sums in recorder.records]
+
+    return jax.jit(collect).lower(*programs.arrays(programs.params, batch)).compile()
+
+
+def _record(use: Use, count: int, sums: Sums) -> Record:
+    """The sums on the host, `[*, B, …]` as `[N·B, …]` in float64."""
+
+    def flat(array: Any, axes: int) -> np.ndarray:
+        array = np.asarray(array, np.float64)
+        return array.reshape(-1, *array.shape[array.ndim - axes :])
+
+    second = None if sums.second is None else flat(sums.second, 3 if use.stretches else 1)
+    return Record(use, count, flat(sums.first, 1), second)
+
+
+def _joined(old: Record, new: Record) -> Record:
+    second = None if old.second is None or new.second is None else np.add(old.second, new.second, out=old.second)
+    return Record(old.use, old.count + new.count, old.first + new.first, second)
+
+
+def _axes(use: Use, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
+    """The output axes of a slice, and how many leading axes the loops run through."""
+    depth = sum(isinstance(move, Slice) for move in use.moves)
+    entries = use.entries(shape)
+
+    def varying(line: np.ndarray) -> set[int]:
+        return {a for a, c in enumerate(np.unravel_index(line, shape)) if c.size and (c != c.flat[0]).any()}
+
+    inputs, steps = varying(entries[0, 0, 0]), varying(entries[:, 0, 0, 0])
+    stack = depth if depth and steps <= set(range(depth)) and not inputs & set(range(depth)) else 0
+    outputs = varying(entries[:, :, :, 0]) - inputs - set(range(stack))
+    others = [a for a in range(stack, len(shape)) if a not in inputs and a not in outputs]
+    if not outputs and others:  # a single output: the last axis of length 1 will do
+        outputs = {others[-1]}
+    return tuple(sorted(a - stack for a in outputs)), stack
+
+
+def _placed(use: Use, shape: Sequence[int], axes: Sequence[int], stack: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """`[N·B, O]` rows (slice · O + output channel) and `[N·B, I]` inputs of a leaf that a use's entries are.
+
+    None where they do not go together: the use sees other axes as its inputs.
+    """
+    slice_shape = tuple(shape[stack:])
+    number = np.arange(math.prod(shape)).reshape(-1, *slice_shape)
+    order = np.stack([rows.to_channels(one, axes) for one in number])
+    place = np.empty(order.size, np.int64)
+    place[order.reshape(-1)] = np.arange(order.size)
+    entries = use.entries(shape)
+    found = place[entries.reshape(-1, *entries.shape[2:])]
+    row, column = np.divmod(found, order.shape[-1])
+    if (row != row[:, :, :1]).any() or (column != column[:, :1]).any():
+        return None
+    return row[:, :, 0], column[:, 0]
+
+
+def _leaf_moments(
+    shape: Sequence[int],
+    axes: Sequence[int],
+    stack: int,
+    records: Sequence[Record],
+    repaired: frozenset[Use],
+    images: int,
+) -> LeafMoments | str:
+    outputs, inputs = rows.channel_shape(shape[stack:], axes)
+    slices = math.prod(shape[:stack])
+    label, parts, spread = [], [], 0.0
+    total = sum(record.count for record in records)
+    for record in records:
+        share = record.count / total if total else 0.0
+        placed = _placed(record.use, shape, axes, stack)
+        if placed is None:
+            spread += share * float(record.diagonal.mean())
+            continue
+        row, column = placed
+        second, diagonal, mean = record.second, record.diagonal, record.mean
+        assert second is not None
+        second = second / max(record.count, 1)
+        if len(row) > 1 and (row == row[0]).all() and (column == column[0]).all():  # copies of the same rows
+            row, column = row[:1], column[:1]
+            second, diagonal, mean = second.sum(axis=0)[None], diagonal.sum(axis=0)[None], mean.mean(axis=0)[None]
+        if np.bincount(row.reshape(-1)).max() > 1:
+            return "the same weights meet several inputs in one use"
+        if record.use in repaired:
+            diagonal = diagonal - mean**2
+            if record.use.stretches:
+                parted = mean.reshape(second.shape[:-1])
+                second = second - parted[..., :, None] * parted[..., None, :]
+        of_row = np.full(slices * outputs, -1)
+        of_row[row] = np.arange(len(row))[:, None]
+        label.append(of_row)
+        parts.append((column, second, diagonal, mean, share, record.use.stretches))
+    if not parts:
+        return f"it is used along other axes than its output axes {tuple(axes)}"
+    labels = np.stack(label).reshape(len(label), slices, outputs)
+    ends = np.flatnonzero((labels[:, :, 1:] != labels[:, :, :-1]).any(axis=(0, 1))) + 1
+    block = math.gcd(outputs, *ends.tolist())
+    groups = outputs // block
+    stretches = {part[-1] for part in parts}
+    kind = stretches.pop() if len(stretches) == 1 else 0
+    if kind > 1 and any((column != np.arange(inputs)).any() for column, *_ in parts):
+        kind = 0  # stretches of the operand's inputs are none of the leaf's
+    if kind and slices * groups * inputs**2 // kind > MOST_VALUES:
+        kind = 0
+    size = inputs // max(kind, 1)
+    made = np.zeros((slices, groups, kind, size, size) if kind else (slices, groups, inputs))
+    means = np.zeros((slices, groups, inputs))
+    for of_row, (column, second, diagonal, mean, share, _) in zip(label, parts, strict=True):
+        first_rows = of_row.reshape(slices, outputs)[:, ::block]
+        for s, g in np.ndindex(slices, groups):
+            part = first_rows[s, g]
+            if part < 0:
+                continue
+            where = column[part]
+            means[s, g, where] += share * mean[part]
+            if kind == 1:
+                made[s, g, 0][np.ix_(where, where)] += share * second[part, 0]
+            elif kind:
+                made[s, g] += share * second[part]
+            else:
+                made[s, g, where] += share * diagonal[part]
+    if kind:
+        made[..., np.arange(size), np.arange(size)] += spread
+        made = made[:, :, 0] if kind == 1 else made
+    else:
+        made += spread
+    stacked = tuple(shape[:stack])
+    return LeafMoments(
+        made.reshape(*stacked, *made.shape[1:]),
+        means.reshape(*stacked, *means.shape[1:]),
+        tuple(axes),
+        stack,
+        images,
+        max(record.count for record in records) / max(images, 1),
+        all(record.use.site.primitive == "gather" for record in records),
+        tuple(_named(record.use.site) for record in records),
+    )
+
+
+MOST_VALUES = 2**27
+"""Values of the second moments of one leaf above which only their diagonal is kept: a gigabyte."""
+
+
+def _named(site: Site) -> str:
+    return f"{site.primitive} at {site.scope}" if site.scope else site.primitive

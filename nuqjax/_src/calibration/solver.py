@@ -1,0 +1,261 @@
+"""The solver of the layer-wise problem: levels, scales and indices of least output error.
+
+In stages, of which none raises tr((W − Ŵ) H (W − Ŵ)ᵀ): the k-means levels and each weight's nearest; *error feedback*
+with those levels; and rounds of *refit*: levels, then scales, by least squares for the indices as they are, rounded as
+they are stored, then indices by coordinate descent for the levels as they are; every later round begins with error
+feedback once more. What is no improvement is left out: of indices for each output alone, of levels for each codebook.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from nuqjax._src.calibration.level_formats import (
+    chosen_format,
+    level_unit,
+    rounded_levels,
+    rounded_scale,
+    scale_dtype,
+)
+from nuqjax._src.calibration.places import channels_of, places_of, visited
+from nuqjax._src.calibration.problem import Problem, Solution
+from nuqjax._src.calibration.rated import equal_steps, rated_stages
+from nuqjax._src.calibration.stages import (
+    State,
+    Task,
+    better_indices,
+    evaluated,
+    nearest,
+    refitted,
+    stored_levels,
+    stored_scale,
+)
+from nuqjax._src.calibration.sweeps import descent_matrix, feedback_matrix, sweep
+from nuqjax.fit import fit
+from nuqjax.fixed_point import AutoQFormat
+from nuqjax.rows import InputGroups, row_mask, to_rows
+
+_SAMPLE = 2**19  # values of a codebook that k-means looks at
+_ENOUGH = 1e-3  # the share of the error that a round must take off for another one to follow
+
+
+def quantize(
+    problem: Problem,
+    *,
+    bits: int,
+    granularity: Any = "tensor",
+    scale: Any = "channel",
+    codebook_format: Any = None,
+    keep_zero: bool = False,
+    feedback: bool = True,
+    refit: int = 4,
+    rate: float | None = None,
+) -> Solution:
+    """Levels, scales and indices for one leaf whose output error is small: from its weights and moments alone.
+
+    Everything is computed by NumPy, and the same problem gives the same bits.
+
+    Args:
+      problem: the weights and the moments of what they multiply.
+      bits: index width, 1 to 8.
+      granularity: which weights share a codebook, as in `nuqjax.compress`.
+      scale: None, `"channel"` or `InputGroups(n)`: which weights share a factor. It begins as a power mean of
+        their magnitudes: as the root mean square for 1 bit, for more of higher powers, as the largest come to matter.
+      codebook_format: how levels are stored, as in `nuqjax.compress`. Scales are stored in 16 bits if levels are.
+      keep_zero: one level is exactly 0, and weights of exactly 0 stay 0.
+      feedback: choose indices with error feedback.
+      refit: how many rounds of refit at most.
+      rate: for entropy-coded files: what a bit of code costs, in units of the error. The sum of error and rate · bits
+        is made small, from levels at equal distances, and `errors` has that sum. With 6 to 8 bits there are enough.
+
+    Returns:
+      A `Solution`.
+
+    Raises:
+      ValueError: shapes that do not fit one another, values that are not finite, an option out of range.
+
+    >>> import numpy as np
+    >>> weights = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
+    >>> solution = quantize(Problem(weights, np.eye(16)[None] + 1), bits=3)
+    >>> solution.levels.shape, solution.indices.shape, solution.scale.shape
+    ((1, 8), (8, 16), (8, 1))
+    >>> list(solution.errors)
+    ['nearest', 'feedback', 'refit']
+    """
+    _check(problem, bits, rate)
+    weights = np.asarray(problem.weights)
+    dtype = np.dtype(weights.dtype)
+    unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
+    channels = (weights.astype(np.float64) / unit).astype(np.float32)
+    hessian = np.asarray(problem.hessian)
+    stretches = hessian.shape[1] if hessian.ndim == 4 else 1
+    hessian, order, moment = _ordered(hessian.reshape(-1, *hessian.shape[-2:]))
+    places = places_of(len(weights), order, stretches, granularity, scale)
+    visits = visited(channels, places)
+    pinned = visits == 0 if keep_zero else None
+    task = Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
+    matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
+    if rate is None:
+        factors = _power_means(channels, scale, 2 * bits)  # 6 to 15 % less error than by squares
+        levels = _kmeans(task, channels, factors, pivots, 2**bits, granularity, scale, keep_zero)
+        task, levels, factors = _as_stored(task, levels, factors)
+        state, errors = _stages(task, levels, factors, matrix, refit)
+    else:
+        rate = min(rate / (unit**2 * moment), float(channels.size * channels.shape[1]))  # more than all errors
+        factors = _power_means(channels, scale, 2)
+        levels = equal_steps(task, factors, pivots, 2**bits, rate)
+        task, levels, factors = _as_stored(task, levels, factors)
+        state, errors = rated_stages(task, levels, factors, matrix, pivots, rate=rate, refit=refit)
+    return _solution(task, state, {stage: float(error) * unit**2 * moment for stage, error in errors.items()})
+
+
+def _stages(
+    task: Task, levels: np.ndarray, scale: np.ndarray | None, matrix: np.ndarray | None, refit: int
+) -> tuple[State, dict[str, float]]:
+    """The solution that the stages come to, and the error after each."""
+    state = evaluated(task, levels, scale, sweep(task.weights, None, nearest(task, levels, scale))[0])
+    errors = {"nearest": float(state.cost.sum())}
+
+    def improved(stage: str, other: State) -> None:
+        nonlocal state
+        total = float(other.cost.sum())
+        if total < state.cost.sum():
+            state, errors[stage] = other, total
+
+    def fed_back(stage: str) -> None:
+        if matrix is not None:
+            indices, _ = sweep(task.weights, matrix, nearest(task, state.levels, state.scale))
+            improved(stage, better_indices(state, evaluated(task, state.levels, state.scale, indices)))
+
+    fed_back("feedback")
+    descent = descent_matrix(task.hessian)
+    for number in range(refit):
+        before = state.cost.sum()
+        if number:  # with the levels of the round before
+            fed_back("refit")
+        improved("refit", refitted(task, state, descent))
+        if not state.cost.sum() < (1 - _ENOUGH) * before:
+            break
+    return state, errors
+
+
+def _check(problem: Problem, bits: int, rate: float | None) -> None:
+    weights, hessian = np.asarray(problem.weights), np.asarray(problem.hessian)
+    if weights.ndim != 2:
+        raise ValueError(f"quantize: weights of shape {weights.shape}, but [O, I] is wanted")
+    outputs, inputs = weights.shape
+    groups = hessian.shape[0] if hessian.ndim else 0
+    stretches = hessian.shape[1] if hessian.ndim == 4 and hessian.shape[1] else 1
+    size = inputs // stretches
+    whole = hessian.shape[-2:] == (size, size) and size * stretches == inputs and hessian.ndim in (3, 4)
+    if not whole or not groups or outputs % groups:
+        raise ValueError(
+            f"quantize: moments of shape {hessian.shape} for weights of shape {weights.shape}, but "
+            f"[G, {inputs}, {inputs}] is wanted, with G a divisor of {outputs}; or [G, B, {inputs}/B, {inputs}/B]"
+        )
+    for name, array in (("weights", weights), ("moments", hessian)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"quantize: {name} that are NaN or infinite, but finite values are wanted")
+    if rate is not None and not rate >= 0:
+        raise ValueError(f"quantize: rate={rate!r}, but the price of a bit is 0 or more")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"quantize: bits={bits!r}, but a whole number from 1 to 8 is wanted")
+
+
+def _ordered(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Moments `[G, I, I]` in the order of visit, those of an input that never changes a little above zero.
+
+    Returns:
+      The moments divided by the mean of their diagonals; `[G, I]` the inputs, that of the largest moment first; and
+      that mean.
+    """
+    diagonal = np.einsum("gii->gi", hessian).astype(np.float64)
+    moment = float(diagonal.mean()) if diagonal.size else 0.0
+    moment = moment if moment > 0 else 1.0
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2) / moment
+    diagonal = np.einsum("gii->gi", hessian)
+    diagonal[:] = np.maximum(diagonal, 1e-6)
+    return hessian, order, moment
+
+
+def _power_means(channels: np.ndarray, scale: Any, power: int) -> np.ndarray | None:
+    """`[O, S]` (mean |w|^power)^(1/power) of the weights `[O, I]` that share a scale; None where there is none."""
+    if scale is None:
+        return None
+    outputs, inputs = channels.shape
+    size = _run(scale, inputs)
+    runs = -(-inputs // size)
+    padded = np.pad(np.abs(channels).astype(np.float64), ((0, 0), (0, runs * size - inputs)))
+    padded = padded.reshape(outputs, runs, size)
+    largest = padded.max(axis=-1, initial=0)
+    relative = padded / np.where(largest > 0, largest, 1)[..., None]
+    counts = np.minimum(size, inputs - size * np.arange(runs))
+    return largest * ((relative**power).sum(axis=-1) / counts) ** (1 / power)
+
+
+def _run(scale: Any, inputs: int) -> int:
+    """How many weights of an output share a scale."""
+    return min(scale.size if isinstance(scale, InputGroups) else inputs, max(inputs, 1))
+
+
+def _as_stored(
+    task: Task, levels: np.ndarray, factors: np.ndarray | None
+) -> tuple[Task, np.ndarray, np.ndarray | None]:
+    """The task with the units and the format that suit levels `[R, K]` and factors `[O, S]`, and both rounded."""
+    if factors is not None:
+        unit = task.level_unit
+        apart = level_unit(levels, factors * unit, task.codebook_format, task.dtype)
+        task = task._replace(level_unit=apart, scale_unit=unit / apart)
+    if isinstance(task.codebook_format, AutoQFormat):
+        chosen = chosen_format(task.codebook_format, levels * task.level_unit, factors is not None)
+        task = task._replace(codebook_format=chosen)
+    levels = np.sort(stored_levels(task, levels), axis=1)
+    return task, levels, None if factors is None else stored_scale(task, factors).reshape(-1)
+
+
+def _kmeans(
+    task: Task, channels: np.ndarray, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, granularity: Any,
+    scale: Any, keep_zero: bool,
+) -> np.ndarray:  # fmt: skip
+    """`[R, K]` the k-means levels of weights divided by factors.
+
+    Squared errors are weighted by the geometric mean of what they count by themselves, the moment of their input, and
+    after error feedback, its pivot: better than either. Of long rows a sample is fitted.
+    """
+    outputs, inputs = channels.shape
+    order = task.places.order
+    importance = np.empty(order.shape, np.float32)
+    each = np.sqrt(pivots * np.einsum("gii->gi", task.hessian)).astype(np.float32)
+    np.put_along_axis(importance, order, each, axis=1)
+    importance = importance.reshape(-1, inputs)
+    importance = np.repeat(importance, outputs // len(importance), axis=0)
+    if factors is not None:
+        spread = np.repeat(factors.astype(np.float32), _run(scale, inputs), axis=1)[:, :inputs]
+        channels = channels / np.where(spread > 0, spread, 1)
+        importance = importance * spread**2
+    given = to_rows(channels, granularity), to_rows(importance, granularity), row_mask(outputs, inputs, granularity)
+    rows, weights, mask = (sampled(x, inputs) for x in given)
+    return np.asarray(fit(rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=None).levels)
+
+
+def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
+    """`[R, n]` at most so many values of each row, at equal distances that meet every input alike; None as it is."""
+    if rows is None:
+        return None
+    step = -(-rows.shape[1] // most)
+    while step > 1 and math.gcd(step, inputs) > 1:
+        step += 1
+    return rows[:, ::step]
+
+
+def _solution(task: Task, state: State, errors: dict[str, float]) -> Solution:
+    indices = channels_of(state.indices, task.places)
+    levels, scale = rounded_levels(state.levels * task.level_unit, task.codebook_format, task.dtype), None
+    if state.scale is not None:
+        dtype = scale_dtype(task.codebook_format, task.dtype)
+        scale = rounded_scale(state.scale * task.scale_unit, dtype).astype(dtype).reshape(-1, task.places.scales)
+    share = np.bincount(indices.reshape(-1), minlength=1) / max(indices.size, 1)
+    entropy = float(-(share[share > 0] * np.log2(share[share > 0])).sum()) + 0.0
+    return Solution(levels, indices, scale, task.codebook_format, errors, entropy)
