@@ -37,90 +37,23 @@ from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy, work
 from nuqjax.meshes import explicit_sharding, run_as_automatic
 from nuqjax.plan import LeafPlan, Plan, plan_leaves, scale_groups
 from nuqjax.report import build_report
-from nuqjax.rules import Options, Rule, path_name
+from nuqjax.rules import Options, path_name
 from nuqjax.shardings import leaf_specs
-
-
-def compress(
-    params: Any,
-    bits: int = 4,
-    method: str = "knq",
-    *,
-    granularity="tensor",
-    axis: int | Sequence[int] = -1,
-    scale=None,
-    codebook_format=None,
-    keep_zero: bool = False,
-    rules: Rule | Sequence[Rule] = (),
-    sensitivity: Any = None,
-    tolerance: float | None = 1e-6,
-    min_size: int = 256,
-    return_report: bool = False,
-    progress: bool = False,
-) -> Any:
-    """Compresses a parameter tree: the same tree, its large floating leaves as `CodebookArray`.
-
-    A leaf is compressed if it is floating, has two or more axes (stack axes not counted) and at least `min_size`
-    values, and gets smaller; `plan` shows the choice, the report gives the reason for every leaf left dense, and a
-    `Rule` can overrule it. What is no parameter stays dense: Flax's other collections beside "params", and NNX
-    variables that are no `Param`. Stacked layers need a `Rule` with `stack_axes`; a sub-tree that looks like some is
-    named in a warning, in the plan and in the report. An array that stands at several places is compressed once, and
-    the result stands at all of them. The input is never changed; leaves that stay dense are the caller's own arrays, so
-    a later change in place of one that NumPy holds changes both trees. Leaves on the host, which NumPy holds or JAX on
-    one CPU, are compressed by NumPy, and nothing is compiled for them. Under `jit` (and `jax.eval_shape`) everything
-    works but what needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
-
-    Args:
-      params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
-      bits: index width, 1 to 8; a codebook has 2^bits levels.
-      method: `"knq"` (global k-means optimum), `"enq"`, `"uniform"`, `"uniform_pow2"`, `"dfp"`, `"normal"`,
-        `"quantile"` or `"pow2"`; see `nuqjax.fit`.
-      granularity: which values share a codebook: `"tensor"`, `"channel"` (each output channel its own),
-        `ChannelGroups(n)` (n neighbouring output channels) or `InputGroups(n)` (runs of n along the other axes of each
-        output channel).
-      axis: the output axis or axes of a leaf, stack axes not counted: −1 for Flax kernels, several for attention's
-        `DenseGeneral`, 0 for `[out, in]` layouts.
-      scale: None, `"channel"` or `InputGroups(n)`: the values of a channel (or of a run of n) are divided by their
-        largest magnitude before a shared codebook is fitted, in such a way that the leaf's squared error is minimised.
-      codebook_format: how levels are stored: None for the leaf's dtype, a floating dtype (such as `jnp.bfloat16` or
-        `"float8_e4m3fn"`, into whose range levels saturate), a `QFormat`, or `AutoQFormat(word)`, which chooses each
-        leaf's fraction bits to minimise its squared error. Indices are assigned to the rounded levels.
-      keep_zero: one level is exactly 0, so that pruned weights stay pruned.
-      rules: `Rule`s, or a single one; the first that matches a leaf's path sets its options.
-      sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
-        squared error of each value is weighted by its own.
-      tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
-        relative gap that is left is reported as `certificate`. None leaves the proof out, and what it costs: on one
-        long row up to half the fit's time for 16 levels, on many rows of some thousand values twice it
-        (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` says what levels are then worth. Under
-        `jit`, or of arrays that several processes hold, nothing is proven.
-      min_size: leaves with fewer values stay dense.
-      return_report: return `(cparams, Report)`; this report has the methods and certificates too.
-      progress: show a progress bar; in a notebook `ipywidgets` draws it.
-
-    Returns:
-      The compressed tree, or with `return_report` the pair of it and its `Report`.
-
-    Raises:
-      ValueError: no leaf is an array, NaN or infinity in a leaf, an option out of range, an unknown method, a rule that
-        matches nothing or is always overruled, a negative or misshaped sensitivity. The message names the leaf.
-
-    >>> import jax.numpy as jnp, nuqjax
-    >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
-    >>> nuqjax.compress(params, bits=4)["kernel"]
-    CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes)
-    """
-    options = Options(
-        bits=bits, method=method, granularity=granularity, axis=axis, scale=scale, codebook_format=codebook_format,
-        keep_zero=keep_zero, tolerance=tolerance, min_size=min_size,
-    )  # fmt: skip
-    return compress_tree(params, options, rules, sensitivity, return_report=return_report, progress=progress)
 
 
 def compress_tree(
     params: Any, options: Options, rules: Any, sensitivity: Any, *, return_report: bool, progress: bool
 ) -> Any:
-    """`compress`, which is what calls it: warnings name the place that calls that."""
+    """`nuqjax.compress` without data, which is what calls it: warnings name the place that calls that.
+
+    Args:
+      params: any pytree.
+      options: of the leaves that no rule says more of.
+      rules: `Rule`s, or a single one.
+      sensitivity: a tree like `params` of importances, or None.
+      return_report: return `(cparams, Report)`.
+      progress: show a progress bar.
+    """
     leaves, structure = jax.tree.flatten(params, is_leaf=is_codebook_array)
     plans = plan_leaves(params, options, rules)
     check_arrays(leaves, plans)

@@ -84,7 +84,7 @@ def compress(
         `jit`, of arrays that several processes hold, or of levels fitted to `batches`, nothing is proven.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report has the methods and certificates too.
-      progress: show a progress bar.
+      progress: show a progress bar; in a notebook `ipywidgets` draws it.
       fn: `fn(params, *inputs)`, any function that JAX can trace, such as `model.apply`.
       batches: inputs for it, each an array or a tuple of arrays: a sequence, or an iterable that can be gone through
         again.
