@@ -15,9 +15,9 @@ from nuqjax.export import Exported, export
 from nuqjax.export_onnx import export_onnx
 from nuqjax.fisher import fisher
 from nuqjax.fit import fit
-from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.fold import fold_batch_norm
 from nuqjax.plan import Plan, plan
+from nuqjax.qformat import AutoQFormat, QFormat
 from nuqjax.report import Report, report
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.rules import Rule

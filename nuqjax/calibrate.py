@@ -16,9 +16,9 @@ from nuqjax.emulate_bounds import sites
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.emulate_program import LINEAR, MOVING, Node, Program, build, consumers, operands
 from nuqjax.emulate_sums import weight_sums
-from nuqjax.fixed_point import QFormat, check_modes
 from nuqjax.fixed_point_words import rounds_up
 from nuqjax.meshes import as_on_automatic
+from nuqjax.qformat import QFormat, check_modes
 
 CHOICES = ("range", "error", "ristretto")
 

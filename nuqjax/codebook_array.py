@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nuqjax import fixed_point, packing
 from nuqjax import rows as rows_
-from nuqjax.fixed_point import QFormat
 from nuqjax.host import flushed, on_host, to_jax, to_numpy, working_dtype
 from nuqjax.meshes import as_automatic, explicit_sharding, shards, typed_spec
+from nuqjax.qformat import QFormat
 from nuqjax.rows import ChannelGroups, Granularity, InputGroups
 
 _HOW_TO_RUN = (

@@ -25,11 +25,11 @@ from nuqjax.emulate_bounds import Site, Words, as_words, format_words, reciproca
 from nuqjax.emulate_formats import Formats, SiteFormat
 from nuqjax.emulate_program import LINEAR, MOVING, TELLING, Node, Program, build, whole_numbers
 from nuqjax.emulate_sums import products_sum, scanned_sum, wrapped
-from nuqjax.fixed_point import QFormat
 from nuqjax.fixed_point_words import divide, drop_bits, drop_bits_twice, into_range, outside
 from nuqjax.host import x64
 from nuqjax.interpret import bind
 from nuqjax.meshes import as_on_automatic
+from nuqjax.qformat import QFormat
 
 
 @functools.partial(

@@ -13,7 +13,7 @@ import numpy as np
 
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
 from nuqjax.emulate_program import LINEAR, LOOKING_UP, MOVING, Node, Program, whole_numbers
-from nuqjax.fixed_point import QFormat
+from nuqjax.qformat import QFormat
 
 _WIDEST = 62  # bits of magnitude that int64 words may have, so that halves and sums of two still fit
 _FLOAT32, _FLOAT64 = 24, 53  # bits of the significands

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from nuqjax.fixed_point import OVERFLOW, ROUNDING, QFormat
+from nuqjax.qformat import OVERFLOW, ROUNDING, QFormat
 from nuqjax.report import html_page, render
 
 ACCUMULATOR_MODES = ("exact", "wrap", "saturate")

@@ -18,7 +18,6 @@ Overflow modes: `saturate` (AP_SAT, Saturate), `saturate_symmetric` (AP_SAT_SYM:
 `saturate_zero` (AP_SAT_ZERO: zero), `wrap` (AP_WRAP, Wrap: modulo 2^word).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from nuqjax.fixed_point_words import (
     saturating_rounding_doubling_high_mul,
 )
 from nuqjax.host import flushed, on_host, to_jax, x64
+from nuqjax.qformat import OVERFLOW, ROUNDING, AutoQFormat, QFormat, check_modes
 from nuqjax.rows import namespace
 
 __all__ = [
@@ -48,82 +48,6 @@ __all__ = [
     "rounding_divide_by_power_of_two",
     "saturating_rounding_doubling_high_mul",
 ]
-
-ROUNDING = ("floor", "toward_zero", "half_up", "half_down", "half_away", "half_toward_zero", "half_even")
-OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
-
-
-@dataclass(frozen=True)
-class QFormat:
-    """A fixed-point format: `word` bits in all, of which `frac` after the binary point; value = raw · 2^−frac.
-
-    Attributes:
-      word: word length in bits, 1 to 32 (31 where unsigned, since raw words are int32), sign included.
-      frac: fraction bits; may be negative or above `word`.
-      signed: two's complement if True, else non-negative.
-
-    >>> QFormat(8, 6).range
-    (-2.0, 1.984375)
-    """
-
-    word: int
-    frac: int
-    signed: bool = True
-
-    def __post_init__(self):
-        _check_word(self.word, self.signed, "QFormat")
-        if isinstance(self.frac, bool) or not isinstance(self.frac, int) or abs(self.frac) > 512:
-            raise ValueError(f"QFormat: frac {self.frac!r}, but a whole number from -512 to 512 is wanted")
-
-    @property
-    def least(self) -> int:
-        """The least raw integer."""
-        return -(1 << (self.word - 1)) if self.signed else 0
-
-    @property
-    def largest(self) -> int:
-        """The largest raw integer."""
-        return (1 << (self.word - self.signed)) - 1
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The least and the largest value."""
-        return self.least * 2.0**-self.frac, self.largest * 2.0**-self.frac
-
-    @property
-    def storage_dtype(self) -> jnp.dtype:
-        """The smallest integer dtype that holds every raw integer."""
-        kind = "int" if self.signed else "uint"
-        return jnp.dtype(f"{kind}{8 if self.word <= 8 else 16 if self.word <= 16 else 32}")
-
-
-@dataclass(frozen=True)
-class AutoQFormat:
-    """A `QFormat` of `word` bits whose fraction bits are chosen per leaf to minimise its squared error.
-
-    >>> AutoQFormat(8)
-    AutoQFormat(word=8, signed=True)
-    """
-
-    word: int
-    signed: bool = True
-
-    def __post_init__(self):
-        _check_word(self.word, self.signed, "AutoQFormat")
-
-
-def _check_word(word, signed, name) -> None:
-    most = 32 if signed else 31
-    if isinstance(word, bool) or not isinstance(word, int) or not 1 <= word <= most:
-        raise ValueError(f"{name}: a word of {word!r} bits, but a whole number from 1 to {most} is wanted")
-
-
-def check_modes(rounding: str, overflow: str) -> None:
-    """Raises ValueError, listing the known ones, unless both modes are known."""
-    if rounding not in ROUNDING:
-        raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDING)}")
-    if overflow not in OVERFLOW:
-        raise ValueError(f"unknown overflow {overflow!r}; known: {', '.join(OVERFLOW)}")
 
 
 def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow: str = "saturate") -> jax.Array:

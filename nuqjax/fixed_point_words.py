@@ -3,16 +3,14 @@
 Words are int32 or int64, and results have the dtype of the words. The modes are those of `nuqjax.fixed_point`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from nuqjax.host import x64
-
-if TYPE_CHECKING:
-    from nuqjax.fixed_point import QFormat
+from nuqjax.qformat import QFormat
 
 
 def drop_bits(raw: jax.Array, bits: int, rounding: str) -> jax.Array:
@@ -65,12 +63,12 @@ def rounds_up(whole, negative, inexact, above, tie, rounding: str) -> Any:
     raise ValueError(f"unknown rounding {rounding!r}")
 
 
-def outside(whole: jax.Array, shift: int, fmt: "QFormat") -> jax.Array:
+def outside(whole: jax.Array, shift: int, fmt: QFormat) -> jax.Array:
     """Where whole · 2^shift is outside the format's range."""
     return (whole > fmt.largest >> shift) | (whole < -(-fmt.least >> shift))
 
 
-def into_range(whole: jax.Array, shift: int, fmt: "QFormat", overflow: str) -> jax.Array:
+def into_range(whole: jax.Array, shift: int, fmt: QFormat, overflow: str) -> jax.Array:
     """Words · 2^shift brought into the format's range, which is looked at before the shift could overflow."""
     least, largest = fmt.least, fmt.largest
     width = jnp.iinfo(whole.dtype).bits

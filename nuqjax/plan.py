@@ -14,8 +14,8 @@ from rich.table import Table
 from nuqjax import packing, rows
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.fit import check_method
-from nuqjax.fixed_point import AutoQFormat, QFormat
 from nuqjax.host import native_dtype, why_unfit
+from nuqjax.qformat import AutoQFormat, QFormat
 from nuqjax.report import add_row, html_page, render
 from nuqjax.rows import InputGroups
 from nuqjax.rules import Options, Rule, path_name, resolve

@@ -16,8 +16,8 @@ import numpy as np
 from nuqjax import packing, store_entropy
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray, check_structure, is_codebook_array
-from nuqjax.fixed_point import QFormat
 from nuqjax.host import to_jax
+from nuqjax.qformat import QFormat
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.store_file import ITEMSIZE, Bundle, check_shape
 

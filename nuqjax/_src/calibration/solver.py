@@ -33,7 +33,7 @@ from nuqjax._src.calibration.stages import (
 )
 from nuqjax._src.calibration.sweeps import descent_matrix, feedback_matrix, sweep
 from nuqjax.fit import fit
-from nuqjax.fixed_point import AutoQFormat
+from nuqjax.qformat import AutoQFormat
 from nuqjax.rows import InputGroups, row_mask, to_rows
 
 _SAMPLE = 2**19  # values of a codebook that k-means looks at
