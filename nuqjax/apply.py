@@ -34,7 +34,7 @@ from nuqjax.interpret import (
     write_changes,
 )
 from nuqjax.meshes import as_automatic, explicit_sharding, typed_spec
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending"))

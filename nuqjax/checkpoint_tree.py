@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nuqjax.rules import nearest, path_name
+from nuqjax.paths import nearest, path_name
 from nuqjax.store_layout import is_stored
 from nuqjax.store_tree import MAX_DEPTH, PathRoom
 

@@ -35,8 +35,8 @@ from rich.table import Table
 
 import nuqjax
 from nuqjax.compare import difference, ratio_db, same_object, total
+from nuqjax.paths import printable
 from nuqjax.report import add_row, plain_console
-from nuqjax.rules import printable
 
 _GROUPS = {"channels": nuqjax.ChannelGroups, "inputs": nuqjax.InputGroups}
 _COMPRESS = """\

@@ -34,10 +34,11 @@ from nuqjax.fit import fit, levels_on_host
 from nuqjax.fit_mesh import fit_leaf_on_mesh
 from nuqjax.host import on_host, over_blocks, row_by_row, to_jax, to_numpy, working_dtype, x64
 from nuqjax.meshes import explicit_sharding, run_as_automatic
+from nuqjax.paths import path_name
 from nuqjax.plan import LeafPlan, Plan, plan_leaves, scale_groups
 from nuqjax.qformat import AutoQFormat, QFormat
 from nuqjax.report import build_report
-from nuqjax.rules import Options, path_name
+from nuqjax.rules import Options
 from nuqjax.shardings import leaf_specs
 
 

@@ -16,7 +16,7 @@ from jax.extend import core
 
 from nuqjax.codebook_array import check_layout, is_codebook_array
 from nuqjax.interpret import Interpreter, Site, argument_name, bind, inline, scan_parts, trace
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 LINEAR = frozenset({"dot_general", "conv_general_dilated"})
 _SUMS = frozenset({"add", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"})

@@ -16,7 +16,7 @@ from jax import lax
 
 from nuqjax.apply import apply
 from nuqjax.codebook_array import is_codebook_array
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 from nuqjax.store import Layout, save_by_name
 from nuqjax.store_layout import NUMPY_DTYPES
 from nuqjax.store_tree import tree_to_nodes

@@ -32,7 +32,7 @@ from nuqjax.fold_program import (
     wide,
 )
 from nuqjax.interpret import Traced, trace, write_changes
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 
 def fold_batch_norm(

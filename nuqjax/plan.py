@@ -15,10 +15,11 @@ from nuqjax import packing, rows
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.fit import check_method
 from nuqjax.host import native_dtype, why_unfit
+from nuqjax.paths import path_name
 from nuqjax.qformat import AutoQFormat, QFormat
 from nuqjax.report import add_row, html_page, render
 from nuqjax.rows import InputGroups
-from nuqjax.rules import Options, Rule, path_name, resolve
+from nuqjax.rules import Options, Rule, resolve
 from nuqjax.stacks import Stack, likely_stacks, no_parameters, stack_of
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nuqjax.codebook_array import CodebookArray, level_values
-from nuqjax.rules import printable
+from nuqjax.paths import printable
 
 if TYPE_CHECKING:
     from nuqjax.report import Report

@@ -17,7 +17,7 @@ from nuqjax import packing
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray, channel_block, check_layout, dense_on_host, is_codebook_array
 from nuqjax.host import why_unfit
-from nuqjax.rules import path_name, printable
+from nuqjax.paths import path_name, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

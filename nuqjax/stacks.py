@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 _NO_PARAMETERS = ("cache", "batch_stats")  # Flax's collections, where they are given without "params"
 _DEEPEST = 32  # keys above a stack, at most: a stranger's file may nest without end

@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, Sharding
 
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.host import to_jax
+from nuqjax.paths import nearest, path_name
 from nuqjax.report import Report
-from nuqjax.rules import nearest, path_name
 from nuqjax.shardings import shardings
 from nuqjax.store_file import Bundle, Stored, from_array, open_bundle
 from nuqjax.store_layout import Entry, checksum, describe, stored_bytes, tied

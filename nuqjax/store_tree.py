@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from nuqjax.codebook_array import is_codebook_array
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 MAX_DEPTH = 256
 MAX_KEY_DEPTH = 8  # of tuples in tuples

@@ -22,7 +22,7 @@ from jax.extend import core
 import nuqjax
 from nuqjax.fold import fold_batch_norm
 from nuqjax.host import x64
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 pytestmark = pytest.mark.promotes  # the models do, and folding runs them
 ROUNDINGS = 16  # at most, beside those of the sum: of the chain, of the kernel's cast, of the offset

@@ -11,7 +11,8 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuqjax.rules import INHERIT, Options, Rule, path_name, resolve
+from nuqjax.paths import path_name
+from nuqjax.rules import INHERIT, Options, Rule, resolve
 
 PATHS = ["encoder/layer_0/kernel", "encoder/layer_0/bias", "encoder/layer_1/kernel", "head/kernel"]
 

@@ -10,7 +10,7 @@ from nuqjax._src.calibration.programs import Programs, checked_batches
 from nuqjax._src.calibration.second_moments import Moments, Record, gather_moments
 from nuqjax._src.calibration.uses import Slot
 from nuqjax.codebook_array import is_codebook_array
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 
 def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Iterable[Any]) -> Any:

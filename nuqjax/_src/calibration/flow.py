@@ -18,9 +18,10 @@ from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.compress import check_arrays, decompress
+from nuqjax.paths import path_name
 from nuqjax.plan import LeafPlan, Plan, plan_leaves
 from nuqjax.report import build_report
-from nuqjax.rules import Options, path_name
+from nuqjax.rules import Options
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from nuqjax._src.calibration.convolutions import with_fast_convolutions
 from nuqjax.codebook_array import is_codebook_array
 from nuqjax.interpret import Traced, trace
 from nuqjax.meshes import on_automatic
-from nuqjax.rules import path_name
+from nuqjax.paths import path_name
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 

@@ -1,0 +1,38 @@
+"""Paths of leaves as text: their names, the nearest ones to what was asked for, and what may be printed."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.tree_util
+
+
+def path_name(path: Iterable[Any]) -> str:
+    """A leaf's path as rules see it.
+
+    >>> path_name(jax.tree_util.tree_flatten_with_path({"conv": {"kernel": 0}})[0][0][0])
+    'conv/kernel'
+    """
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def printable(text: Any, longest: int = 400) -> str:
+    r"""Text that does nothing but stand there: what is not printable is escaped, and what is very long is cut.
+
+    >>> printable("a\x1b[31m b\u202e")
+    'a\\x1b[31m b\\u202e'
+    """
+    text = str(text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def nearest(pattern: str, paths: Sequence[str]) -> list[str]:
+    """Up to three paths that are like a pattern, else the first ones; of many or long ones, not all are compared.
+
+    >>> nearest("kernal", ["conv/bias", "conv/kernel"])
+    ['conv/kernel']
+    """
+    some = [path[:200] for path in paths[:1000]]
+    return difflib.get_close_matches(pattern[:200], some, n=3, cutoff=0.4) or some[:3]
