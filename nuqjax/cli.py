@@ -36,7 +36,7 @@ from rich.table import Table
 import nuqjax
 from nuqjax.compare import difference, ratio_db, same_object, total
 from nuqjax.paths import printable
-from nuqjax.report import add_row, plain_console
+from nuqjax.render import add_row, plain_console
 
 _GROUPS = {"channels": nuqjax.ChannelGroups, "inputs": nuqjax.InputGroups}
 _COMPRESS = """\

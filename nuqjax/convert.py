@@ -14,8 +14,9 @@ from nuqjax import store_entropy
 from nuqjax.checkpoint import Checkpoint, Leaf, open_checkpoint
 from nuqjax.compress import compress_leaf
 from nuqjax.convert_journal import Journal
+from nuqjax.leaf_report import LeafReport
 from nuqjax.plan import LeafPlan, Plan, plan_leaves
-from nuqjax.report import LeafReport, Report, report_leaf
+from nuqjax.report import Report, report_leaf
 from nuqjax.rules import Options, Rule
 from nuqjax.store import Layout, described, metadata, shard_size
 from nuqjax.store_layout import to_part

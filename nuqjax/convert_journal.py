@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, BinaryIO
 
-from nuqjax.report import LeafReport, Report
+from nuqjax.leaf_report import LeafReport
+from nuqjax.report import Report
 from nuqjax.store_file import Stored, parse_json
 from nuqjax.store_layout import checksum
 from nuqjax.store_report import report_from_json, report_to_json

@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from nuqjax.qformat import OVERFLOW, ROUNDING, QFormat
-from nuqjax.report import html_page, render
+from nuqjax.render import render
+from nuqjax.report import html_page
 
 ACCUMULATOR_MODES = ("exact", "wrap", "saturate")
 SITE_ROUNDING = (*ROUNDING, "gemmlowp")

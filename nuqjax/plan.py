@@ -17,7 +17,8 @@ from nuqjax.fit import check_method
 from nuqjax.host import native_dtype, why_unfit
 from nuqjax.paths import path_name
 from nuqjax.qformat import AutoQFormat, QFormat
-from nuqjax.report import add_row, html_page, render
+from nuqjax.render import add_row, render
+from nuqjax.report import html_page
 from nuqjax.rows import InputGroups
 from nuqjax.rules import Options, Rule, resolve
 from nuqjax.stacks import Stack, likely_stacks, no_parameters, stack_of

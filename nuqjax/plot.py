@@ -5,17 +5,16 @@ Needs matplotlib (the `plot` extra). Figures are made without pyplot, so that no
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nuqjax.codebook_array import CodebookArray, level_values
+from nuqjax.leaf_report import LeafReport, summary
 from nuqjax.paths import printable
-
-if TYPE_CHECKING:
-    from nuqjax.report import Report
 
 # Okabe and Ito's palette, which is told apart with any colour vision.
 _BEFORE, _AFTER, _DENSE, _LEVEL = "#BBBBBB", "#0072B2", "#E69F00", "#D55E00"
@@ -26,11 +25,11 @@ _LONGEST_PATH = 48  # characters
 _MOST_LINES = 512  # levels drawn one by one; beyond, their density is
 
 
-def plot_report(report: "Report") -> Figure:
+def plot_report(leaves: Sequence[LeafReport]) -> Figure:
     """Memory before and after, and SQNR, of every leaf: a row for each, in the tree's order.
 
     Args:
-      report: what `nuqjax.report` or `compress(…, return_report=True)` gives.
+      leaves: those of the report that `nuqjax.report` or `compress(…, return_report=True)` gives.
 
     Returns:
       A figure whose height grows with the number of leaves. Bytes are on a logarithmic scale; a leaf left dense has
@@ -39,15 +38,14 @@ def plot_report(report: "Report") -> Figure:
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.linspace(-1, 1, 1024).reshape(32, 32), "bias": jnp.zeros(32)}
     >>> _, report = nuqjax.compress(params, bits=4, method="enq", return_report=True)
-    >>> figure = plot_report(report)
+    >>> figure = plot_report(report.leaves)
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['memory', 'SQNR in dB']
     """
-    leaves = report.leaves
     figure = Figure(figsize=(_WIDTH, 2.1 + 0.23 * max(len(leaves), 2)), dpi=_DPI, layout="constrained")
     memory, quality = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    _plot_memory(memory, report)
-    _plot_quality(quality, report)
+    _plot_memory(memory, leaves)
+    _plot_quality(quality, leaves)
     memory.set_yticks(
         range(len(leaves)), [_shortened(printable(leaf.path)) for leaf in leaves], fontsize=8, parse_math=False
     )
@@ -59,7 +57,7 @@ def plot_report(report: "Report") -> Figure:
         axes.tick_params(axis="y", length=0)
         for row in range(0, len(leaves), 2):
             axes.axhspan(row - 0.5, row + 0.5, color="0.96", zorder=0)
-    total = report.total
+    total = summary(leaves)
     title = f"{_bytes(total['nbytes_before'])} → {_bytes(total['nbytes_after'])}: {total['ratio']:.2f}× smaller, "
     title += f"{total['bits_per_weight']:.2f} bits a weight all counted"
     if total["sqnr_db"] is not None and math.isfinite(total["sqnr_db"]):
@@ -70,10 +68,10 @@ def plot_report(report: "Report") -> Figure:
     return figure
 
 
-def _plot_memory(axes: Axes, report: "Report") -> None:
+def _plot_memory(axes: Axes, leaves: Sequence[LeafReport]) -> None:
     """Bytes before and after as the ends of a line; of a leaf left dense, one point."""
     compressed, dense = [], []
-    for row, leaf in enumerate(report.leaves):
+    for row, leaf in enumerate(leaves):
         (dense if leaf.reason is not None else compressed).append((row, leaf.nbytes_before, leaf.nbytes_after))
     if compressed:
         rows, before, after = zip(*compressed, strict=True)
@@ -84,7 +82,7 @@ def _plot_memory(axes: Axes, report: "Report") -> None:
     if held:
         rows, after = zip(*held, strict=True)
         axes.plot(after, rows, "s", color=_DENSE, markersize=5, label="left dense")
-    sizes = [size for leaf in report.leaves for size in (leaf.nbytes_before, leaf.nbytes_after) if size]
+    sizes = [size for leaf in leaves for size in (leaf.nbytes_before, leaf.nbytes_after) if size]
     low, high = math.floor(math.log2(min(sizes, default=1))), math.ceil(math.log2(max(sizes, default=2)))
     step = max(2, 2 * math.ceil((high - low) / 14))
     axes.set_xscale("log", base=2)
@@ -94,9 +92,9 @@ def _plot_memory(axes: Axes, report: "Report") -> None:
     axes.set_xlabel("memory")
 
 
-def _plot_quality(axes: Axes, report: "Report") -> None:
+def _plot_quality(axes: Axes, leaves: Sequence[LeafReport]) -> None:
     """SQNR as points, with its number beside each."""
-    values = [leaf.sqnr_db for leaf in report.leaves]
+    values = [leaf.sqnr_db for leaf in leaves]
     finite = [(row, value) for row, value in enumerate(values) if value is not None and math.isfinite(value)]
     low = min(0.0, *(value for _, value in finite)) if finite else 0.0
     high = max((value for _, value in finite), default=1.0)

@@ -10,7 +10,8 @@ import numpy as np
 from nuqjax import packing
 from nuqjax import rows as rows_
 from nuqjax.codebook_array import CodebookArray
-from nuqjax.report import LeafReport, Report
+from nuqjax.leaf_report import LeafReport
+from nuqjax.report import Report
 from nuqjax.rows import ChannelGroups, InputGroups
 from nuqjax.store_layout import Entry, is_floating
 

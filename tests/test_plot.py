@@ -13,8 +13,8 @@ import pytest
 
 import nuqjax
 from nuqjax import InputGroups, QFormat, Report, Rule
+from nuqjax.leaf_report import LeafReport
 from nuqjax.plot import plot_levels, plot_report
-from nuqjax.report import LeafReport
 
 LAYERS = 30
 
@@ -50,7 +50,7 @@ def points(axes):
 
 
 def test_every_leaf_has_a_row_with_its_bytes_and_its_quality(report):
-    memory, quality = plot_report(report).axes
+    memory, quality = plot_report(report.leaves).axes
     assert len(memory.get_yticklabels()) == len(report.leaves)
     sizes = {(i, float(n)) for i, leaf in enumerate(report.leaves) for n in (leaf.nbytes_before, leaf.nbytes_after)}
     assert points(memory) == sizes
@@ -62,7 +62,7 @@ def test_every_leaf_has_a_row_with_its_bytes_and_its_quality(report):
 
 
 def test_labels_of_sixty_leaves_do_not_overlap(report):
-    figure = plot_report(report)
+    figure = plot_report(report.leaves)
     drawn(figure)
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     boxes.sort(key=lambda box: -box.y1)
@@ -72,7 +72,7 @@ def test_labels_of_sixty_leaves_do_not_overlap(report):
 
 
 def test_long_paths_keep_their_ends(report):
-    labels = [label.get_text() for label in plot_report(report).axes[0].get_yticklabels()]
+    labels = [label.get_text() for label in plot_report(report.leaves).axes[0].get_yticklabels()]
     assert len(set(labels)) == len(report.leaves)
     assert all(len(label) <= 48 for label in labels)
     assert labels[1].startswith("layer_0/")
@@ -80,7 +80,7 @@ def test_long_paths_keep_their_ends(report):
 
 
 def test_the_title_tells_the_total(report):
-    title = plot_report(report).get_suptitle()
+    title = plot_report(report.leaves).get_suptitle()
     assert f"{report.total['ratio']:.2f}× smaller" in title
     assert f"SQNR {report.total['sqnr_db']:.1f} dB" in title
 
@@ -89,11 +89,11 @@ def test_the_title_tells_the_total(report):
                                     (LeafReport("n", (), "int", 0, 0, 0, "not an array"),),
                                     (LeafReport("w", (4,), "float32", 4, 16, 9, signal=0.0, noise=1.0),)])  # fmt: skip
 def test_small_and_strange_reports_are_drawn(leaves):
-    assert drawn(plot_report(Report(leaves))).shape[0] > 100
+    assert drawn(plot_report(leaves)).shape[0] > 100
 
 
 def test_report_plot_is_plot_report(report):
-    assert report.plot().get_suptitle() == plot_report(report).get_suptitle()
+    assert report.plot().get_suptitle() == plot_report(report.leaves).get_suptitle()
 
 
 WEIGHTS = np.random.default_rng(0).normal(size=(32, 24)).astype(np.float32)
@@ -156,9 +156,9 @@ def test_pyplot_is_not_touched(tmp_path):
 import sys, numpy as np
 from nuqjax import Report
 from nuqjax.plot import plot_levels, plot_report
-from nuqjax.report import LeafReport
+from nuqjax.leaf_report import LeafReport
 plot_levels(np.arange(9.0), [1.0, 2.0]).savefig(sys.argv[1])
-plot_report(Report((LeafReport("b", (3,), "float32", 3, 12, 12, "one axis"),))).savefig(sys.argv[1])
+plot_report([LeafReport("b", (3,), "float32", 3, 12, 12, "one axis")]).savefig(sys.argv[1])
 print("matplotlib.pyplot" in sys.modules)
 """
     command = [sys.executable, "-c", script, str(tmp_path / "picture.png")]

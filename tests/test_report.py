@@ -1,7 +1,6 @@
 """The report's numbers, each against NumPy."""
 
 import html.parser
-import importlib
 import json
 import math
 import re
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 
 import nuqjax
-from nuqjax import ChannelGroups, CodebookArray, InputGroups, QFormat, Rule
-from nuqjax.report import sqnr_db
+from nuqjax import ChannelGroups, CodebookArray, InputGroups, QFormat, Rule, comparison
+from nuqjax.leaf_report import sqnr_db
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,7 @@ def test_report_measures_the_same_without_what_only_compress_knows(tree):
 def test_long_leaves_are_compared_in_blocks(tree, monkeypatch):
     """The same numbers, to the rounding of sums in another order, whatever the block."""
     params, cparams, report = tree
-    monkeypatch.setattr(importlib.import_module("nuqjax.report"), "_CHUNK", 20)
+    monkeypatch.setattr(comparison, "_CHUNK", 20)
     for first, second in zip(nuqjax.report(params, cparams).compressed, report.compressed, strict=True):
         sums = {"noise", "signal", "method"}
         assert {k: v for k, v in vars(first).items() if k not in sums} == {
