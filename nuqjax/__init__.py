@@ -7,7 +7,7 @@ from nuqjax.assign import Fit, assign
 from nuqjax.calibrate import calibrate
 from nuqjax.checkpoint import open_checkpoint, write_checkpoint
 from nuqjax.codebook_array import CodebookArray
-from nuqjax.compress import codebooks, decompress, with_codebooks
+from nuqjax.codebooks import codebooks, decompress, with_codebooks
 from nuqjax.convert import compress_checkpoint
 from nuqjax.emulate import Trace, emulate
 from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat

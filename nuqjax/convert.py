@@ -12,7 +12,7 @@ import numpy as np
 
 from nuqjax import store_entropy
 from nuqjax.checkpoint import Checkpoint, Leaf, open_checkpoint
-from nuqjax.compress import compress_leaf
+from nuqjax.compress_leaf import compress_leaf
 from nuqjax.convert_journal import Journal
 from nuqjax.leaf_report import LeafReport
 from nuqjax.plan import LeafPlan, Plan, plan_leaves

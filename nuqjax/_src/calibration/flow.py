@@ -17,7 +17,8 @@ from nuqjax._src.calibration.programs import Programs, Some, checked_batches, ex
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
 from nuqjax.codebook_array import is_codebook_array
-from nuqjax.compress import check_arrays, decompress
+from nuqjax.codebooks import decompress
+from nuqjax.compress import check_arrays
 from nuqjax.paths import path_name
 from nuqjax.plan import LeafPlan, Plan, plan_leaves
 from nuqjax.report import build_report

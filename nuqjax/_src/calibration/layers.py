@@ -11,10 +11,11 @@ from nuqjax._src.calibration.problem import Problem, Solution, shrunk
 from nuqjax._src.calibration.second_moments import LeafMoments
 from nuqjax._src.calibration.solver import quantize
 from nuqjax.codebook_array import CodebookArray
-from nuqjax.compress import check_finite, compress_leaf, leaf_of
+from nuqjax.compress_leaf import compress_leaf, leaf_of
 from nuqjax.host import native_dtype
 from nuqjax.plan import LeafPlan
 from nuqjax.shardings import shardings
+from nuqjax.view import check_finite
 
 
 class Solved(NamedTuple):

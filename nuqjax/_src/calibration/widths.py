@@ -18,7 +18,7 @@ from nuqjax._src.calibration.measures import measured
 from nuqjax._src.calibration.programs import Programs, checked_batches, fingerprint
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments
 from nuqjax.codebook_array import is_codebook_array
-from nuqjax.compress import decompress
+from nuqjax.codebooks import decompress
 from nuqjax.plan import LeafPlan, plan_leaves, replanned, scale_groups
 from nuqjax.render import add_row, render
 from nuqjax.rows import channel_shape
