@@ -14,11 +14,12 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 # While editing: what takes no more than some seconds a file.
-QUICK := assign bad_input checkpoint cli codebook_array fit_knq_error fit_knq_windows imports packing plan rows rules \
-	report
+QUICK := test_cli.py test_imports.py checkpoint/test_checkpoint.py compress/test_plan.py compress/test_rules.py \
+	knq/test_error.py knq/test_windows.py laws/test_bad_input.py leaf/test_assign.py leaf/test_codebook_array.py \
+	leaf/test_packing.py leaf/test_rows.py report/test_report.py
 
 quick: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" $(QUICK:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow" $(QUICK:%=tests/%)
 
 doctest: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q nuqjax README.md docs

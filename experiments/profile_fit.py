@@ -41,7 +41,11 @@ def profile(
         profiler.runcall(fit)
     statistics: dict = pstats.Stats(profiler).stats  # pyright: ignore[reportAttributeAccessIssue]
     found = [
-        (f"{Path(file).stem}.{name}", calls // _REPEATS, cumulative / _REPEATS / count * 1e3)
+        (
+            ".".join((*Path(file).relative_to(_PACKAGE).with_suffix("").parts, name)),
+            calls // _REPEATS,
+            cumulative / _REPEATS / count * 1e3,
+        )
         for (file, _, name), (_, calls, _, cumulative, _) in statistics.items()
         if Path(file).is_relative_to(_PACKAGE)
     ]

@@ -1,28 +1,28 @@
 """Codebook quantization for JAX: any parameter pytree, k-means levels, the model unchanged."""
 
 from nuqjax import calibration
+from nuqjax._src.apply.apply import apply
 from nuqjax._src.calibration.door import compress
-from nuqjax.apply import apply
-from nuqjax.assign import Fit, assign
-from nuqjax.calibrate import calibrate
-from nuqjax.checkpoint import open_checkpoint, write_checkpoint
-from nuqjax.codebook_array import CodebookArray
-from nuqjax.codebooks import codebooks, decompress, with_codebooks
-from nuqjax.convert import compress_checkpoint
-from nuqjax.emulate import Trace, emulate
-from nuqjax.emulate_formats import Accumulator, Formats, SiteFormat
-from nuqjax.export import Exported, export
-from nuqjax.export_onnx import export_onnx
-from nuqjax.fisher import fisher
-from nuqjax.fit import fit
-from nuqjax.fold import fold_batch_norm
-from nuqjax.plan import Plan, plan
-from nuqjax.qformat import AutoQFormat, QFormat
-from nuqjax.report import Report, report
-from nuqjax.rows import ChannelGroups, InputGroups
-from nuqjax.rules import Rule
-from nuqjax.shardings import shardings
-from nuqjax.store import inspect, load, save
+from nuqjax._src.calibration.fisher import fisher
+from nuqjax._src.checkpoint.checkpoint import open_checkpoint, write_checkpoint
+from nuqjax._src.checkpoint.convert import compress_checkpoint
+from nuqjax._src.compress.plan import Plan, plan
+from nuqjax._src.compress.rules import Rule
+from nuqjax._src.emulate.calibrate import calibrate
+from nuqjax._src.emulate.emulate import Trace, emulate
+from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
+from nuqjax._src.export.onnx_file import export_onnx
+from nuqjax._src.export.program import Exported, export
+from nuqjax._src.fit.methods import fit
+from nuqjax._src.fold.fold import fold_batch_norm
+from nuqjax._src.leaf.assign import Fit, assign
+from nuqjax._src.leaf.codebook_array import CodebookArray
+from nuqjax._src.leaf.codebooks import codebooks, decompress, with_codebooks
+from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
+from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
+from nuqjax._src.leaf.shardings import shardings
+from nuqjax._src.report.report import Report, report
+from nuqjax._src.store.store import inspect, load, save
 
 __version__ = "0.1.0"
 

@@ -34,9 +34,9 @@ from rich.progress import (
 from rich.table import Table
 
 import nuqjax
-from nuqjax.compare import difference, ratio_db, same_object, total
-from nuqjax.paths import printable
-from nuqjax.render import add_row, plain_console
+from nuqjax._src.leaf.paths import printable
+from nuqjax._src.report.render import add_row, plain_console
+from nuqjax._src.report.trees import difference, ratio_db, same_object, total
 
 _GROUPS = {"channels": nuqjax.ChannelGroups, "inputs": nuqjax.InputGroups}
 _COMPRESS = """\
@@ -456,7 +456,7 @@ def _json(value: Any) -> str:
 
 def _plot(file: str, folder: str, source: str | None, leaves: str) -> None:
     try:
-        from nuqjax.plot import plot_levels
+        from nuqjax._src.report.plot import plot_levels
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'nuqjax[plot]'") from error
     report = nuqjax.inspect(file)

@@ -38,9 +38,9 @@ def pytest_configure(config):
 
 
 _LONG = (
-    "test_emulation", "test_notebooks", "test_networks", "test_fit_mesh", "test_fit_knq_long", "test_fit_knq_gaps",
-    "test_fit_knq_dense", "test_fit_knq", "test_fit_knq_priced", "test_fit_laws", "test_apply", "test_store_hostile",
-    "test_meshes",
+    "experiments/test_emulation", "experiments/test_notebooks", "experiments/test_networks", "knq/test_mesh",
+    "knq/test_long", "knq/test_gaps", "knq/test_dense", "knq/test_knq", "knq/test_priced", "laws/test_fit_laws",
+    "apply/test_apply", "store/test_hostile", "laws/test_meshes",
 )  # fmt: skip
 
 
@@ -49,7 +49,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("promotes")
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem not in _LONG))
+    items.sort(
+        key=lambda item: (item.get_closest_marker("slow") is None, not str(item.path.with_suffix("")).endswith(_LONG))
+    )
 
 
 @pytest.hookimpl(wrapper=True)

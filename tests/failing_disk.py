@@ -6,7 +6,8 @@ import os
 from contextlib import contextmanager
 from unittest import mock
 
-from nuqjax import convert_journal, store_write
+from nuqjax._src.checkpoint import journal as convert_journal
+from nuqjax._src.store import write as store_write
 
 _CHANGES = ("mkdir", "rmdir", "unlink", "replace", "chmod", "ftruncate", "write", "fsync")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nuqjax.assign import Fit
+from nuqjax._src.leaf.assign import Fit
 
 
 def _ended(rows: np.ndarray, *ends: float) -> np.ndarray:

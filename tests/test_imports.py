@@ -1,168 +1,138 @@
-"""The rooms of nuqjax: which module may import which, one way, and what a user gets from `import nuqjax`."""
+"""The wings of nuqjax: which may import which, in which order files stand in them, and what `import nuqjax` gives."""
 
 import ast
 import inspect
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import nuqjax
 
 PACKAGE = Path(nuqjax.__file__).parent
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+SOURCE = PACKAGE / "_src"
+TESTS = Path(__file__).parent
+EXPERIMENTS = TESTS.parent / "experiments"
+ARRAYS = ("jax", "numpy")
 
-# room: (rooms it may import, packages it may import besides the standard library), in the order of the flow.
-# `fit_knq` stands for fit_knq.py and its parts fit_knq_*.py, which may import one another.
-ARRAYS = {"jax", "numpy"}
-FITS = {"fit_knq", "fit_enq", "fit_grid"}
-LEAF = {"compat", "host", "meshes", "rows", "packing", "fixed_point", "codebook_array"}
-EMULATION = {"emulate", "calibrate", "fold"}
-ROOMS: dict[str, tuple[set[str], set[str]]] = {
-    "rules": (set(), {"jax"}),
-    "stacks": ({"rules"}, {"jax"}),
-    "compat": (set(), {"jax"}),
-    "host": ({"compat"}, ARRAYS),
-    "meshes": (set(), {"jax"}),
-    "rows": ({"host"}, ARRAYS),
-    "assign": ({"compat", "host", "meshes", "rows"}, ARRAYS),
-    "fit_knq": ({"assign", "compat", "host", "rows"}, ARRAYS),
-    "fit_enq": ({"assign", "compat", "host", "rows"}, ARRAYS),
-    "fit_grid": ({"assign", "compat", "host", "rows"}, ARRAYS),
-    "fit": ({"assign", "host", "meshes", *FITS}, ARRAYS),
-    "fit_mesh": ({"assign", "rows", "fit_knq"}, ARRAYS),
-    "fixed_point": ({"compat", "host", "rows"}, ARRAYS),
-    "packing": ({"rows"}, ARRAYS),
-    "codebook_array": ({"host", "meshes", "rows", "packing", "fixed_point"}, ARRAYS),
-    "shardings": (LEAF, ARRAYS),
-    "plot": ({"rules", *LEAF}, {*ARRAYS, "matplotlib"}),
-    "report": ({"rules", "plot", *LEAF}, {*ARRAYS, "rich"}),
-    "plan": ({"rules", "stacks", "fit", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "compress": ({"rules", "assign", "fit", "fit_mesh", "shardings", "plan", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "interpret": ({"compat", "meshes"}, ARRAYS),
-    "apply": ({"rules", "interpret", *LEAF}, ARRAYS),
-    # `emulate` stands for emulate.py and its parts emulate_*.py, too.
-    "emulate": ({"rules", "interpret", "report", *LEAF}, {*ARRAYS, "rich"}),
-    "calibrate": ({"emulate", *LEAF}, ARRAYS),
-    "fold": ({"emulate", "interpret", "rules", *LEAF}, ARRAYS),
-    # `store` stands for store.py and its parts store_*.py.
-    "store": ({"rules", "report", "shardings", *LEAF}, {*ARRAYS, "constriction"}),
-    # `checkpoint` stands for checkpoint.py and its parts checkpoint_*.py.
-    "checkpoint": ({"rules", "store", *LEAF}, {*ARRAYS, "flax", "h5py", "msgpack", "orbax"}),
-    "convert": ({"rules", "plan", "compress", "report", "store", "checkpoint"}, ARRAYS),
-    "compare": (set(), ARRAYS),
-    "fisher": (set(), ARRAYS),
-    # `export` stands for export.py and export_onnx.py.
-    "export": ({"rules", "interpret", "apply", "store", *LEAF}, {*ARRAYS, "flatbuffers", "jax2onnx", "onnx"}),
-    # The folder `_src/calibration/` and its face, `calibration.py`.
-    "calibration": (
-        {
-            "rules",
-            "stacks",
-            "assign",
-            "fit",
-            "shardings",
-            "plan",
-            "compress",
-            "report",
-            "interpret",
-            "apply",
-            *EMULATION,
-            "fisher",
-            *LEAF,
-        },
-        {*ARRAYS, "rich"},
+
+class Wing(NamedTuple):
+    """A folder of `nuqjax/_src`: its files from the ground up, each of which may import those before it."""
+
+    files: str
+    wings: str = ""  # that it may import, besides `platform`
+    packages: tuple[str, ...] = ()  # besides the standard library, jax and numpy
+
+
+# In the order of the flow: arrows point up this table only. The import of a name that only types need counts, too.
+WINGS: dict[str, Wing] = {
+    "platform": Wing("meshes compat host"),
+    "leaf": Wing("paths qformat words rows fixed_point packing assign codebook_array codebooks shardings"),
+    "trace": Wing("interpret"),
+    "knq": Wing(
+        "rows/sorted rows/long "
+        "search/priced_host search/windows_host search/dense_host search/dense search/priced search/search search/gaps "
+        "proof/rows proof/path_host proof/path proof/mesh_row proof/proof "
+        "run/error run/light run/levels run/host run/traced run/mesh knq",
+        "leaf",
     ),
-    "__init__": (
-        {
-            "rules",
-            "assign",
-            "fit",
-            "plan",
-            "compress",
-            "apply",
-            "report",
-            "shardings",
-            "fisher",
-            "export",
-            "store",
-            "checkpoint",
-            "convert",
-            "calibration",
-            *EMULATION,
-            *LEAF,
-        },
-        set(),
+    "report": Wing("leaf_report trees render plot comparison report", "leaf", ("matplotlib", "rich")),
+    "apply": Wing("apply", "leaf trace"),
+    "fold": Wing("program chains fold", "leaf trace"),
+    "fit": Wing("grid enq leaf_on_mesh methods", "leaf knq"),
+    "emulate": Wing("formats program bounds sums emulate calibrate", "leaf trace report", ("rich",)),
+    "store": Wing("foreign file write text entropy tree entry report store", "leaf report", ("constriction",)),
+    "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report", ("rich",)),
+    "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
+    "calibration": Wing(
+        "fisher measures squares sweeps problem places level_formats stages rated solver "
+        "convolutions uses programs second_moments biases layouts layers widths flow door",
+        "leaf trace fit fold report compress",
+        ("rich",),
     ),
-    "cli": ({"rules", "plot", "report", "compare"}, {*ARRAYS, "rich", "shtab"}),  # public names, and pictures
-    "__main__": ({"cli"}, set()),
+    "checkpoint": Wing(
+        "tree names journal read checkpoint convert",
+        "leaf report store compress",
+        ("flax", "h5py", "msgpack", "orbax"),
+    ),
 }
+SOURCES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
+FACE = sorted(PACKAGE.glob("*.py"))
 
 
-def room_of(module: str) -> str:
-    """The room a module belongs to: its own name, or that of the file whose part it is."""
-    return next((room for room in ROOMS if module.startswith(f"{room}_") and module not in ROOMS), module)
+def place_of(module: str) -> tuple[str, str]:
+    """`nuqjax._src.knq.rows.long` → `("knq", "rows/long")`."""
+    wing, *file = module.removeprefix("nuqjax._src.").split(".")
+    return wing, "/".join(file)
 
 
 def module_of(path: Path) -> str:
-    """`nuqjax/_src/calibration/solver.py` → `calibration`: a folder is one room, and its face belongs to it."""
-    return room_in(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-def room_in(parts: Sequence[str]) -> str:
-    """The module that the parts of a path, or of a dotted name inside the package, belong to."""
-    return parts[1] if parts[0] == "_src" and len(parts) > 1 else parts[0]
+    """The dotted name of a source file."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Absolute dotted names of what a source file imports, wherever in the file it does; not what only types need."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
+    """Absolute dotted names of what a source file imports, wherever in the file it does."""
     names = set()
-    for node in ast.walk(tree):
-        if node in for_types:
-            continue
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, ["nuqjax" if node.level else "", node.module or ""]))
-            # `from nuqjax import fit` imports a module of the package, `from nuqjax.fit import fit` a name of one.
-            names |= {f"nuqjax.{alias.name}" for alias in node.names} if base == "nuqjax" else {base}
+            for alias in node.names:  # a module of a package, or a name of a module
+                inner = f"{base}.{alias.name}"
+                is_module = inner in MODULES or base == "nuqjax"
+                names.add(inner if is_module else base)
     return names
 
 
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {module_of(path) for path in SOURCES}
 
 
-def test_the_table_and_the_package_name_the_same_rooms():
-    assert {room_of(module_of(path)) for path in SOURCES} == set(ROOMS)
+def test_the_table_and_the_package_name_the_same_files():
+    found: dict[str, set[str]] = {wing: set() for wing in WINGS}
+    for module in MODULES:
+        wing, file = place_of(module)
+        found.setdefault(wing, set()).add(file)
+    assert found == {wing: set(row.files.split()) for wing, row in WINGS.items()}
 
 
 def test_the_arrows_of_the_table_point_one_way():
-    order = list(ROOMS)
-    for room, (may_import, _) in ROOMS.items():
-        assert may_import <= set(order[: order.index(room)]), room
+    order = list(WINGS)
+    for wing, row in WINGS.items():
+        assert set(row.wings.split()) <= set(order[: order.index(wing)]), wing
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_a_room_imports_only_what_the_table_allows(path):
-    room = room_of(module_of(path))
-    rooms, packages = ROOMS[room]
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_a_file_imports_what_stands_before_it(path):
+    wing, file = place_of(module_of(path))
+    row = WINGS[wing]
     modules = imported_modules(path)
-    inside = {room_of(room_in(name.split(".")[1:])) for name in modules if name.startswith("nuqjax.")}
+    inside = {place_of(name) for name in modules if name.startswith("nuqjax")}
+    before = row.files.split()[: row.files.split().index(file)]
+    assert {other for room, other in inside if room == wing} <= set(before)
+    assert {room for room, _ in inside} - {wing} <= {"platform", *row.wings.split()}
     outside = {name.split(".")[0] for name in modules} - {"nuqjax"} - set(sys.stdlib_module_names)
-    assert inside - {room} <= rooms
-    assert outside <= packages
+    assert outside <= {*ARRAYS, *row.packages}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_public_name_is_that_of_a_module():
+    """But for `calibration`, which is a module: nothing is hidden by it."""
+    modules = {name for name in nuqjax.__all__ if inspect.ismodule(getattr(nuqjax, name))}
+    assert {path.stem for path in FACE} & set(nuqjax.__all__) == modules
+
+
+def test_the_face_has_no_work_of_its_own():
+    """Besides the command line, it only hands on what stands in the wings."""
+    for path in FACE:
+        if path.stem not in ("cli", "__main__"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            assert not [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)], path.name
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *FACE], ids=module_of)
 def test_what_releases_of_jax_name_differently_comes_from_compat(path):
     used = {
         ast.unparse(node)
@@ -218,10 +188,14 @@ def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 
-LIBRARY_TESTS = sorted(path for path in Path(__file__).parent.glob("*.py") if path.name != Path(__file__).name)
+LIBRARY_TESTS = sorted(
+    path
+    for path in TESTS.rglob("*.py")
+    if path != Path(__file__) and "experiments" not in path.relative_to(TESTS).parts
+)
 
 
-@pytest.mark.parametrize("path", LIBRARY_TESTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LIBRARY_TESTS, ids=lambda path: str(path.relative_to(TESTS)))
 def test_the_tests_of_the_library_need_no_experiments(path):
     """Not in the programs that they run either."""
     lines = path.read_text(encoding="utf-8").splitlines()

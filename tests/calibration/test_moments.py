@@ -16,9 +16,9 @@ from jax import lax
 from nuqjax._src.calibration.layers import solved
 from nuqjax._src.calibration.layouts import as_used
 from nuqjax._src.calibration.uses import Recorder, run
+from nuqjax._src.compress.plan import plan_leaves
+from nuqjax._src.compress.rules import Options
 from nuqjax.calibration import LeafMoments, moments
-from nuqjax.plan import plan_leaves
-from nuqjax.rules import Options
 
 ALL = 10**6  # positions: every one
 

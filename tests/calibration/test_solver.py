@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from nuqjax import AutoQFormat, ChannelGroups, CodebookArray, InputGroups, QFormat
 from nuqjax._src.calibration.solver import sampled
+from nuqjax._src.leaf.codebook_array import check, dense_on_host
+from nuqjax._src.leaf.fixed_point import encode_on_host
+from nuqjax._src.leaf.packing import pack
 from nuqjax.calibration import Problem, quantize, shrunk
-from nuqjax.codebook_array import check, dense_on_host
-from nuqjax.fixed_point import encode_on_host
-from nuqjax.packing import pack
+
+pytestmark = pytest.mark.versionless  # NumPy's arithmetic on plain arrays
 
 GRANULARITIES = ["tensor", "channel", ChannelGroups(4), InputGroups(5)]
 SCALES = [None, "channel", InputGroups(4)]

@@ -5,6 +5,8 @@ import pytest
 
 from nuqjax._src.calibration.sweeps import descent_matrix, feedback_matrix, sweep
 
+pytestmark = pytest.mark.versionless  # NumPy's arithmetic on plain arrays
+
 
 def moments(groups, inputs, seed=0):
     x = np.random.default_rng(seed).normal(size=(groups, 3 * inputs, inputs)) + 0.5

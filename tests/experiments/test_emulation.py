@@ -17,7 +17,7 @@ import pytest
 
 import nuqjax
 from experiments import emulation, images, networks
-from nuqjax.codebook_array import dense_on_host
+from nuqjax._src.leaf.codebook_array import dense_on_host
 from tests.fixed_point_oracle import Oracle, Value, same_padding
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import nuqjax
 from experiments import images, networks
 from tests import draws
-from tests.test_export_onnx import assert_same_up_to_order, onnx, onnxruntime, outputs  # noqa: F401
+from tests.export.test_onnx_file import assert_same_up_to_order, onnx, onnxruntime, outputs  # noqa: F401
 
 
 def test_a_resnet(onnx, onnxruntime, tmp_path):  # noqa: F811

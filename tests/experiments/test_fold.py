@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from experiments import networks
-from nuqjax.fold import fold_batch_norm
-from nuqjax.host import x64
-from tests.test_fold import primitives
+from nuqjax._src.fold.fold import fold_batch_norm
+from nuqjax._src.platform.host import x64
+from tests.fold.test_fold import primitives
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet20", 32), ("tiny_darknet", 64), ("efficientnet_lite0", 64)])

@@ -18,7 +18,7 @@ from experiments import images, networks
 from experiments.networks import MobileNetV2, ResNet50
 from experiments.networks.efficientnet_lite0 import depthwise_as_sum
 from experiments.networks.network import check_variables
-from nuqjax.host import x64
+from nuqjax._src.platform.host import x64
 from tests import draws
 
 # --- Forward passes in the layout of the weights files, written independently of the modules: PyTorch's channels come

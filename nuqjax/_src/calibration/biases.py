@@ -9,8 +9,8 @@ import numpy as np
 from nuqjax._src.calibration.programs import Programs, checked_batches
 from nuqjax._src.calibration.second_moments import Moments, Record, gather_moments
 from nuqjax._src.calibration.uses import Slot
-from nuqjax.codebook_array import is_codebook_array
-from nuqjax.paths import path_name
+from nuqjax._src.leaf.codebook_array import is_codebook_array
+from nuqjax._src.leaf.paths import path_name
 
 
 def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Iterable[Any]) -> Any:

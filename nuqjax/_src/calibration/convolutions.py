@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from nuqjax.interpret import Interpreter, bind
+from nuqjax._src.trace.interpret import Interpreter, bind
 
 _MOST_TAPS = 64
 

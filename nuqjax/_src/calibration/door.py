@@ -11,8 +11,8 @@ import jax.core
 from nuqjax._src.calibration.flow import calibrated
 from nuqjax._src.calibration.programs import Programs
 from nuqjax._src.calibration.widths import goal_of
-from nuqjax.compress import compress_tree
-from nuqjax.rules import Options, Rule
+from nuqjax._src.compress.compress import compress_tree
+from nuqjax._src.compress.rules import Options, Rule
 
 
 def compress(

@@ -16,13 +16,13 @@ from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measu
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
-from nuqjax.codebook_array import is_codebook_array
-from nuqjax.codebooks import decompress
-from nuqjax.compress import check_arrays
-from nuqjax.paths import path_name
-from nuqjax.plan import LeafPlan, Plan, plan_leaves
-from nuqjax.report import build_report
-from nuqjax.rules import Options
+from nuqjax._src.compress.compress import check_arrays
+from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
+from nuqjax._src.compress.rules import Options
+from nuqjax._src.leaf.codebook_array import is_codebook_array
+from nuqjax._src.leaf.codebooks import decompress
+from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.report.report import build_report
 
 
 @contextmanager

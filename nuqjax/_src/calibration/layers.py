@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nuqjax import rows
 from nuqjax._src.calibration.problem import Problem, Solution, shrunk
 from nuqjax._src.calibration.second_moments import LeafMoments
 from nuqjax._src.calibration.solver import quantize
-from nuqjax.codebook_array import CodebookArray
-from nuqjax.compress_leaf import compress_leaf, leaf_of
-from nuqjax.host import native_dtype
-from nuqjax.plan import LeafPlan
-from nuqjax.shardings import shardings
-from nuqjax.view import check_finite
+from nuqjax._src.compress.leaf import compress_leaf, leaf_of
+from nuqjax._src.compress.plan import LeafPlan
+from nuqjax._src.compress.view import check_finite
+from nuqjax._src.leaf import rows
+from nuqjax._src.leaf.codebook_array import CodebookArray
+from nuqjax._src.leaf.shardings import shardings
+from nuqjax._src.platform.host import native_dtype
 
 
 class Solved(NamedTuple):

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from nuqjax._src.calibration.second_moments import Moments
-from nuqjax.plan import LeafPlan, replanned
-from nuqjax.rows import ChannelGroups
-from nuqjax.rules import Options
+from nuqjax._src.compress.plan import LeafPlan, replanned
+from nuqjax._src.compress.rules import Options
+from nuqjax._src.leaf.rows import ChannelGroups
 
 
 def with_scales(options: Options) -> Options:

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from nuqjax.fixed_point import decode_on_host, encode_on_host
-from nuqjax.qformat import AutoQFormat, QFormat
+from nuqjax._src.leaf.fixed_point import decode_on_host, encode_on_host
+from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
 
 
 def rounded_levels(levels: np.ndarray, codebook_format: Any, dtype: np.dtype) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nuqjax.rows import ChannelGroups, InputGroups, row_shape
+from nuqjax._src.leaf.rows import ChannelGroups, InputGroups, row_shape
 
 
 class Places(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.calibration.convolutions import with_fast_convolutions
-from nuqjax.codebook_array import is_codebook_array
-from nuqjax.interpret import Traced, trace
-from nuqjax.meshes import on_automatic
-from nuqjax.paths import path_name
+from nuqjax._src.leaf.codebook_array import is_codebook_array
+from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.platform.meshes import on_automatic
+from nuqjax._src.trace.interpret import Traced, trace
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nuqjax import rows
 from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, fingerprint, shapes_of
 from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Sums, Use, run
-from nuqjax.interpret import Site
+from nuqjax._src.leaf import rows
+from nuqjax._src.trace.interpret import Site
 
 
 @dataclass(frozen=True)

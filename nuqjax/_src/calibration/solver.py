@@ -32,9 +32,9 @@ from nuqjax._src.calibration.stages import (
     stored_scale,
 )
 from nuqjax._src.calibration.sweeps import descent_matrix, feedback_matrix, sweep
-from nuqjax.fit import fit
-from nuqjax.qformat import AutoQFormat
-from nuqjax.rows import InputGroups, row_mask, to_rows
+from nuqjax._src.fit.methods import fit
+from nuqjax._src.leaf.qformat import AutoQFormat
+from nuqjax._src.leaf.rows import InputGroups, row_mask, to_rows
 
 _SAMPLE = 2**19  # values of a codebook that k-means looks at
 _ENOUGH = 1e-3  # the share of the error that a round must take off for another one to follow

@@ -1,6 +1,6 @@
 """Where a function uses its parameters, and the moments of what each use multiplies.
 
-The function's jaxpr is re-run (`nuqjax.interpret`) with its parameters lifted: each is followed through casts,
+The function's jaxpr is re-run (`trace.interpret`) with its parameters lifted: each is followed through casts,
 transposes, reshapes, slices, calls and loops to the dots, convolutions and look-ups that it enters. There the sums of
 what meets it are taken, and the place after it where an offset could be corrected is noted. All else about a use is
 static: which entry of the leaf each entry of the operand is, is worked out afterwards, a leaf at a time.
@@ -18,8 +18,8 @@ from jax import lax
 from jax.extend import core
 
 from nuqjax._src.calibration.convolutions import convolve
-from nuqjax.fold_program import MOVING, move
-from nuqjax.interpret import Interpreter, Rule, Site, bind, inline, scan_parts
+from nuqjax._src.fold.program import MOVING, move
+from nuqjax._src.trace.interpret import Interpreter, Rule, Site, bind, inline, scan_parts
 
 
 class Slice:

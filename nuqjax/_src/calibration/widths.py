@@ -17,12 +17,12 @@ from nuqjax._src.calibration.level_formats import scale_dtype
 from nuqjax._src.calibration.measures import measured
 from nuqjax._src.calibration.programs import Programs, checked_batches, fingerprint
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments
-from nuqjax.codebook_array import is_codebook_array
-from nuqjax.codebooks import decompress
-from nuqjax.plan import LeafPlan, plan_leaves, replanned, scale_groups
-from nuqjax.render import add_row, render
-from nuqjax.rows import channel_shape
-from nuqjax.rules import Options, Rule
+from nuqjax._src.compress.plan import LeafPlan, plan_leaves, replanned, scale_groups
+from nuqjax._src.compress.rules import Options, Rule
+from nuqjax._src.leaf.codebook_array import is_codebook_array
+from nuqjax._src.leaf.codebooks import decompress
+from nuqjax._src.leaf.rows import channel_shape
+from nuqjax._src.report.render import add_row, render
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 

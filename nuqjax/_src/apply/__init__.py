@@ -1,0 +1,1 @@
+"""The unchanged model on a compressed tree."""

@@ -1,0 +1,443 @@
+"""Runs an unchanged function on a tree with `CodebookArray` leaves, decoding inside XLA.
+
+`apply` traces the function on the dense shapes and re-runs it with the compressed leaves (`interpret`). A leaf stays
+packed through slices of its stack axes, casts, transposes and reshapes, and is decoded where a primitive needs its
+values: each layer just before it runs, an embedding look-up only the rows looked up, a `scan` step only its slice.
+"""
+
+import functools
+import math
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir, partial_eval
+
+from nuqjax._src.leaf.codebook_array import (
+    CodebookArray,
+    check_layout,
+    decode,
+    decode_take,
+    dense_sharding,
+    is_codebook_array,
+)
+from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.platform.meshes import as_automatic, explicit_sharding, typed_spec
+from nuqjax._src.trace.interpret import (
+    CONTROL_FLOW,
+    Interpreter,
+    Rule,
+    Site,
+    argument_name,
+    bind,
+    scan_parts,
+    trace,
+    write_changes,
+)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending"))
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A compressed leaf on its way through the program.
+
+    Attributes:
+      leaf: the `CodebookArray`, sliced along its stack axes as the program sliced it.
+      path: where it stands among the function's arguments.
+      pending: equations of one operand (casts, transposes, reshapes…) to bind on the decoded array, in order.
+    """
+
+    leaf: CodebookArray
+    path: str
+    pending: tuple[core.JaxprEqn, ...] = ()
+
+    @property
+    def only_cast(self) -> bool:
+        """Whether the pending equations commute with slicing."""
+        return all(eqn.primitive.name == "convert_element_type" for eqn in self.pending)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a slice of the leaf's arrays along their first axis is a slice of the value."""
+        return bool(self.leaf.stack_shape) and self.only_cast
+
+    def finish(self, array: jax.Array) -> jax.Array:
+        """The pending equations on a decoded array."""
+        for eqn in self.pending:
+            [array] = bind(eqn, [array])
+        return array
+
+
+LOOP_BYTES = 2**28
+
+
+def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES) -> Callable[..., Any]:
+    """Lifts a function of dense arrays to one that takes `CodebookArray` leaves anywhere in its arguments.
+
+    The function is not changed: a Flax `model.apply`, an NNX call, an equinox module's, any JAX code. What it computes
+    is what it computes on `nuqjax.decompress` of its arguments. Run eagerly, each operation gives the same bits; where
+    XLA compiles several together (under `jit`, and in loops and inner `jit`s that a compressed leaf enters), results
+    are equal up to the order in which XLA sums. Compose it with `jit` (pass the tree as an argument, so that it is not
+    baked in), `grad`, `vmap`, `shard_map`, sharding and `jax.export`. Arguments that are not arrays (`train=False`,
+    `mutable=…`) are static.
+
+    What the function changes in place in its arguments is written back to them, as by the function itself: the state of
+    NNX modules (caches, batch statistics, counts of random streams), the entries of dicts and lists. Where that cannot
+    be done, for a compressed leaf say, an error names the leaf.
+
+    Memory and speed: a leaf is decoded at each use, in each call. Only loops (`scan`, `while_loop`) have the weights
+    that they close over decoded before they begin, as many as take at most `loop_bytes` together, so that a step does
+    not decode them anew; layers that a `scan` runs over are always decoded one by one, and look-ups row by row. To
+    decode once for many calls, pass `nuqjax.decompress(cparams)` to `fn` itself.
+
+    Each call traces the function anew: put it under `jax.jit` where it runs more than once.
+
+    Args:
+      fn: a function that JAX can trace.
+      *misplaced: nothing: the arguments of `fn` go to the function that is returned.
+      loop_bytes: bytes that the weights decoded for one loop may take; 0 decodes in each step.
+
+    Returns:
+      A function of the same arguments and outputs; outputs are dense JAX arrays. It pickles if `fn` does.
+
+    Raises:
+      TypeError: `fn` is a model, not a function of it, or arguments of the function are given here.
+      ValueError: (the returned function) a leaf was sliced along an axis that is no stack axis, or an optimizer changed
+        its indices; what the function changes in place cannot be written back. The message names the leaf.
+
+    >>> import jax, jax.numpy as jnp, nuqjax
+    >>> predict = lambda params, x: jnp.tanh(x @ params["w"] + params["b"])
+    >>> params = {"w": jnp.linspace(-1, 1, 512).reshape(16, 32), "b": jnp.zeros(32)}
+    >>> cparams = nuqjax.compress(params, bits=4)
+    >>> jax.jit(apply(predict))(cparams, jnp.ones((2, 16))).shape
+    (2, 32)
+    """
+    _check_function(fn, misplaced)
+    return functools.update_wrapper(_Lifted(fn, loop_bytes), fn)
+
+
+class _Lifted:
+    """A lifted function. A class, so that it pickles."""
+
+    def __init__(self, fn: Callable[..., Any], loop_bytes: int):
+        self._fn, self._loop_bytes = fn, loop_bytes
+
+    def __call__(self, *args, **kwargs):
+        leaves = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]
+        for path, x in leaves:
+            if is_codebook_array(x):
+                check_layout(x, argument_name(path))
+        traced = trace(self._fn, args, kwargs, is_codebook_array, dense_sharding, caller="nuqjax.apply")
+        held = dict(traced.arrays)
+        for path, _ in traced.changed:
+            if is_codebook_array(held.get(path)):
+                raise ValueError(
+                    f"nuqjax.apply: the function changes a compressed leaf in place, {argument_name(path)}; let it "
+                    "return the new value, or give it nuqjax.decompress of the tree"
+                )
+        interpreter = _interpreter(self._loop_bytes)
+        values = [Packed(x, path_name(path)) if is_codebook_array(x) else x for path, x in traced.arrays]
+        results = interpreter.lower_all(interpreter.evaluate(traced.jaxpr, values))
+        results = [_as_array(x, aval) for x, aval in zip(results, traced.jaxpr.out_avals, strict=True)]
+        outputs, computed = results[: traced.outputs.num_leaves], results[traced.outputs.num_leaves :]
+        write_changes(traced, args, kwargs, computed, "nuqjax.apply")
+        return jax.tree.unflatten(traced.outputs, outputs)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self):
+        name = getattr(self._fn, "__qualname__", "")
+        if getattr(sys.modules.get(getattr(self._fn, "__module__", "")), name, None) is self:
+            return name  # `@nuqjax.apply` at the top of a module
+        return functools.partial(apply, loop_bytes=self._loop_bytes), (self._fn,)
+
+
+def _check_function(fn: Any, misplaced: Sequence[Any]) -> None:
+    """Raises TypeError, showing the right call, unless `fn` alone is given, and is no model or tree."""
+    if misplaced:
+        raise TypeError(
+            "nuqjax.apply takes a function, and gives one that takes the arguments: nuqjax.apply(fn)(cparams, x)"
+        )
+    if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
+        raise TypeError(
+            f"nuqjax.apply: {type(fn).__name__} is a model, and a function is wanted: "
+            "nuqjax.apply(model.apply)(cparams, x)"
+        )
+    bound = fn if not isinstance(fn, functools.partial) else (fn.args, fn.keywords)
+    leaves = jax.tree.leaves(bound, is_leaf=is_codebook_array)
+    is_model = not isinstance(fn, functools.partial) and any(isinstance(x, jax.Array | np.ndarray) for x in leaves)
+    if not callable(fn) or is_model or any(map(is_codebook_array, leaves)):
+        raise TypeError(
+            f"nuqjax.apply: {type(fn).__name__} is no function of the compressed tree, which is to be its argument: "
+            "nuqjax.apply(fn)(cparams, x), or nuqjax.apply(lambda model, x: model(x))(cmodel, x)"
+        )
+
+
+def _as_array(x: Any, aval: Any) -> jax.Array:
+    """A result that is a literal of the traced program, or an argument as it came in, as an array."""
+    if isinstance(x, jax.Array):
+        return x
+    x = np.asarray(x)
+    return jnp.asarray(x.item()) if aval.weak_type and x.ndim == 0 else jnp.asarray(x, aval.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding in its place.
+#
+# Inside `jit` nothing but data dependencies orders the decoding of different layers, and XLA on CPU would decode every
+# weight first and hold them all. So the packed bytes are made to depend on the activation that they meet.
+
+_after_p = core.Primitive("after")
+
+
+def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
+    """`packed`, not before `token` is known."""
+    token, sharding = lax.stop_gradient(token), explicit_sharding(packed, token)
+    if sharding is None:
+        return _after_p.bind(packed, token)
+    return as_automatic(_after_p.bind, sharding.mesh, typed_spec(packed))(packed, token)
+
+
+def _after_by_data(packed, token):
+    """A zero that no simplifier can see through, since a float times zero may be NaN, is added to the bytes."""
+    first = lax.reshape(lax.slice(token, (0,) * token.ndim, (1,) * token.ndim), ())
+    never = first.astype(jnp.float32) * 0 > 0
+    return packed ^ never.astype(packed.dtype)
+
+
+def _after_by_barrier(packed, token):
+    return lax.optimization_barrier((packed, token))[0]
+
+
+def _batch_after(args, dims):
+    packed, token = args
+    if dims[1] is not None:  # any one example will do: decoding must not be repeated for each
+        token = lax.index_in_dim(token, 0, dims[1], keepdims=False)
+    return _after_p.bind(packed, token), dims[0]
+
+
+def _jvp_after(primals, tangents):
+    output = _after_p.bind(*primals)
+    del tangents  # the bytes have none, and the token does not count
+    return output, ad.Zero.from_primal_value(output)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_after_p.def_impl(lambda packed, token: packed)
+_after_p.def_abstract_eval(lambda packed, token: packed)
+batching.primitive_batchers[_after_p] = _batch_after
+ad.primitive_jvps[_after_p] = _jvp_after
+# `linear_transpose` takes all that hangs on its input for linear in it: the order of decoding is given up there.
+partial_eval.custom_partial_eval_rules[_after_p] = lambda trace, packed, token: packed
+mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_barrier, multiple_results=False))
+mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_data, multiple_results=False), platform="cpu")
+
+
+def _token(others: Sequence[Any]) -> jax.Array | None:
+    """An operand whose value the decoding can wait for."""
+    for x in others:
+        if (
+            isinstance(x, jax.core.Tracer)
+            and x.size
+            and (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer))
+        ):
+            return x
+    return None
+
+
+def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
+    """Decodes a leaf on its way to an equation with these other operands."""
+    leaf, token = value.leaf, _token(others)
+    if token is not None:
+        leaf = replace(leaf, packed=_after(leaf.packed, token))
+    with jax.named_scope(f"decode {value.path}"):
+        return value.finish(decode(leaf))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: what a primitive does with a packed leaf other than decode it.
+
+
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest):
+    """A change of shape or dtype waits until the leaf is decoded."""
+    if rest:
+        return bind(eqn, interpreter.lower_all((value, *rest)))
+    return [replace(value, pending=(*value.pending, eqn))]
+
+
+def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+    """Stack axes of length 1 are taken off the leaf itself."""
+    dimensions, stack = eqn.params["dimensions"], len(value.leaf.stack_shape)
+    if value.only_cast and all(d < stack for d in dimensions):
+        return [replace(value, leaf=jax.tree.map(lambda a: lax.squeeze(a, dimensions), value.leaf))]
+    return _keep(interpreter, site, eqn, value)
+
+
+def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+    """Along stack axes the leaf itself is sliced; a short run of one other axis is decoded alone."""
+    start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(start)
+    shape = _operand_shape(eqn)
+    cut = [a for a, n in enumerate(shape) if (start[a], limit[a], strides[a]) != (0, n, 1)]
+    stack = len(value.leaf.stack_shape)
+    if value.only_cast and all(a < stack for a in cut):
+        index = tuple(slice(start[a], limit[a], strides[a]) for a in range(stack))
+        return [replace(value, leaf=value.leaf[index])]
+    if value.only_cast and not stack and len(cut) == 1:
+        [a] = cut
+        run = range(start[a], limit[a], strides[a])
+        return [_take(eqn, value, jnp.arange(run.start, run.stop, run.step, dtype=jnp.int32), a)]
+    return _keep(interpreter, site, eqn, value)
+
+
+def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start):
+    """As `_slice`, with computed starts, which `dynamic_slice` moves inside the array."""
+    sizes, shape = eqn.params["slice_sizes"], _operand_shape(eqn)
+    if not isinstance(value, Packed) or any(map(interpreter.is_lifted, start)) or not value.only_cast:
+        return bind(eqn, interpreter.lower_all((value, *start)))
+    cut = [a for a, n in enumerate(shape) if sizes[a] != n]
+    stack = len(value.leaf.stack_shape)
+    if all(a < stack for a in cut):
+
+        def sliced(array):
+            rest = array.ndim - stack
+            zeros = [jnp.zeros((), start[0].dtype)] * rest
+            return lax.dynamic_slice(array, [*start[:stack], *zeros], [*sizes[:stack], *array.shape[stack:]])
+
+        return [replace(value, leaf=jax.tree.map(sliced, value.leaf))]
+    if not stack and len(cut) == 1:
+        [a] = cut
+        first = jnp.clip(start[a], 0, shape[a] - sizes[a])
+        return [_take(eqn, value, first + jnp.arange(sizes[a], dtype=first.dtype), a)]
+    return bind(eqn, interpreter.lower_all((value, *start)))
+
+
+def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax.Array:
+    def taken(leaf, index):
+        with jax.named_scope(f"decode {value.path}"):
+            return value.finish(decode_take(leaf, index, axis))
+
+    return _of_its_type(eqn, taken)(value.leaf, index)
+
+
+def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function that computes what an equation does: on a mesh with explicit axes, distributed as its output is."""
+
+    def run(*args):
+        sharding = explicit_sharding(*jax.tree.leaves(args))
+        aval: Any = eqn.outvars[0].aval
+        return function(*args) if sharding is None else as_automatic(function, sharding.mesh, aval.sharding.spec)(*args)
+
+    return run
+
+
+def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices):
+    """A look-up along one axis (`jnp.take`, `Embed`) decodes only what is looked up; any other gather decodes all."""
+    axis = _taken_axis(eqn)
+    if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
+        return bind(eqn, interpreter.lower_all((value, indices)))
+    stack = len(value.leaf.stack_shape)
+    if 0 < stack <= axis:
+        return bind(eqn, interpreter.lower_all((value, indices)))
+    return [_of_its_type(eqn, functools.partial(_looked_up, eqn, axis))(value, indices)]
+
+
+def _looked_up(eqn: core.JaxprEqn, axis: int, value: Packed, indices: jax.Array) -> jax.Array:
+    """What a gather gives that takes whole slices along an axis."""
+    shape, params = _operand_shape(eqn), eqn.params
+    lead = indices.shape[:-1]
+    index = indices.reshape(math.prod(lead))
+    inside = jnp.clip(index, 0, shape[axis] - 1)
+    with jax.named_scope(f"decode {value.path}"):
+        if value.leaf.stack_shape:  # whole slices: look up their codebooks and indices
+            taken = decode(jax.tree.map(lambda a: jnp.take(a, inside, axis=axis), value.leaf))
+        else:
+            taken = decode_take(value.leaf, inside, axis)
+        taken = jnp.moveaxis(value.finish(taken), axis, 0)
+    if params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        fill = params["fill_value"]
+        valid = (index == inside).reshape(-1, *(1,) * (taken.ndim - 1))
+        taken = jnp.where(valid, taken, jnp.array(jnp.nan if fill is None else fill, taken.dtype))
+    offset = params["dimension_numbers"].offset_dims
+    batch = [d for d in range(len(lead) + len(offset)) if d not in offset]
+    order = np.argsort([*batch, *offset])
+    return taken.reshape(*lead, *taken.shape[1:]).transpose(order)
+
+
+def _operand_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
+    return eqn.invars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _taken_axis(eqn: core.JaxprEqn) -> int | None:
+    """The axis along which a gather takes whole slices of length 1; None if it does anything else."""
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], _operand_shape(eqn)
+    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
+        return None
+    [axis] = numbers.start_index_map
+    whole = all(size == (1 if a == axis else n) for a, (size, n) in enumerate(zip(sizes, shape, strict=True)))
+    return axis if whole and not numbers.operand_batching_dims else None
+
+
+def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """What each step of a loop would decode anew is decoded before it, as far as `loop_bytes` reach."""
+    constants = _loop_constants(eqn, len(operands))
+    repeated = _decoded_inside(interpreter, site, eqn, operands)
+    arrays = [x for x in operands if not interpreter.is_lifted(x)]
+    operands = list(operands)
+    for n in constants:
+        x = operands[n]
+        if isinstance(x, Packed) and x.path in repeated:
+            size = x.leaf.size * np.dtype(x.leaf.dtype).itemsize
+            if size <= loop_bytes:
+                loop_bytes -= size
+                operands[n] = interpreter.lower(x, arrays)
+    if not any(map(interpreter.is_lifted, operands)):
+        return bind(eqn, operands)
+    return CONTROL_FLOW[site.primitive](interpreter, site, eqn, *operands)
+
+
+def _loop_constants(eqn: core.JaxprEqn, count: int) -> range:
+    """Which of a loop's operands are the same in every step."""
+    if eqn.primitive.name == "scan":
+        return range(scan_parts(eqn.params, count)[0])
+    return range(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"])
+
+
+def _decoded_inside(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> set[str]:
+    """Paths of the leaves that an equation with an inside decodes whole: found by tracing it."""
+    paths = set()
+
+    def note(value: Packed, others: Sequence[Any]):
+        paths.add(value.path)
+        return value.finish(jnp.zeros(value.leaf.shape, value.leaf.dtype))
+
+    noting = Interpreter(interpreter.is_lifted, note, _RULES)
+    jax.eval_shape(lambda: (CONTROL_FLOW[site.primitive](noting, site, eqn, *operands), None)[1])
+    return paths
+
+
+_RULES: dict[str, Rule] = {
+    "convert_element_type": _keep,
+    "transpose": _keep,
+    "reshape": _keep,
+    "broadcast_in_dim": _keep,
+    "rev": _keep,
+    "copy": _keep,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+}
+
+
+def _interpreter(loop_bytes: int) -> Interpreter:
+    loop = functools.partial(_loop, loop_bytes)
+    return Interpreter(lambda x: isinstance(x, Packed), _lower, _RULES | {"scan": loop, "while": loop})

@@ -1,0 +1,147 @@
+"""Levels in the format that is asked for, and the fraction bits of least error."""
+
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax._src.compress.plan import LeafPlan
+from nuqjax._src.compress.view import View
+from nuqjax._src.leaf import fixed_point, rows
+from nuqjax._src.leaf.assign import assign, assign_on_host, distortion, distortion_on_host
+from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
+from nuqjax._src.platform.host import over_blocks, working_dtype, x64
+
+
+def most_scaled(factors: Any, dtype: np.dtype) -> Any:
+    """The largest magnitude of a level that no scale takes beyond the leaf's dtype; None without scales."""
+    if factors is None:
+        return None
+    xp, finest = rows.namespace(factors), jnp.finfo(dtype)
+    wide = np.float64 if xp is np else working_dtype(factors.dtype)
+    most = factors.astype(wide).max()
+    if xp is jnp:  # a quotient rounded upwards would be too large
+        most = most * (1 + 4 * float(jnp.finfo(wide).eps))
+    return float(finest.max) / xp.maximum(most, float(jnp.finfo(wide).tiny))
+
+
+def round_levels(levels: Any, codebook_format, dtype: np.dtype, most_scaled: Any) -> tuple[Any, Any]:
+    """Levels as they are stored, and the values that they decode to: what is finite stays so."""
+    xp, working = rows.namespace(levels), working_dtype(levels.dtype)
+    finite = float(jnp.finfo(dtype).max) if most_scaled is None else most_scaled
+    if isinstance(codebook_format, QFormat):
+        encode: Any = fixed_point.encode
+        decode: Any = fixed_point.decode
+        if xp is np:
+            encode, decode = fixed_point.encode_on_host, fixed_point.decode_on_host
+        with np.errstate(over="ignore"):
+            most = xp.floor(xp.minimum(finite * 2.0**codebook_format.frac, 2.0**24)).astype(np.int32)
+        stored = xp.clip(encode(levels, codebook_format), -most, most).astype(codebook_format.storage_dtype)
+        values = decode(stored, codebook_format)
+    else:
+        target = np.dtype(dtype if codebook_format is None else codebook_format)
+        most = _not_above(xp.minimum(finite, min(float(jnp.finfo(t).max) for t in (target, working))), target, working)
+        stored = xp.clip(levels, -most, most).astype(target)
+        values = stored
+    return stored, (values if most_scaled is not None else values.astype(dtype)).astype(working)
+
+
+def _not_above(largest: Any, target: np.dtype, working: np.dtype) -> Any:
+    """The largest value of the target dtype that is not above a magnitude in its range, or the one before it."""
+    xp = rows.namespace(largest)
+    below = largest * (1 - float(jnp.finfo(target).eps))
+    nearest, before = (x.astype(target).astype(working) for x in (largest, below))
+    return xp.where(nearest > largest, before, nearest)
+
+
+def choose_format(auto: AutoQFormat, levels: Any, view: View, plan: LeafPlan) -> QFormat:
+    """The `QFormat` whose fraction bits give the leaf the least squared error."""
+    if isinstance(levels, jax.core.Tracer):
+        raise ValueError(f"{plan.path}: {auto} chooses its fraction bits from values: under jit give a QFormat")
+    whole = max(math.frexp(float(abs(levels).max()))[1], -120)  # no level reaches 2^whole
+    unit = np.float32(2.0 ** (1 - whole))
+    values, levels = (x.astype(np.float32, copy=False) for x in (view.values, levels))
+    dtype = jnp.dtype(plan.dtype)
+
+    def error_of(levels) -> float:
+        return _error(values, levels, unit, view.weights, view.mask)
+
+    unrounded_error = error_of(levels)
+    mass = _mass(values, levels, unit, view.weights, view.mask)
+    most = most_scaled(view.factors, dtype)
+    full = auto.word - auto.signed - whole  # the finest format that saturates no level
+    best = math.inf, full
+
+    def is_worse(moved: float) -> bool:
+        """Whether a format that moves the levels' weights so far cannot be the best, by the triangle inequality."""
+        return max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2 * (1 - 1e-5) > best[0]
+
+    # Down to the coarsest format that has not only zero for these levels; up to a range that few of them are inside.
+    for frac in sorted(range(max(-whole, -512), min(full + _FINER, 512) + 1), key=lambda frac: abs(frac - full)):
+        fixed = QFormat(auto.word, frac, auto.signed)
+        if is_worse(_moved_into_range(levels, fixed, dtype, unit, mass)):
+            continue
+        _, rounded = round_levels(levels, fixed, dtype, most)
+        if not is_worse(_error(levels, rounded, unit, mass, None)):
+            best = min(best, (error_of(rounded), frac))
+    return QFormat(auto.word, best[1], auto.signed)
+
+
+_FINER = 24  # how many more fraction bits than `full` are tried: the range is then 2^−24 of the largest level
+
+
+def _moved_into_range(levels: Any, fixed: QFormat, dtype, unit: np.float32, mass: Any) -> float:
+    """How far at least a format moves the levels' weights, squared: those outside of its range, which no level leaves.
+
+    But for the rounding to the leaf's dtype.
+    """
+    least, largest = (end * (1 + float(jnp.finfo(dtype).eps)) for end in fixed.range)
+    exact = np.asarray(levels, np.float64)
+    moved = (exact - np.clip(exact, least, largest)) * float(unit)
+    return float((moved * moved * np.asarray(mass)).sum())
+
+
+def _error(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -> float:
+    """The squared error of a leaf's rows in units of `unit`."""
+    if isinstance(values, np.ndarray):
+        each = distortion_on_host(values, levels, weights, mask, unit)
+    else:
+        each = _jit_distortion(values * unit, levels * unit, weights, mask)
+    return float(np.asarray(each, np.float64).sum())
+
+
+_jit_distortion = jax.jit(distortion)
+
+
+def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -> Any:
+    """`[R, K]` how much weight is nearest to each level."""
+    if not isinstance(values, np.ndarray):
+        return _jit_mass(values * unit, levels * unit, weights, mask)
+    count, num_levels = levels.shape
+    indices = assign_on_host(values, levels)
+    mass = np.zeros(levels.shape)
+
+    def block(some, columns):
+        place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * num_levels
+        each = None if weights is None else weights[some, columns]
+        if mask is not None:
+            each = mask[some, columns] if each is None else np.where(mask[some, columns], each, 0)
+        each = None if each is None else each.reshape(-1)
+        return some, np.bincount(place.reshape(-1), each, place.shape[0] * num_levels)
+
+    for some, part in over_blocks(block, count, values.shape[1]):
+        mass[some] += part.reshape(-1, num_levels)
+    return mass.astype(np.float32)
+
+
+@jax.jit
+def _jit_mass(values, levels, weights, mask):
+    """`_mass` of arrays that are not on the host, in units of their own."""
+    with x64():
+        each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)
+        each = each if mask is None else jnp.where(mask, each, 0.0)
+        place = jax.vmap(lambda index, each: jnp.zeros(levels.shape[-1], jnp.float64).at[index].add(each))
+        return place(assign(values, levels), each).astype(jnp.float32)

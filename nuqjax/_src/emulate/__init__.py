@@ -1,0 +1,1 @@
+"""The model on raw integers, and its formats."""

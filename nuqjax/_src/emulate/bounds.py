@@ -1,0 +1,379 @@
+"""What the raw integers of a program can be, worked out before any runs, and so how each sum may be computed.
+
+Every word of a node lies in an interval of raw integers. A dot or a convolution of operands within X and W, whose
+weights' magnitudes add up to S for one output, is at most max|X|·S; from that follow the register that it needs and the
+cheapest arithmetic in which every partial sum, in whatever order, is exact.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
+from nuqjax._src.emulate.program import LINEAR, LOOKING_UP, MOVING, Node, Program, whole_numbers
+from nuqjax._src.leaf.qformat import QFormat
+
+_WIDEST = 62  # bits of magnitude that int64 words may have, so that halves and sums of two still fit
+_FLOAT32, _FLOAT64 = 24, 53  # bits of the significands
+LIMB = 8  # bits of a limb
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words of a node: raw · 2^−frac / divisor, least ≤ raw ≤ largest.
+
+    Attributes:
+      frac: fraction bits.
+      least: no raw integer is less.
+      largest: no raw integer is larger.
+      divisor: positive whole numbers, broadcast against the words.
+    """
+
+    frac: int
+    least: int
+    largest: int
+    divisor: np.ndarray | None = None
+
+    @property
+    def peak(self) -> int:
+        """The largest magnitude."""
+        return max(abs(self.least), abs(self.largest))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the raw integers are held in."""
+        return "int32" if self.least >= -(2**31) and self.largest < 2**31 else "int64"
+
+    def shifted(self, frac: int) -> "Words":
+        """The same values with `frac` fraction bits, no fewer than now."""
+        up = frac - self.frac
+        return replace(self, frac=frac, least=self.least << up, largest=self.largest << up)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is known of a node before it runs.
+
+    Attributes:
+      exact: its words before any rounding.
+      words: its words as they leave it.
+      row: its formats; None where it needs none.
+      route: how its sums are computed; "" where there are none.
+      bound: the largest magnitude of its exact raw integers.
+    """
+
+    exact: Words
+    words: Words
+    row: SiteFormat | None
+    route: str
+    bound: int
+
+
+def sites(program: Program, formats: Formats) -> dict[Node, Site]:
+    """What is known of every node that has words.
+
+    Raises:
+      ValueError: a site has no row or lacks a format; an exact accumulator is too narrow; words would be longer than
+        62 bits. The message names the site.
+      NotImplementedError: a node has no exact rule, and the formats do not allow floats.
+    """
+    if program.floats and formats.fallback != "float":
+        node = next(n for n in program.nodes if n in program.floats)
+        raise NotImplementedError(
+            f"{node.name}: there is no exact rule for {node.op} here; fallback='float' computes it in floating point"
+        )
+    found: dict[Node, Site] = {}
+    for node in program.nodes:
+        if node.role != "activation" or not node.real:
+            continue
+        if node in program.floats:
+            if node in program.rounded:
+                row = formats[node.name]
+                words = format_words(_need(row, "output"))
+                found[node] = Site(words, words, row, "", words.peak)
+            continue
+        found[node] = _site(node, program, formats, found)
+    return found
+
+
+def _site(node: Node, program: Program, formats: Formats, found: Mapping[Node, Site]) -> Site:
+    rounds = node in program.rounded
+    row = formats.rows.get(node.name)
+    if rounds:
+        row = formats[node.name]
+    route, bound = "", None
+    if node.op == "input":
+        exact = format_words(_need(row, "output"))
+    elif node.op in LINEAR:
+        exact, route, bound = _linear(node, formats[node.name], found)
+    else:
+        exact = _exact(node, row, found)
+    most = max(exact.peak, bound or 0).bit_length()
+    if rounds and exact.divisor is not None and row is not None and row.output is not None:
+        drop = exact.frac - row.output.frac
+        most = max(most + max(-drop, 0), int(exact.divisor.max()).bit_length() + max(drop, 0) + 1)
+    if most > _WIDEST:
+        raise ValueError(f"{node.name}: its exact words would need {most + 1} bits; shorten its operands' formats")
+    words = _rounded(exact, row) if rounds and node.op != "input" else exact
+    return Site(exact, words, row, route, exact.peak if bound is None else bound)
+
+
+def _need(row: SiteFormat | None, name: str, site: str = "") -> QFormat:
+    fmt = row and getattr(row, name)
+    if not fmt:
+        raise ValueError(f"{row.site if row else site}: its row has no format for {name}")
+    return fmt
+
+
+def format_words(fmt: QFormat) -> Words:
+    """All words of a format."""
+    return Words(fmt.frac, fmt.least, fmt.largest)
+
+
+def _rounded(exact: Words, row: SiteFormat | None) -> Words:
+    """The words after rounding and overflow: within the format, and not farther out than the exact ones."""
+    fmt = _need(row, "output")
+    drop = exact.frac - fmt.frac
+    ends = (exact.least, exact.largest)
+    if exact.divisor is not None:
+        small, large = int(exact.divisor.min()), int(exact.divisor.max())
+        low, high = ends
+        ends = (low // (small if low < 0 else large), -(-high // (small if high > 0 else large)))
+    low, high = (ends[0] << -drop, ends[1] << -drop) if drop < 0 else (ends[0] >> drop, -(-ends[1] >> drop))
+    if row and row.overflow == "wrap" and (low < fmt.least or high > fmt.largest):
+        return format_words(fmt)
+    least = min(max(low, fmt.least), fmt.largest)
+    largest = max(min(high, fmt.largest), fmt.least)
+    if row and row.overflow == "saturate_zero":
+        least, largest = min(least, 0), max(largest, 0)
+    return Words(fmt.frac, least, largest)
+
+
+def _linear(node: Node, row: SiteFormat, found: Mapping[Node, Site]) -> tuple[Words, str, int]:
+    """Words of a dot's or a convolution's accumulator, the route to it, and the bound if nothing is lost there."""
+    terms = terms_of(node)
+    words = [found[n].words if n.role == "activation" else format_words(_need(row, "weight")) for n in node.inputs[:2]]
+    frac = words[0].frac + words[1].frac
+    number = split_operand(node)
+    total = terms * words[1 - number].peak if row.weight_sum is None else row.weight_sum
+    products = words[number].peak * total
+    accumulator = row.accumulator
+    if accumulator is None:
+        raise ValueError(f"{node.name}: its row has no accumulator")
+    start = 0
+    if len(node.inputs) == 3:
+        bias = _need(row, "bias")
+        start = _bias_peak(row, bias, frac if accumulator.frac is None else accumulator.frac)
+    if accumulator.frac is not None and accumulator.frac != frac:
+        drop = frac - accumulator.frac
+        if drop < 0:
+            raise ValueError(
+                f"{node.name}: an accumulator of {accumulator.frac} fraction bits, but products have {frac}"
+            )
+        bound = (products >> drop) + terms + start
+        return _scanned(node, accumulator, Words(accumulator.frac, -bound, bound)), "scan", bound
+    bound = products + start
+    exact = Words(frac, -bound, bound)
+    if accumulator.mode == "saturate" and not _fits(exact, accumulator.word):
+        return _scanned(node, accumulator, exact), "scan", bound
+    route = _route(node, words, total)
+    if accumulator.mode == "wrap" and not _fits(exact, accumulator.word):
+        return _register_words(accumulator, frac), route, bound
+    _require_fit(node, exact, accumulator.word)
+    return exact, route, bound
+
+
+def _scanned(node: Node, accumulator: Accumulator, exact: Words) -> Words:
+    if accumulator.mode == "exact" or _fits(exact, accumulator.word):
+        _require_fit(node, exact, accumulator.word)
+        return exact
+    return _register_words(accumulator, exact.frac)
+
+
+def _register_words(accumulator: Accumulator, frac: int) -> Words:
+    """All that a register holds."""
+    assert accumulator.word is not None
+    least = -(1 << (accumulator.word - 1))
+    return Words(frac, least, -least - 1)
+
+
+def _fits(words: Words, word: int | None) -> bool:
+    return word is None or words.peak < 1 << (word - 1)
+
+
+def _require_fit(node: Node, exact: Words, word: int | None) -> None:
+    if not _fits(exact, word):
+        raise ValueError(
+            f"{node.name}: its exact sums need an accumulator of {exact.peak.bit_length() + 1} bits and have {word}; "
+            "give it more, shorter words, or mode='wrap' or 'saturate'"
+        )
+
+
+def _bias_peak(row: SiteFormat, bias: QFormat, frac: int) -> int:
+    """The largest magnitude with which a bias starts an accumulator of `frac` fraction bits."""
+    peak = format_words(bias).peak if row.bias_peak is None else row.bias_peak
+    up = frac - bias.frac
+    return peak << up if up >= 0 else -(-peak >> -up)
+
+
+def terms_of(node: Node) -> int:
+    """How many products make one output."""
+    lhs, rhs = (n.shape for n in node.inputs[:2])
+    if node.op == "dot_general":
+        (contracted, _), _ = node.params["dimension_numbers"]
+        return math.prod(lhs[d] for d in contracted)
+    return math.prod(rhs[d] for d in node.params["dimension_numbers"].rhs_spec[1:])
+
+
+def split_operand(node: Node) -> int:
+    """Which operand of a dot or a convolution is the activation, so to be split in limbs where it is too wide."""
+    return 0 if node.inputs[0].role == "activation" else 1
+
+
+def _route(node: Node, words: Sequence[Words], total: int) -> str:
+    """The cheapest arithmetic in which the products' partial sums are exact; a bias is added to integers."""
+    peak = words[split_operand(node)].peak
+    products = peak * total
+    if products <= 1 << _FLOAT32:
+        return "float32"
+    if is_depthwise(node):
+        return "int32" if products < 2**31 else "int64"
+    if all(limb_count(w) == 1 for w in words) and products < 2**31:
+        return "int8"
+    if total * max(1 << (LIMB - 1), (peak >> LIMB) + 1) <= 1 << _FLOAT32:
+        return "limbs"
+    return "float64" if products <= 1 << _FLOAT64 else "int64"
+
+
+def limb_count(words: Words) -> int:
+    """How many balanced limbs, each an int8, hold every word.
+
+    >>> [limb_count(Words(0, -top, top)) for top in (127, 128, 32639, 32640)]
+    [1, 2, 2, 3]
+    """
+    count = 1
+    while True:
+        ones = ((1 << LIMB * count) - 1) // ((1 << LIMB) - 1)  # every limb a one
+        if words.least >= -128 * ones and words.largest <= 127 * ones:
+            return count
+        count += 1
+
+
+def is_depthwise(node: Node) -> bool:
+    """Whether a convolution has one input channel a group: sums of shifted products."""
+    if node.op != "conv_general_dilated":
+        return False
+    numbers = node.params["dimension_numbers"]
+    return node.params["feature_group_count"] > 1 and node.inputs[1].shape[numbers.rhs_spec[1]] == 1
+
+
+def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, Site]) -> Words:
+    """Words of what is no sum of products, before any rounding."""
+    acts = [found[n].words for n in node.inputs if n.role == "activation" and n.real and n in found]
+    if node.op in LOOKING_UP and node.inputs[0].role != "activation":
+        return format_words(_need(row, "weight", node.name))
+    if node.op in MOVING:
+        return acts[0] if acts else _whole_words(node.inputs[0])
+    match node.op:
+        case "add" | "sub" | "concatenate" | "stack" | "select_n":
+            parts = [
+                found[n].words if n.role == "activation" else format_words(_need(row, "bias", node.name))
+                for n in node.inputs
+                if n.real
+            ]
+            frac = max(p.frac for p in parts)
+            parts = [_no_divisor(node, p).shifted(frac) for p in parts]
+            if node.op == "add":
+                return Words(frac, parts[0].least + parts[1].least, parts[0].largest + parts[1].largest)
+            if node.op == "sub":
+                return Words(frac, parts[0].least - parts[1].largest, parts[0].largest - parts[1].least)
+            return Words(frac, min(p.least for p in parts), max(p.largest for p in parts))
+        case "neg":
+            return replace(acts[0], least=-acts[0].largest, largest=-acts[0].least)
+        case "abs":
+            return replace(acts[0], least=0, largest=acts[0].peak)
+        case "sign":
+            return Words(0, -1, 1)
+        case "square" | "integer_pow":
+            power = 2 if node.op == "square" else node.params["y"]
+            peak = _no_divisor(node, acts[0]).peak ** power
+            return Words(acts[0].frac * power, 0 if power % 2 == 0 else -peak, peak)
+        case "mul":
+            other = acts[1] if len(acts) == 2 else format_words(_need(row, "weight", node.name))
+            return _product(_no_divisor(node, acts[0]), other)
+        case "div":
+            divisor = whole_numbers(node.inputs[1].value)
+            assert divisor is not None
+            if row is not None and row.reciprocal is not None:
+                factor = int(np.max(reciprocals(divisor, row.reciprocal)))
+                return _product(_no_divisor(node, acts[0]), Words(row.reciprocal, 0, factor))
+            return replace(_no_divisor(node, acts[0]), divisor=divisor)
+        case "reduce_sum" | "cumsum" | "reduce_window_sum":
+            terms = summed(node)
+            return replace(
+                _no_divisor(node, acts[0]), least=terms * min(acts[0].least, 0), largest=terms * max(acts[0].largest, 0)
+            )
+        case "max" | "min" if len(acts) == 2:
+            frac = max(w.frac for w in acts)
+            a, b = (_no_divisor(node, w).shifted(frac) for w in acts)
+            pick = max if node.op == "max" else min
+            return Words(frac, pick(a.least, b.least), pick(a.largest, b.largest))
+        case "max" | "min":
+            constant = next(n for n in node.inputs if n.role != "activation")
+            ends = as_words(constant.value, acts[0].frac)
+            pick = max if node.op == "max" else min
+            low, high = (pick(acts[0].least, int(ends.min())), pick(acts[0].largest, int(ends.max())))
+            return replace(acts[0], least=low, largest=high)
+        case "clamp":
+            low, high = (as_words(node.inputs[k].value, acts[0].frac) for k in (0, 2))
+            least = min(max(acts[0].least, int(low.min())), int(high.max()))
+            largest = max(min(acts[0].largest, int(high.max())), int(low.min()))
+            return replace(acts[0], least=least, largest=largest)
+        case "pad":
+            value = int(as_words(node.inputs[1].value, acts[0].frac))
+            return replace(acts[0], least=min(acts[0].least, value), largest=max(acts[0].largest, value))
+    return acts[0]
+
+
+def _whole_words(node: Node) -> Words:
+    """Whole numbers or truth values made words."""
+    if node.dtype == bool:
+        return Words(0, 0, 1)
+    info = np.iinfo(node.dtype)
+    return Words(0, int(info.min), int(info.max))
+
+
+def _no_divisor(node: Node, words: Words) -> Words:
+    if words.divisor is not None:
+        raise ValueError(f"{node.name}: it takes a quotient that is not rounded")
+    return words
+
+
+def _product(a: Words, b: Words) -> Words:
+    ends = [x * y for x in (a.least, a.largest) for y in (b.least, b.largest)]
+    return Words(a.frac + b.frac, min(ends), max(ends))
+
+
+def summed(node: Node) -> int:
+    """How many words a sum adds up at most."""
+    shape, params = node.inputs[0].shape, node.params
+    match node.op:
+        case "reduce_sum":
+            return math.prod(shape[a] for a in params["axes"])
+        case "cumsum":
+            return shape[params["axis"]]
+    return math.prod(params["window_dimensions"])
+
+
+def reciprocals(divisor: np.ndarray, bits: int) -> np.ndarray:
+    """round(2^bits / divisor), halves up, as hardware stores it."""
+    return ((2 << bits) // divisor + 1) // 2
+
+
+def as_words(value: np.ndarray, frac: int) -> np.ndarray:
+    """Constants as int64 words: rounded once (half even), saturating at 62 bits."""
+    with np.errstate(over="ignore"):
+        scaled = np.ldexp(np.asarray(value, np.float64), frac)
+    return np.clip(np.rint(scaled), -(2.0**_WIDEST), 2.0**_WIDEST).astype(np.int64)

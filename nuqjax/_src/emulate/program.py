@@ -1,0 +1,434 @@
+"""A traced function as a graph whose sites have names: what the fixed-point emulation is planned and run on.
+
+`build` re-runs the function's jaxpr with `Node`s in place of arrays. Calls are gone inside, scans are unrolled, an
+accumulator's bias belongs to it. Then every node is known to be either *exact*, handed on with all its bits to what
+takes it, or *rounded* to its site's format.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from nuqjax._src.leaf.codebook_array import check_layout, is_codebook_array
+from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.trace.interpret import Interpreter, Site, argument_name, bind, inline, scan_parts, trace
+
+LINEAR = frozenset({"dot_general", "conv_general_dilated"})
+_SUMS = frozenset({"add", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"})
+_PRODUCTS = frozenset({"mul", "div", "square", "integer_pow"})
+_JOINS = frozenset({"select_n", "concatenate", "stack"})
+# Exact in more bits than their operands have, so rounded before anything but more of the same.
+WIDENING = _SUMS | _PRODUCTS | _JOINS
+# They pick among their operand's words.
+_REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"})
+CHOOSING = _REDUCTIONS | {"max", "min", "clamp", "abs", "sign", "pad"}
+# They move words about.
+_SHAPES = frozenset({"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "rev"})
+_SELECTIONS = frozenset({"slice", "split", "index"})
+_IDENTITIES = frozenset(
+    {"copy", "copy_p", "convert_element_type", "stop_gradient", "reduce_precision", "sharding_constraint", "name"}
+)
+LOOKING_UP = frozenset({"gather", "dynamic_slice"})
+MOVING = _SHAPES | LOOKING_UP | _SELECTIONS | _IDENTITIES | {"optimization_barrier"}
+# They tell something about words; what they tell is no word.
+TELLING = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "argmax", "argmin", "is_finite"})
+EXACT = LINEAR | WIDENING | CHOOSING | MOVING | TELLING
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A value of the program.
+
+    Attributes:
+      op: the name of the primitive that makes it; or "input", "leaf", "constant".
+      inputs: the nodes that it is made of: of a dot or a convolution, two operands and maybe a bias.
+      eqns: the equation; of a dot or a convolution with a bias, also that of the addition.
+      shape: its shape.
+      dtype: the dtype that the function gave it.
+      role: "parameter" where it depends on parameters (and constants) alone, "constant", or "activation".
+      name: a unique name: a leaf's path, the site of anything else.
+      value: a constant's.
+      index: which of the equation's outputs it is; of an "index" node, the position along the first axis.
+    """
+
+    op: str
+    inputs: tuple["Node", ...]
+    eqns: tuple[core.JaxprEqn, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    role: str
+    name: str
+    value: Any = None
+    index: int = 0
+
+    @property
+    def real(self) -> bool:
+        """Whether the function gave it a floating dtype."""
+        return jax.numpy.issubdtype(self.dtype, jax.numpy.floating)
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters of its equation."""
+        return self.eqns[0].params if self.eqns else {}
+
+    @property
+    def subtracts_bias(self) -> bool:
+        """Of a dot or a convolution with a bias: whether it is subtracted."""
+        return len(self.eqns) == 2 and self.eqns[1].primitive.name == "sub"
+
+    def floating(self, *values: Any) -> Any:
+        """What the function makes of the inputs' values."""
+        if self.op == "index":
+            return values[0][self.index]
+        if self.op == "stack" and not self.eqns:
+            return jax.numpy.stack(values)
+        if self.op == "reciprocal":
+            return 1 / values[0]
+        if self.op == "mul" and not self.eqns:
+            return values[0] * values[1]
+        result = bind(self.eqns[0], values[: len(self.eqns[0].invars)])[self.index]
+        if len(self.eqns) == 2:
+            [result] = bind(self.eqns[1], [result, values[-1]])
+        return result
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function as a graph.
+
+    Attributes:
+      nodes: every node after those it is made of.
+      outputs: what the function returns: nodes.
+      structure: the outputs' pytree.
+      arrays: the leaf or the input of every array argument.
+      floats: the nodes that no exact rule computes, or that are made of such.
+      rounded: the nodes whose words are brought to a format of their site.
+    """
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    structure: Any
+    arrays: tuple[Node, ...]
+    floats: frozenset[Node] = field(repr=False)
+    rounded: frozenset[Node] = field(repr=False)
+
+
+def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
+    """The program of `fn` on arguments of these shapes, and the arguments' arrays in its order.
+
+    The first argument is the tree of parameters; a `CodebookArray` anywhere else is one, too.
+
+    Raises:
+      ValueError: the function changes one of its arguments in place, or JAX took a compressed leaf for its arrays.
+    """
+    for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]:
+        if is_codebook_array(x):
+            check_layout(x, argument_name(path))
+    traced = trace(fn, args, kwargs, is_codebook_array, caller=_CALLER)
+    for path, _ in traced.changed:
+        raise ValueError(
+            f"{_CALLER}: the function changes {argument_name(path)} in place, which raw integers cannot be written to: "
+            "let it return the new value, or not change it (model.eval())"
+        )
+    recorder = _Recorder()
+    starts = []
+    inputs = itertools.count()
+    for path, x in traced.arrays:
+        first = len(path) > 1 and path[:2] == _FIRST
+        if first or is_codebook_array(x):
+            name = path_name(path[2:]) if first else path_name(path)
+            starts.append(recorder.node("leaf", (), (), x.shape, x.dtype, name or "parameter"))
+        else:
+            number = next(inputs)
+            starts.append(recorder.node("input", (), (), x.shape, x.dtype, f"input{number or ''}"))
+    with jax.ensure_compile_time_eval():  # what hangs on constants alone
+        outputs = _INTERPRETER(recorder).evaluate(traced.jaxpr, starts)
+        outputs = [recorder.lifted(x) for x in outputs]
+    nodes, renamed = _with_biases(_reached(outputs, starts))
+    outputs = tuple(renamed.get(node, node) for node in outputs)
+    floats = _floats(nodes)
+    program = Program(nodes, outputs, traced.outputs, tuple(starts), floats, _rounded(nodes, outputs, floats))
+    return program, [x for _, x in traced.arrays]
+
+
+_CALLER = "calibrate, emulate"
+_FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
+
+
+class _Recorder:
+    """Makes nodes and keeps their names apart."""
+
+    def __init__(self):
+        self.names: dict[str, int] = {}
+
+    def node(self, op, inputs, eqns, shape, dtype, name, value=None, index=0) -> Node:
+        """A node with the role that its inputs give it, under a name of its own."""
+        roles = {node.role for node in inputs}
+        if op in ("leaf", "constant", "input"):
+            role = {"leaf": "parameter", "constant": "constant", "input": "activation"}[op]
+        else:
+            role = next((r for r in ("activation", "parameter") if r in roles), "constant")
+        if role == "activation":
+            number = self.names.get(name, 0)
+            self.names[name] = number + 1
+            name = f"{name}#{number}" if number else name
+        return Node(op, tuple(inputs), tuple(eqns), tuple(shape), np.dtype(dtype), role, name, value, index)
+
+    def lifted(self, x: Any) -> Node:
+        """A constant's node; a node as it is."""
+        if isinstance(x, Node):
+            return x
+        value = np.asarray(x)
+        return self.node("constant", (), (), value.shape, value.dtype, "constant", value)
+
+    def record(self, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Node]:
+        """The rule of every primitive that computes: a node for each output."""
+        inputs = [self.lifted(x) for x in operands]
+        name = f"{site.scope}:{site.primitive}" if site.scope else site.primitive
+        if site.primitive == "div" and inputs[0].role == "activation" and inputs[1].role != "activation":
+            divisor = inputs[1]
+            if inputs[0].real and (divisor.role == "parameter" or whole_numbers(divisor.value) is None):
+                return [self._multiplied(inputs[0], divisor, eqn, name)]
+        if site.primitive in LINEAR or site.primitive in LOOKING_UP:
+            name = next((_leaf_of(n) for n in reversed(inputs) if _leaf_of(n)), name)
+        return [
+            self.node(site.primitive, inputs, (eqn,), var.aval.shape, var.aval.dtype, name, index=number)  # pyright: ignore[reportAttributeAccessIssue]
+            for number, var in enumerate(eqn.outvars)
+        ]
+
+    def _multiplied(self, x: Node, divisor: Node, eqn: core.JaxprEqn, name: str) -> Node:
+        """A division by no whole number as the multiplication by the reciprocal that hardware does."""
+        inverse = self.node("reciprocal", (divisor,), (), divisor.shape, divisor.dtype, f"{name}:reciprocal")
+        if divisor.role == "constant":
+            inverse = self.lifted((1 / np.asarray(divisor.value, np.float64)).astype(divisor.dtype))
+        aval: Any = eqn.outvars[0].aval
+        return self.node("mul", (x, inverse), (), aval.shape, aval.dtype, name)
+
+    def unroll(self, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Any]:
+        """The rule of `scan`: every step has its own sites and so its own formats."""
+        first, second = scan_parts(eqn.params, len(operands))
+        consts, carry, xs = operands[:first], list(operands[first:second]), operands[second:]
+        jaxpr, length = eqn.params["jaxpr"], eqn.params["length"]
+        steps = range(length)[:: -1 if eqn.params["reverse"] else 1]
+        rows: dict[int, list[Any]] = {}
+        for step in steps:
+            at = [self._index(self.lifted(x), step) for x in xs]
+            scope = f"{site.scope or 'scan'}[{step}]"
+            outputs = interpreter.evaluate(jaxpr, (*consts, *carry, *at), scope)
+            carry, rows[step] = outputs[: len(carry)], outputs[len(carry) :]
+        stacked = []
+        for number in range(len(eqn.outvars) - len(carry)):
+            parts = [self.lifted(rows[step][number]) for step in range(length)]
+            aval: Any = eqn.outvars[len(carry) + number].aval
+            stacked.append(self.node("stack", parts, (), aval.shape, aval.dtype, f"{site.scope or 'scan'}:stack"))
+        return [*carry, *stacked]
+
+    def _index(self, node: Node, step: int) -> Node:
+        if node.op == "constant":
+            return self.lifted(node.value[step])
+        return self.node("index", (node,), (), node.shape[1:], node.dtype, f"{node.name}[{step}]", index=step)
+
+
+def _leaf_of(node: Node) -> str:
+    """The leaf that a parameter is made of by moves alone; "" if it is none."""
+    while node.op in MOVING and node.role == "parameter":
+        if node.op == "index":
+            inner = _leaf_of(node.inputs[0])
+            return inner and f"{inner}[{node.index}]"
+        node = node.inputs[0]
+    return node.name if node.op == "leaf" else ""
+
+
+def _INTERPRETER(recorder: _Recorder) -> Interpreter:
+    def lower(value, others):
+        raise AssertionError("a program's values are not lowered")
+
+    calls = "jit pjit closed_call core_call checkpoint remat2 custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr"
+    rules = dict.fromkeys(calls.split(), inline)
+    return Interpreter(
+        is_lifted=lambda x: isinstance(x, Node),
+        lower=lower,
+        rules=rules | {"scan": recorder.unroll, "while": recorder.record, "cond": recorder.record},
+        default=recorder.record,
+    )
+
+
+def _reached(outputs: Sequence[Node], starts: Sequence[Node]) -> list[Node]:
+    """The nodes that the outputs are made of, each after its inputs."""
+    order: dict[Node, None] = dict.fromkeys(starts)
+    stack = [*reversed(outputs)]
+    while stack:
+        node = stack[-1]
+        missing = [n for n in node.inputs if n not in order]
+        if node in order or not missing:
+            order[node] = None
+            stack.pop()
+        else:
+            stack.extend(reversed(missing))
+    return list(order)
+
+
+def consumers(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
+    """By node, the nodes that take it, once for every time."""
+    found: dict[Node, list[Node]] = {node: [] for node in nodes}
+    for node in nodes:
+        for taken in node.inputs:
+            found[taken].append(node)
+    return found
+
+
+def _with_biases(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], dict[Node, Node]]:
+    """The nodes with every bias taken into the dot or the convolution whose only use is its addition."""
+    uses, new, kept = consumers(nodes), dict[Node, Node](), []
+    dropped = set()
+    for node in nodes:
+        inputs = tuple(new[n] for n in node.inputs)
+        accumulator = _accumulator(node, uses)
+        if accumulator is not None:
+            before = new[accumulator]
+            bias = inputs[1 - node.inputs.index(accumulator)]
+            dropped.add(before)
+            made = Node(
+                before.op,
+                (*before.inputs, bias),
+                (*before.eqns, *node.eqns),
+                node.shape,
+                node.dtype,
+                node.role,
+                before.name,
+            )
+        elif inputs == node.inputs:
+            made = node
+        else:
+            made = Node(
+                node.op, inputs, node.eqns, node.shape, node.dtype, node.role, node.name, node.value, node.index
+            )
+        new[node] = made
+        kept.append(made)
+    return tuple(n for n in kept if n not in dropped), new
+
+
+def _accumulator(node: Node, uses: Mapping[Node, Sequence[Node]]) -> Node | None:
+    """The dot or convolution to which a node adds a bias."""
+    if node.op not in ("add", "sub") or node.role != "activation":
+        return None
+    for mine, other in (node.inputs, node.inputs[::-1]):
+        if mine.op in LINEAR and mine.role == "activation" and len(uses[mine]) == 1 and other.role != "activation":
+            return mine if node.op == "add" or mine is node.inputs[0] else None
+    return None
+
+
+def _floats(nodes: Sequence[Node]) -> frozenset[Node]:
+    """What has no exact rule, and what is made of it, up to the next dot or convolution, which takes words again."""
+    floats: set[Node] = set()
+    for node in nodes:
+        acts = [n for n in node.inputs if n.role == "activation"]
+        if node.role != "activation" or (not any(n.real for n in acts) and not node.real) or not acts:
+            continue  # parameters, inputs, and whole numbers made of whole numbers
+        if not _has_rule(node) or (node.op not in LINEAR and any(n in floats for n in acts)):
+            floats.add(node)
+    return frozenset(floats)
+
+
+def _has_rule(node: Node) -> bool:
+    """Whether the node has exact words."""
+    roles = [n.role for n in node.inputs]
+    params = node.params
+    match node.op:
+        case "conv_general_dilated":
+            return params["batch_group_count"] == 1
+        case "div":
+            return roles[1] != "activation"
+        case "integer_pow":
+            return params["y"] in (1, 2, 3, 4)
+        case "convert_element_type":
+            return node.real  # a real value made whole is no word
+        case "lt" | "le" | "gt" | "ge" | "eq" | "ne" | "max" | "min" | "pad" | "clamp":
+            return "parameter" not in roles
+        case "select_n":
+            return not node.inputs[0].real
+    return node.op in EXACT
+
+
+def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[Node]) -> frozenset[Node]:
+    """The nodes brought to a format: the inputs, and what is wide unless all that takes it takes all its bits.
+
+    A float node is, too, where a dot or a convolution takes it.
+    """
+    uses = consumers(nodes)
+    known: dict[tuple[Node, str], bool] = {}
+
+    def absorbed(node: Node, made_by: str) -> bool:
+        """Whether everything that takes a node's words, made by an operation and moved, takes them with all bits."""
+        if (node, made_by) not in known:
+            takers = uses[node]
+            taken = bool(takers) and node not in outputs and all(absorbs(t, made_by) for t in takers)
+            known[node, made_by] = taken
+        return known[node, made_by]
+
+    def absorbs(taker: Node, made_by: str) -> bool:
+        if taker in floats:
+            return False
+        if taker.op in MOVING - LOOKING_UP:
+            return absorbed(taker, made_by)
+        match taker.op:
+            case "mul":
+                return made_by in _SUMS and any(n.role == "constant" for n in taker.inputs)
+            case "div":
+                return made_by in _SUMS
+            case "max" | "min":
+                return joins(taker) and made_by == "mul"
+        return taker.op in ("add", "sub", "neg", "select_n", "reduce_sum")
+
+    def joins(node: Node) -> bool:
+        """Whether it is a choice between two activations, which may have different formats."""
+        return node.op in ("max", "min") and all(n.role == "activation" for n in node.inputs)
+
+    def wide(node: Node) -> bool:
+        return node.op in WIDENING or node.op in LINEAR or joins(node)
+
+    found = set()
+    for node in nodes:
+        if node.role != "activation" or not node.real:
+            continue
+        if node in floats:
+            if any(t.op in LINEAR and t not in floats for t in uses[node]):
+                found.add(node)
+        elif node.op == "input" or (
+            wide(node) and (node.op in LINEAR or node.op == "div" or not absorbed(node, node.op))
+        ):
+            found.add(node)
+    return frozenset(found)
+
+
+def operands(node: Node) -> Iterator[tuple[str, Node]]:
+    """The parameters and constants that need a format of their own: `("weight", node)` and `("bias", node)`."""
+    if node.role != "activation" or not node.real:
+        return
+    still = [n for n in node.inputs if n.role != "activation"]
+    if node.op in LINEAR:
+        for number, n in enumerate(node.inputs):
+            if n.role != "activation":
+                yield ("weight" if number < 2 else "bias"), n
+    elif node.op == "mul" and still:
+        yield "weight", still[0]
+    elif node.op in LOOKING_UP and node.inputs[0].role != "activation":
+        yield "weight", node.inputs[0]
+    elif node.op in ("add", "sub") and still:
+        yield "bias", still[0]
+    elif node.op in ("select_n", "concatenate", "stack"):
+        for n in still:
+            if n.real:
+                yield "bias", n
+
+
+def whole_numbers(value: np.ndarray) -> np.ndarray | None:
+    """Constants as int64, if they are positive whole numbers below 2^31."""
+    wide = np.asarray(value, np.float64)
+    inside = (wide >= 1) & (wide < 2**31) & (wide == np.floor(wide))
+    return wide.astype(np.int64) if inside.all() else None

@@ -1,0 +1,410 @@
+"""A function as a flat list of equations whose values are parameters or activations, for `nuqjax.fold`."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core, source_info_util
+
+from nuqjax._src.trace.interpret import Interpreter, Site, bind, inline, scan_parts
+
+LINEAR = frozenset({"dot_general", "conv_general_dilated"})
+PASSING = frozenset({"convert_element_type", "copy", "copy_p", "name", "reduce_precision", "stop_gradient"})
+MOVING = PASSING | {"reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev"}
+SCALING = frozenset({"mul", "div"})
+ELEMENTWISE = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+    "pow": np.power,
+    "neg": np.negative,
+    "abs": np.abs,
+    "exp": np.exp,
+    "log": np.log,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls are gone inside, so that everything stands in one list.
+
+
+def flatten(jaxpr: core.ClosedJaxpr, unroll: bool = False) -> core.ClosedJaxpr:
+    """The same function without calls around its dots and convolutions.
+
+    Args:
+      jaxpr: what to flatten.
+      unroll: whether a `scan` with a dot or a convolution in its body is written out, too.
+    """
+    calls = ["checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
+    interpreter = Interpreter(
+        is_lifted=lambda x: True,
+        lower=lambda value, others: value,
+        rules=dict.fromkeys(calls, _enter) | {"scan": _unroll if unroll else _keep, "while": _keep, "cond": _keep},
+        default=_keep,
+    )
+    return jax.make_jaxpr(lambda *args: interpreter.evaluate(jaxpr, args))(
+        *(
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+            for aval in jaxpr.in_avals
+        )
+    )
+
+
+def bind_in(scope: str, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """The equation's outputs, under the names of a scope."""
+    with scoped(scope):
+        return bind(eqn, operands)
+
+
+def scoped(scope: str) -> AbstractContextManager[Any]:
+    """The context that puts what is traced under the names of a scope."""
+    return jax.named_scope(scope) if scope else nullcontext()
+
+
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    names = source_info_util.new_name_stack(site.scope)  # in place of the equation's own, which are the end of these
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names):
+        return bind(eqn, operands)
+
+
+def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    """A call with a dot or a convolution inside is entered; another keeps its own derivative."""
+    return (inline if _has_linear(eqn) else _keep)(interpreter, site, eqn, *operands)
+
+
+def _unroll(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+    if not _has_linear(eqn):
+        return _keep(interpreter, site, eqn, *operands)
+    first, second = scan_parts(eqn.params, len(operands))
+    consts, carry, xs = operands[:first], list(operands[first:second]), operands[second:]
+    length = eqn.params["length"]
+    rows: dict[int, Sequence[Any]] = {}
+    for step in range(length)[:: -1 if eqn.params["reverse"] else 1]:
+        scope = f"{site.scope or 'scan'}[{step}]"
+        sliced = [lax.index_in_dim(x, step, keepdims=False) for x in xs]
+        outputs = interpreter.evaluate(eqn.params["jaxpr"], (*consts, *carry, *sliced), scope)
+        carry, rows[step] = outputs[: len(carry)], outputs[len(carry) :]
+    return [*carry, *(jnp.stack(ys) for ys in zip(*(rows[step] for step in range(length)), strict=True))]
+
+
+def _has_linear(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name in LINEAR or any(
+        _has_linear(inner) for body, _ in _bodies(eqn) for inner in body.jaxpr.eqns
+    )
+
+
+def _bodies(eqn: core.JaxprEqn) -> Iterator[tuple[core.ClosedJaxpr, Sequence[Any]]]:
+    """The jaxprs inside an equation, and what each is called with; None stands for a loop's carry."""
+    given: list[Any] = list(eqn.invars)
+    match eqn.primitive.name:
+        case "scan":
+            first, second = scan_parts(eqn.params, len(given))
+            yield eqn.params["jaxpr"], [*given[:first], *[None] * (second - first), *given[second:]]
+        case "while":
+            first = eqn.params["cond_nconsts"]
+            second = first + eqn.params["body_nconsts"]
+            yield eqn.params["body_jaxpr"], [*given[first:second], *[None] * (len(given) - second)]
+        case "cond":
+            for branch in eqn.params["branches"]:
+                yield branch, given[1:]
+        case _:
+            for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+                if name in eqn.params:
+                    body = eqn.params[name]
+                    yield body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ()), given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list, and what each value in it is.
+
+
+class Step(NamedTuple):
+    """An equation that an activation passes through: a move, or an addition or a multiplication by something fixed.
+
+    Attributes:
+      number: of the equation.
+      op: "move", "neg", "add", "sub", "mul", "div", or "from": the activation is what is subtracted.
+      value: the activation.
+      operand: what is added or multiplied by.
+    """
+
+    number: int
+    op: str
+    value: Any
+    operand: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """A flat function whose inputs are known to be parameters or activations.
+
+    Attributes:
+      jaxpr: the function.
+      roles: of every variable: "parameter" where it hangs on parameters (and constants) alone, "constant", or
+        "activation".
+      leaves: of the variables that are parameters given, their names.
+      constants: of the variables that are constants, their values.
+      makers: of every other variable, the number of the equation that makes it.
+      takers: of every variable, the numbers of the equations that take it, once for every time and without those that
+        no output hangs on; the number of equations stands for an output.
+      origins: of every variable, the leaves that it hangs on.
+      roots: the parameters with the square root of a parameter in them.
+    """
+
+    jaxpr: core.ClosedJaxpr
+    roles: dict[Any, str] = field(default_factory=dict)
+    leaves: dict[Any, str] = field(default_factory=dict)
+    constants: dict[Any, Any] = field(default_factory=dict)
+    makers: dict[Any, int] = field(default_factory=dict)
+    takers: dict[Any, list[int]] = field(default_factory=dict)
+    origins: dict[Any, frozenset[Any]] = field(default_factory=dict)
+    roots: set[Any] = field(default_factory=set)
+
+    @property
+    def eqns(self) -> Sequence[core.JaxprEqn]:
+        """The equations, in order."""
+        return self.jaxpr.jaxpr.eqns
+
+    def role(self, atom: Any) -> str:
+        """The role of a variable or a literal."""
+        return "constant" if isinstance(atom, core.Literal) else self.roles[atom]
+
+    def made_by(self, atom: Any) -> core.JaxprEqn | None:
+        """The equation that makes a value; None for an input or a constant."""
+        return None if isinstance(atom, core.Literal) or atom not in self.makers else self.eqns[self.makers[atom]]
+
+    def scope(self, number: int) -> str:
+        """The names around an equation."""
+        return str(self.eqns[number].source_info.name_stack)
+
+    def alone(self, var: Any) -> bool:
+        """Whether a single equation takes a value."""
+        return len(self.takers.get(var, ())) == 1 and self.takers[var][0] < len(self.eqns)
+
+    def leaves_of(self, atom: Any) -> frozenset[Any]:
+        """The leaves that a value hangs on."""
+        return frozenset() if atom is None or isinstance(atom, core.Literal) else self.origins[atom]
+
+    def normalises(self, atom: Any) -> bool:
+        """Whether the square root of a parameter is in an expression of parameters."""
+        return not isinstance(atom, core.Literal) and atom in self.roots
+
+    def step(self, number: int) -> Step | None:
+        """What an equation does to the single activation that it takes, if it is a step of a chain."""
+        eqn, name = self.eqns[number], self.eqns[number].primitive.name
+        acts = [v for v in eqn.invars if self.role(v) == "activation"]
+        if len(acts) != 1 or len(eqn.outvars) != 1:
+            return None
+        [value], [out] = acts, eqn.outvars
+        before: Any = value.aval
+        after: Any = out.aval
+        if not jnp.issubdtype(before.dtype, jnp.floating) or not jnp.issubdtype(after.dtype, jnp.floating):
+            return None
+        if name in MOVING - {"slice", "rev"}:
+            return Step(number, "move", value) if math.prod(before.shape) == math.prod(after.shape) else None
+        if before.shape != after.shape:
+            return None
+        if name == "neg":
+            return Step(number, "neg", value)
+        if name not in ("add", "sub", "mul", "div"):
+            return None
+        operand = eqn.invars[1] if eqn.invars[0] is value else eqn.invars[0]
+        if operand is eqn.invars[0] and name in ("sub", "div"):
+            return Step(number, "from", value, operand) if name == "sub" else None
+        return Step(number, name, value, operand)
+
+    def root(self, step: Step) -> Any:
+        """Where the chain that a step stands in begins: what it hangs on through steps alone."""
+        var = step.value
+        while self.alone(var) and var in self.makers:
+            before = self.step(self.makers[var])
+            if before is None:
+                break
+            var = before.value
+        return var
+
+    def chain(self, root: Any) -> list[Step]:
+        """The steps that follow a value, each being all that the one before is used for."""
+        steps, var = [], root
+        while self.alone(var):
+            step = self.step(self.takers[var][0])
+            if step is None:
+                break
+            steps.append(step)
+            [var] = self.eqns[step.number].outvars
+        return steps
+
+    def live(self, passed: Mapping[int, Any]) -> frozenset[int]:
+        """The equations that the outputs hang on where those in `passed` hand on that operand instead."""
+        needed = {v for v in self.jaxpr.jaxpr.outvars if not isinstance(v, core.Literal)}
+        found = set()
+        for number in range(len(self.eqns))[::-1]:
+            eqn = self.eqns[number]
+            if eqn.effects or not needed.isdisjoint(eqn.outvars):
+                found.add(number)
+                taken = [passed[number]] if number in passed else eqn.invars
+                needed.update(v for v in taken if not isinstance(v, core.Literal))
+        return frozenset(found)
+
+    def users(self, leaf: Any, passed: Mapping[int, Any], live: frozenset[int]) -> set[int]:
+        """The equations among `live(passed)` that a leaf reaches through moves alone."""
+        found, stack = set(), [leaf]
+        while stack:
+            for number in self.takers.get(stack.pop(), ()):
+                if number == len(self.eqns):
+                    found.add(number)
+                elif number in live and number not in passed:
+                    eqn = self.eqns[number]
+                    if eqn.primitive.name in MOVING:
+                        stack += eqn.outvars
+                    else:
+                        found.add(number)
+        return found
+
+
+def flat(jaxpr: core.ClosedJaxpr, roles: Sequence[str], names: Sequence[str]) -> Flat:
+    """Gives every variable of a flat jaxpr its role.
+
+    Args:
+      jaxpr: from `flatten`.
+      roles: of its inputs.
+      names: of its inputs that are parameters.
+    """
+    inner = jaxpr.jaxpr
+    made = Flat(jaxpr)
+    for var, role, name in zip(inner.invars, roles, names, strict=True):
+        made.roles[var], made.origins[var] = role, frozenset()
+        if role == "parameter":
+            made.leaves[var], made.origins[var] = name, frozenset({var})
+    for var, value in zip(inner.constvars, jaxpr.consts, strict=True):
+        made.roles[var], made.constants[var], made.origins[var] = "constant", value, frozenset()
+    for number, eqn in enumerate(inner.eqns):
+        given = {made.role(v) for v in eqn.invars}
+        role = next((r for r in ("activation", "parameter") if r in given), "constant")
+        made.roles.update(dict.fromkeys(eqn.outvars, role))
+        made.makers.update(dict.fromkeys(eqn.outvars, number))
+        origins = frozenset(itertools.chain.from_iterable(map(made.leaves_of, eqn.invars)))
+        made.origins.update(dict.fromkeys(eqn.outvars, origins if role == "parameter" else frozenset()))
+        takes_root = eqn.primitive.name in ("rsqrt", "sqrt", "pow") and made.role(eqn.invars[0]) == "parameter"
+        if role == "parameter" and (takes_root or any(map(made.normalises, eqn.invars))):
+            made.roots.update(eqn.outvars)
+    live = made.live({})
+    for number, eqn in enumerate(inner.eqns):
+        for var in eqn.invars if number in live else ():
+            if not isinstance(var, core.Literal):
+                made.takers.setdefault(var, []).append(number)
+    for var in inner.outvars:
+        if not isinstance(var, core.Literal):
+            made.takers.setdefault(var, []).append(len(inner.eqns))
+    return made
+
+
+def inner_batch_norms(program: Flat) -> Iterator[tuple[int, str]]:
+    """The equations with a batch-norm in their body (loops, branches): number, and the batch-norm's scope inside."""
+    for number, eqn in enumerate(program.eqns):
+        if eqn.primitive.name not in ("scan", "while", "cond"):
+            continue
+        for body, given in _bodies(eqn):
+            roles = ["activation" if v is None else program.role(v) for v in given]
+            inside = flat(flatten(body), roles, [""] * len(roles))
+            for n in range(len(inside.eqns)):
+                step = inside.step(n)
+                if step and step.op in SCALING and inside.normalises(step.operand):
+                    yield number, inside.scope(n)
+            for _, scope in inner_batch_norms(inside):
+                yield number, scope
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values of expressions of parameters.
+
+
+class Values:
+    """What expressions of parameters and constants are worth, in float64.
+
+    A value has its variable's axes, but length 1 along those that `broadcast_in_dim` stretched.
+    """
+
+    def __init__(self, program: Flat, leaves: Mapping[Any, np.ndarray]):
+        self.program = program
+        self.known = dict(leaves)
+
+    def of(self, atom: Any) -> np.ndarray:
+        """The value of a variable or a literal."""
+        if isinstance(atom, core.Literal):
+            return wide(atom.val)
+        if atom not in self.known:
+            eqn = self.program.made_by(atom)
+            if eqn is None:
+                self.known[atom] = wide(self.program.constants[atom])
+            else:
+                self.known.update(zip(eqn.outvars, self._outputs(eqn), strict=True))
+        return self.known[atom]
+
+    def _outputs(self, eqn: core.JaxprEqn) -> Sequence[np.ndarray]:
+        operands = [self.of(v) for v in eqn.invars]
+        name, out = eqn.primitive.name, eqn.outvars[0]
+        real = jnp.issubdtype(out.aval.dtype, jnp.floating)  # pyright: ignore[reportAttributeAccessIssue]
+        if name in MOVING and (real or name not in PASSING):
+            moved = move(eqn, operands[0])
+            return [moved.astype(np.float64) if real else moved]
+        with np.errstate(all="ignore"):
+            if real and name == "integer_pow":
+                return [operands[0] ** float(eqn.params["y"])]
+            if real and name in ELEMENTWISE:
+                return [ELEMENTWISE[name](*operands)]
+        avals: list[Any] = [v.aval for v in eqn.invars]
+        full = [np.broadcast_to(x, a.shape).astype(a.dtype) for x, a in zip(operands, avals, strict=True)]
+        inside = eqn.params.get(
+            "call_jaxpr"
+        )  # which a function with derivatives of its own has; jax 0.7 binds none here
+        with jax.ensure_compile_time_eval():
+            arrays = [jnp.asarray(x) for x in full]
+            found = bind(eqn, arrays) if inside is None else core.jaxpr_as_fun(inside)(*arrays)
+            return [wide(x) for x in found]
+
+
+def wide(x: Any) -> np.ndarray:
+    """An array as numpy's, floats as float64."""
+    array = np.asarray(x)
+    return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def move(eqn: core.JaxprEqn, array: np.ndarray) -> np.ndarray:
+    """What one of `MOVING` makes of an array, which may have length 1 along stretched axes."""
+    params, aval = eqn.params, eqn.outvars[0].aval
+    match eqn.primitive.name:
+        case "broadcast_in_dim":
+            shape = [1] * len(params["shape"])
+            for axis, n in zip(params["broadcast_dimensions"], array.shape, strict=True):
+                shape[axis] = n
+            return array.reshape(shape)
+        case "transpose":
+            return array.transpose(params["permutation"])
+        case "squeeze":
+            return array.squeeze(params["dimensions"])
+        case "reshape":
+            return _full(eqn, array).reshape(aval.shape)  # pyright: ignore[reportAttributeAccessIssue]
+        case "slice":
+            strides = params["strides"] or (1,) * array.ndim
+            index = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+            return _full(eqn, array)[tuple(slice(*i) for i in index)]
+        case "rev":
+            return np.flip(_full(eqn, array), params["dimensions"])
+    return array
+
+
+def _full(eqn: core.JaxprEqn, array: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(array, eqn.invars[0].aval.shape)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,1 @@
+"""One-dimensional k-means, proven: rows < search < proof < run."""

@@ -1,0 +1,1 @@
+"""A bound below which no levels can come."""

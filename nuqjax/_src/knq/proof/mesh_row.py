@@ -1,0 +1,251 @@
+"""A sorted row of which each device of a mesh holds a part, as the proof asks it.
+
+Every device sorts what it has of a row and keeps it (`Held`). The proof runs on the host and puts questions to compiled
+programmes, some thousand at a time: the value of a rank, the cuts beside a value, and sums over the values between
+cuts. What devices exchange is counts and integer sums.
+
+*Sums over cells.* In a cell whose least value is r let every value be t = (x − r) / s, in [0, 1], with s the power of
+two just above the cell's width. Terms such as t are parted into a few integers of 30 bits, each what rounding left of
+the one before, and the integers are added up. So a sum is the same however the row is distributed, and loses no more of
+a term than half a unit of the last integer; `slack` is what that can do to a bound (docs/knq.md, part 6).
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from nuqjax._src.knq.proof.rows import moved_slack, origin
+from nuqjax._src.knq.rows.long import LongRows, ShardedRows
+from nuqjax._src.knq.rows.sorted import fraction_bits
+
+_ASKED = 2**12  # questions of one call: one shape to compile
+_STRETCH = 2**15  # values whose terms are in hand at once
+_UNIT = 2.0**-53
+
+
+class Place(NamedTuple):
+    """Where some rows are, one on each device at a time.
+
+    Attributes:
+      mesh: the mesh.
+      row_axes: names of the mesh axes along which rows differ.
+      value_axes: names of those over which the values of a row are distributed.
+      length: values of a row, counted or not.
+    """
+
+    mesh: Mesh
+    row_axes: tuple[str, ...]
+    value_axes: tuple[str, ...]
+    length: int
+
+    @property
+    def of_devices(self) -> PartitionSpec:
+        """Of arrays whose first axis numbers the devices."""
+        return PartitionSpec(tuple(self.mesh.axis_names))
+
+    @property
+    def of_rows(self) -> PartitionSpec:
+        """Of arrays whose first axis numbers the rows."""
+        return PartitionSpec(self.row_axes or None)
+
+    def run(self, function, in_specs, out_specs):
+        """`jax.shard_map` on the mesh."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class Held(NamedTuple):
+    """`ShardedRows` of one row on each device, as arrays whose first axis numbers the devices."""
+
+    part: tuple[Any, ...]
+    whole: tuple[Any, ...]
+
+
+def hold(rows: ShardedRows) -> Held:
+    """What a device adds to the arrays, inside `jax.shard_map`."""
+    held = Held(tuple(rows.part)[:-1], (rows.size, rows.zero, rows.square, rows.slack))
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], held)
+
+
+def held_rows(held: Held, place: Place) -> ShardedRows:
+    """The inverse."""
+    own = jax.tree.map(lambda x: x[0], held)
+    size, zero, square, slack = own.whole
+    return ShardedRows(
+        LongRows(*own.part, frac=fraction_bits(place.length)), size, zero, square, slack, place.value_axes
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("place",))
+def _values(held: Held, row, ranks, *, place: Place):
+    """`[G, m]` the values of the given ranks, in the dtype of the rows; of all G rows, whichever is asked."""
+    del row
+
+    def part(held, ranks):
+        return held_rows(held, place).value_of_rank(ranks[None])
+
+    return place.run(part, (place.of_devices, PartitionSpec()), place.of_rows)(held, ranks)
+
+
+@functools.partial(jax.jit, static_argnames=("place",))
+def _cuts(held: Held, row, wanted, *, place: Place):
+    """`[G, 2, m]` how many values are below, and not above, each of the wanted."""
+    del row
+
+    def part(held, wanted):
+        rows = held_rows(held, place)
+        cuts = [rows.held_below(wanted[None], equal) for equal in (False, True)]
+        return lax.psum(jnp.stack(cuts, axis=1), place.value_axes)
+
+    return place.run(part, (place.of_devices, PartitionSpec()), place.of_rows)(held, wanted)
+
+
+def _integers(place: Place, weighted: bool) -> tuple[int, int]:
+    """Bits of the integers that a term is parted into, so that a row's sums fit into int64, and their number."""
+    bits = min(30, 61 - place.length.bit_length())
+    return bits, -(-(90 if weighted else 60) // bits)
+
+
+@functools.partial(jax.jit, static_argnames=("place", "squares"))
+def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares: bool):
+    """Sums over the values from `first [m]` to below `end [m]` of the row numbered `row`, as integers of falling units.
+
+    With `squares` it is `[G, 1, integers, m]` the sum of weight · (t − shift)²; else the weight and weight · t, the
+    weight by number, in the first integer, where all values weigh 1. t is (value / unit − first / unit) · inverse.
+    """
+
+    def part(held, row, first, end, inverse, shift):
+        rows = held_rows(held, place)
+        here = rows.part
+        bits, integers = _integers(place, here.shares is not None)
+        low, high = (rows.held_below(value[None])[0] for value in (first, end))
+        if place.row_axes:
+            asked = lax.axis_index(place.row_axes) == row
+            low, high = jnp.where(asked, low, 0), jnp.where(asked, high, 0)
+        reference = first.astype(jnp.float64) / here.unit[0]
+        size = min(_STRETCH, here.length)
+
+        def stretch(number, sums):
+            base = jnp.minimum(number * size, here.length - size)
+            # Cells' ends in this stretch; one that overlaps the last begins where that ended.
+            begin, until = (jnp.clip(cut - base, number * size - base, size).astype(jnp.int32) for cut in (low, high))
+            cell = jnp.cumsum(jnp.zeros(size + 1, jnp.int32).at[begin].add(1)[:size]) - 1
+            cell = jnp.maximum(cell, 0)
+            value = lax.dynamic_slice_in_dim(here.values[0], base, size).astype(jnp.float64) / here.unit[0]
+            term = jnp.clip((value - reference[cell]) * inverse[cell], 0.0, 1.0)
+            if squares:
+                term = (term - shift[cell]) ** 2
+            terms = term[None]
+            if here.shares is not None:
+                share = lax.dynamic_slice_in_dim(here.shares[0], base, size)
+                terms = (term * share)[None] if squares else jnp.stack([share, term * share])
+            parted = []
+            for _ in range(integers):
+                terms = terms * 2.0**bits
+                nearest = jnp.rint(terms)
+                parted.append(nearest.astype(jnp.int64))
+                terms = terms - nearest
+            running = jnp.pad(jnp.cumsum(jnp.stack(parted, axis=1), axis=2), ((0, 0), (0, 0), (1, 0)))
+            return sums + running[:, :, until] - running[:, :, begin]
+
+        kinds = 2 if here.shares is not None and not squares else 1
+        none = jnp.zeros((kinds, integers, len(first)), jnp.int64)
+        sums = lax.fori_loop(low[0] // size, -(-high[-1] // size), stretch, none)
+        if here.shares is None and not squares:
+            pin = (low <= here.zero[0]) & (here.zero[0] < high)
+            count = (high - low) - pin * here.pinned
+            sums = jnp.concatenate([jnp.zeros_like(sums).at[0, 0].set(count), sums])
+        return lax.psum(sums, place.value_axes)[None]
+
+    one = PartitionSpec()
+    return place.run(part, (place.of_devices, *[one] * 5), place.of_rows)(held, row, first, end, inverse, shift)
+
+
+class MeshRow:
+    """One of the rows that devices hold. To be used where 64-bit types are enabled."""
+
+    def __init__(self, held: Held, place: Place, row: int, size: int, unit: float, zero: int | None):
+        self.size, self.unit = size, unit
+        self._held, self._place, self._row = held, place, row
+        self._dtype = np.dtype(held.part[0].dtype)
+        self._weighted = held.part[2] is not None
+        self._ranks, self._values = np.zeros(0, np.int64), np.zeros(0)  # known so far
+        self.pin = None if zero is None else (zero, int(self.cuts_above(np.zeros(1))[0]))
+
+    def _ask(self, programme, *questions: np.ndarray, **options) -> np.ndarray:
+        answers = []
+        for start in range(0, len(questions[0]), _ASKED):
+            some = [question[start : start + _ASKED] for question in questions]
+            count = len(some[0])
+            some = [np.pad(question, (0, _ASKED - count), mode="edge") for question in some]
+            answer = programme(self._held, np.int32(self._row), *some, place=self._place, **options)
+            answers.append(np.asarray(answer)[self._row][..., :count])
+        return np.concatenate(answers, axis=-1)
+
+    def values_at(self, places: np.ndarray) -> np.ndarray:
+        """Each is asked for once."""
+        new = np.setdiff1d(places, self._ranks)
+        if len(new):
+            ranks = np.concatenate([self._ranks, new])
+            found = self._ask(_values, new).astype(np.float64)
+            found = np.where(np.abs(found) < np.finfo(self._dtype).tiny, 0.0, found)  # rows have no denormal values
+            values = np.concatenate([self._values, found])
+            order = np.argsort(ranks)
+            self._ranks, self._values = ranks[order], values[order]
+        return self._values[np.searchsorted(self._ranks, places)]
+
+    def cuts_below(self, values: np.ndarray) -> np.ndarray:
+        """Counts of the devices, added up."""
+        return self._ask(_cuts, values.astype(self._dtype))[0]
+
+    def cuts_above(self, values: np.ndarray) -> np.ndarray:
+        """The same."""
+        return self._ask(_cuts, values.astype(self._dtype))[1]
+
+    def settled(self, cuts: np.ndarray) -> np.ndarray:
+        """Below equal values: which of them are below a cut among them nobody knows."""
+        value = self.values_at(np.minimum(cuts, self.size - 1))
+        tied = (value == self.values_at(np.maximum(cuts - 1, 0))) & (cuts > 0) & (cuts < self.size)
+        cuts = cuts.copy()
+        if tied.any():
+            cuts[tied] = self.cuts_below(value[tied])
+        return cuts
+
+    def measure(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """From exact sums: two passes, as of a `HostRow`."""
+        if not len(low):
+            return np.zeros(0), np.zeros(0), np.zeros(0)
+        first = self.values_at(low)
+        end = np.where(high < self.size, self.values_at(np.minimum(high, self.size - 1)), np.inf)
+        width = (self.values_at(high - 1) - first) / self.unit
+        exponent = np.where(width > 0, np.maximum(np.frexp(width)[1], -1000), 0)
+        asked = first.astype(self._dtype), end.astype(self._dtype), np.ldexp(1.0, -exponent)
+        weight, moment = self._ask(_sums, *asked, np.zeros(len(low)), squares=False)
+        weight = self._number(weight) if self._weighted else weight[0].astype(np.float64)
+        shift = np.clip(self._number(moment) / np.where(weight > 0, weight, 1.0), 0.0, 1.0)
+        square = self._number(self._ask(_sums, *asked, shift, squares=True)[0])
+        mean = (first / self.unit - origin(self)) + np.ldexp(shift, exponent)
+        return weight, mean, np.ldexp(square, 2 * exponent)
+
+    def _number(self, integers: np.ndarray) -> np.ndarray:
+        """What integers `[…, m]` of falling units make together."""
+        bits, count = _integers(self._place, self._weighted)
+        units = 2.0 ** -(bits * np.arange(1.0, count + 1))
+        return (integers[::-1] * units[::-1, None]).sum(axis=0)
+
+    def slack(self, cuts: np.ndarray, weight: np.ndarray, width: np.ndarray, top: float) -> float:
+        """What means and sums of these cells are off by at most."""
+        bits, count = _integers(self._place, self._weighted)
+        unit, number = 2.0 ** -(bits * count), np.diff(cuts)
+        spread = 4 * unit * float((number * width**2).sum())  # what is lost of moments and squares
+        moved = float((weight * (8 * _UNIT * width) ** 2).sum())  # Σ weight · (what means are off by)²
+        lost = spread
+        if self._weighted:
+            least, greatest = self.values_at(np.array([0, self.size - 1])) / self.unit
+            moved, lost = moved + spread, lost + unit * float(number.sum()) * float(greatest - least) ** 2
+        return 2 * math.sqrt(top * moved) + moved + lost + moved_slack(self, weight, top)

@@ -1,0 +1,212 @@
+"""The penalised programme: the shortest path through the cuts of a row; an interval costs its error and a price.
+
+Its best path has as few intervals as the price is high. One pass over the cells serves every number of levels, where
+the programme with a fixed number needs a layer for each (Aggarwal, Schieber and Tokuyama 1994). Errors of intervals are
+merged pairwise from means and squared errors (Chan, Golub and LeVeque 1983): sums of terms that are never negative, so
+nothing cancels, whatever the row.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nuqjax._src.knq.rows.sorted import first_least, windows
+
+
+class Carried(NamedTuple):
+    """What one stretch of cells hands to the next: of the intervals from each of the last `band` cuts to here."""
+
+    weight: Any  # [R, band]
+    mean: Any
+    rest: Any  # what rounding left of the mean
+    square: Any
+    start: Any  # φ − leak at the cut
+    first: Any  # [R] the cut at which the best last interval begins: none begins earlier from here on
+    enough: Any  # [R] bool: whether the band held all the cuts that were wanted
+
+
+def nothing_yet(rows: int, band: int) -> Carried:
+    """Before the first cell, in NumPy."""
+    empty = np.zeros((rows, band))
+    start = np.full((rows, band), np.inf)
+    start[:, -1] = 0.0
+    return Carried(empty, empty, empty, empty, start, np.zeros(rows, np.int32), np.ones(rows, bool))
+
+
+def _rounded(product):
+    """A product that is rounded before it is added: XLA may contract a·b + c otherwise, here and not there."""
+    return jnp.where(product < jnp.inf, product, jnp.inf)
+
+
+def _merged(one, two):
+    """Weight, mean, its rest and squared error of neighbours together (Chan, Golub and LeVeque 1983).
+
+    The mean moves from the heavier one's, so that rounding is in proportion to what it moves by.
+    """
+    n, mean, rest, square = one
+    k, other, other_rest, other_square = two
+    both = n + k
+    inverse = 1.0 / jnp.where(both > 0, both, 1.0)
+    apart = (other - mean) + (other_rest - rest)
+    left = n >= k
+    moved = _rounded(apart * jnp.where(left, k, -n) * inverse) + jnp.where(left, rest, other_rest)
+    base = jnp.where(left, mean, other)
+    middle = base + moved
+    between = _rounded(apart * apart * (n * k * inverse))
+    return both, middle, moved - (middle - base), (square + other_square) + between
+
+
+def _error(one, two):
+    """The squared error of neighbours together."""
+    n, mean, rest, square = one
+    k, other, other_rest, other_square = two
+    both = n + k
+    apart = (other - mean) + (other_rest - rest)
+    return (square + other_square) + jnp.where(both > 0, apart * apart * (n * k / both), 0.0)
+
+
+def _running(weight, mean, square, block: int):
+    """`[R, S]`: what the cells of a block up to each make together, and what those from each on make."""
+    count, length = weight.shape
+
+    def both_ways(array):
+        blocks = array.reshape(count, length // block, block)
+        return jnp.moveaxis(jnp.stack([blocks, blocks[:, :, ::-1]]), 3, 0)
+
+    def more(before, cell):
+        now = _merged(before, (cell[0], cell[1], jnp.zeros_like(cell[0]), cell[2]))
+        return now, now
+
+    nothing = (jnp.zeros((2, count, length // block)),) * 4
+    _, ran = lax.scan(more, nothing, tuple(both_ways(x) for x in (weight, mean, square)))
+    ran = tuple(jnp.moveaxis(x, 0, 3) for x in ran)
+    shape = weight.shape
+    return tuple(x[0].reshape(shape) for x in ran), tuple(x[1, :, :, ::-1].reshape(shape) for x in ran)
+
+
+@functools.partial(jax.jit, static_argnames=("block", "window", "pin"))
+def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, pin: bool):
+    """φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price, a stretch of cells at a time.
+
+    The cells go in blocks. As the cut at which the best last interval begins never moves back (the error is a Monge
+    cost), that of a block's last cut is searched among all, and those of its other cuts between the last block's and
+    it. Intervals inside a block are looked at if one could be the best.
+
+    Args:
+      carried: of the stretch before.
+      weight: `[R, S]` of each cell, S a multiple of `block`; cells past the last weigh nothing.
+      mean: `[R, S]`.
+      square: `[R, S]` squared error of each cell about its mean.
+      leak: `[R, S]` what a path gains for starting an interval at the cut above a cell, at most half the price.
+      price: `[R]` positive.
+      begin: int32 the cut below the first cell.
+      size: `[R]` int32 number of cells that count, none if it is not positive.
+      zero: `[R]` int32 with `pin`: intervals from a cut up to `zero` to one above it hold the level 0: they cost their
+        error about 0 and no price.
+      block: cells handled at once.
+      window: cuts searched at once.
+      pin: whether a level is held at 0.
+
+    Returns:
+      What to carry on, and of the cut above each cell `[R, S]` φ and the cut before on its best path. A row's results
+      do not depend on the others.
+    """
+    count, length = weight.shape
+    band = carried.weight.shape[1]
+    place = jnp.arange(band, dtype=jnp.int32)
+    lane = jnp.arange(block, dtype=jnp.int32)
+    ahead = jnp.arange(window, dtype=jnp.int32)
+    infinite = jnp.inf
+    charge = price[:, None]
+    running = _running(weight, mean, square, block)
+
+    def at(array, start, size):
+        return lax.dynamic_slice_in_dim(array, start, size, axis=1)
+
+    def put(array, value, start):
+        return lax.dynamic_update_slice_in_dim(array, value, start, axis=1)
+
+    def priced(error, one, two, a, b):
+        """The cost of the interval (a, b) made of two parts; without a pin, less the price."""
+        if not pin:
+            return error
+        total, mean, rest, _ = _merged(one, two)
+        level = mean + rest
+        where = zero.reshape(count, *(1,) * (a.ndim - 1))
+        paid = price.reshape(where.shape)
+        return error + jnp.where((a <= where) & (b > where), _rounded(total * level * level), paid)
+
+    def step(number, state):
+        *known, start, first, enough, potential, before = state
+        here = number * block
+        below = begin + here  # the cut below the block
+        cells = tuple(at(x, here, block) for x in (weight, mean, square))
+        upward, onward = (tuple(at(x, here, block) for x in tables) for tables in running)
+        whole = tuple(x[:, -1:] for x in upward)
+        cut = (below - band + 1 + place)[None]
+        enough &= (first >= cut[0, 0]) | (here >= size)
+        grown = _merged(known, whole)
+        reached = start + priced(grown[3], known, whole, cut, below + block)
+        _, last = first_least(jnp.where(cut >= first[:, None], reached, infinite), cut, 1)
+
+        def search(state):
+            step, best, chosen = state
+            begins = jnp.clip(first + step - cut[0, 0], 0, band - window)
+            a = (begins[:, None] + cut[:, :1] + ahead)[:, :, None]
+            valid = (a >= first[:, None, None]) & (a <= last[:, :, None])
+            *one, begun = (x[:, :, None] for x in windows((*known, start), begins, window))
+            two = tuple(x[:, None, :] for x in upward)
+            b = (below + 1 + lane)[None, None]
+            begun = jnp.where(valid, begun, infinite)
+            low, where = first_least(begun + priced(_error(one, two), one, two, a, b), a, 1)
+            low, where = low[:, 0], where[:, 0]
+            return step + window, jnp.minimum(low, best), jnp.where(low < best, where, chosen)
+
+        widest = jnp.max(last[:, 0] - first)
+        none = jnp.int32(0), jnp.full((count, block), infinite), jnp.zeros((count, block), jnp.int32)
+        _, best, chosen = lax.while_loop(lambda state: state[0] <= widest, search, none)
+        free = charge
+        if pin:
+            free = jnp.where((zero[:, None] >= below) & (zero[:, None] < below + block), 0.0, charge)
+        else:
+            best = best + charge
+        loss = at(leak, here, block)
+        inside = jnp.any(best > jnp.min(best - loss, axis=1, keepdims=True) + free)
+
+        def shorter(i, state):
+            """Of the intervals from the cuts of this block to the cut above cell i."""
+            ring, best, chosen = state
+            cell = tuple(at(x, i, 1) for x in cells)
+            cell = cell[0], cell[1], jnp.zeros_like(cell[0]), cell[2]
+            begun = lane[None] < i
+            ring = tuple(jnp.where(begun, new, old) for new, old in zip(_merged(ring, cell), ring, strict=True))
+            a = (below + 1 + lane)[None]
+            value = best - loss + ring[3]
+            if pin:
+                level = ring[1] + ring[2]
+                held = (a <= zero[:, None]) & (below + 1 + i > zero[:, None])
+                value = value + jnp.where(held, _rounded(ring[0] * level * level), charge)
+            else:
+                value = value + charge
+            low, where = first_least(jnp.where(begun, value, infinite), a, 1)
+            better = (lane[None] == i) & (low < best)
+            return ring, jnp.where(better, low, best), jnp.where(better, where, chosen)
+
+        ring = (jnp.zeros((count, block)),) * 4
+        _, best, chosen = lax.fori_loop(0, jnp.where(inside, block, 0), shorter, (ring, best, chosen))
+        known = tuple(
+            jnp.concatenate([old[:, block:], new[:, 1:], jnp.zeros((count, 1))], axis=1)
+            for old, new in zip(grown, onward, strict=True)
+        )
+        start = jnp.concatenate([start[:, block:], best - loss], axis=1)
+        first = jnp.maximum(first, chosen[:, -1])
+        return *known, start, first, enough, put(potential, best, here), put(before, chosen, here)
+
+    out = jnp.zeros((count, length)), jnp.zeros((count, length), jnp.int32)
+    blocks = (jnp.max(size) + block - 1) // block
+    *state, potential, before = lax.fori_loop(jnp.int32(0), blocks, step, (*carried, *out))
+    return Carried(*state), potential, before

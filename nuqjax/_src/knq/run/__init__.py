@@ -1,0 +1,1 @@
+"""Rows fitted on the host, traced, and on a mesh."""

@@ -1,0 +1,160 @@
+"""From rows to a sorted form, and from there to levels and a bound; on the host, traced, and on a mesh."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from jax import lax
+
+from nuqjax._src.knq.proof.proof import better_of, prove
+from nuqjax._src.knq.proof.rows import HostRow
+from nuqjax._src.knq.rows.long import LongRows, sort_long_rows
+from nuqjax._src.knq.rows.sorted import LONG, SortedRows, count_rows, sort_rows
+from nuqjax._src.knq.search.gaps import search
+from nuqjax._src.knq.search.search import (
+    Partition,
+    Rows,
+    bound_of_sum,
+    cost,
+    partition_of_every_cut,
+    polish,
+    rounding_of_sum,
+    some_rows,
+    squared_error_bound,
+)
+from nuqjax._src.leaf.rows import namespace
+
+_FEW_ROWS = 8
+_COUNTED = 2**13  # longer rows of 16-bit values are counted, not sorted
+SHORT = 256  # distinct values that the dense programme holds and proves by itself, however many rows
+
+
+class Task(NamedTuple):
+    """What is asked of a fit, and how many cuts its dense programme has."""
+
+    num_levels: int
+    keep_zero: bool
+    tolerance: float | None
+    dense_cuts: int
+
+
+def dense_cuts(count: int, length: int) -> int:
+    """Cuts of the dense programme: all that there can be of a short row; of longer ones a few hundred."""
+    if count > _FEW_ROWS:
+        return 256
+    return 1024 if length <= 1024 else 512
+
+
+def row_length(rows, axes) -> int:
+    """Values of a row, those on other devices among them."""
+    return rows.shape[1] * (lax.axis_size(axes) if axes else 1)
+
+
+def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> Rows:
+    """Rows sorted in the way that suits their length and dtype; distributed ones over the mesh axes `axes`."""
+    length = row_length(rows, axes)
+    if weights is None and rows.dtype.itemsize == 2 and length > _COUNTED:
+        return count_rows(rows, unit, mask, keep_zero, axes)
+    rows = rows if rows.dtype == dtype else rows.astype(dtype)
+    if length > LONG:
+        return sort_long_rows(rows, unit, weights, mask, keep_zero, axes)
+    if axes:  # short enough for every device to hold it
+        gather = functools.partial(lax.all_gather, axis_name=axes, axis=1, tiled=True)
+        rows, weights, mask = (None if x is None else gather(x) for x in (rows, weights, mask))
+    return sort_rows(rows, unit, weights, mask, keep_zero)
+
+
+def fit_sorted(rows: Rows, task: Task):
+    """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
+    num_levels, keep_zero, tolerance, dense_cuts = task
+    xp = namespace(rows.size)
+    rows, gaps, found = search(rows, num_levels, keep_zero, dense_cuts)
+    cuts, bound = found.cuts, xp.zeros(found.cuts.shape[0])
+    if tolerance is not None and xp is np:
+        cuts, bound = _proven(rows, found, task)
+    elif tolerance is not None and found.least is None:
+        bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
+    elif tolerance is not None:
+        bound = bound_of_sum(rows, found.least, num_levels)
+    levels = interval_means(rows, cuts, keep_zero)
+    return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
+
+
+def _proven(rows: Rows, found: Partition, task: Task):
+    """The cuts, better ones where a proof came upon them, and the bounds; on the host.
+
+    What the search knows of every cut mostly is the proof. Where it does not look at all, sorted rows are searched
+    through every cut; what is left, and longer rows, are proven by branch and bound.
+    """
+    num_levels, keep_zero, tolerance, _ = task
+    assert tolerance is not None
+    cuts, least, price = found
+    if num_levels == 1 and isinstance(rows, SortedRows):  # there is but one partition
+        least = cost(rows, cuts, keep_zero)
+    bound = np.zeros(len(cuts)) if least is None else bound_of_sum(rows, least, num_levels)
+
+    def unproven() -> np.ndarray:
+        if not isinstance(rows, SortedRows):
+            return np.flatnonzero(rows.size > num_levels)
+        most = rows.square + cost(rows, cuts, keep_zero) + rounding_of_sum(rows, num_levels)
+        return np.flatnonzero((rows.size > num_levels) & (bound < most * (1 - tolerance)))  # others have no error
+
+    left = unproven()
+    if len(left) and least is None and price is not None and isinstance(rows, SortedRows):
+        cuts, bound = cuts.copy(), bound.copy()
+        some = some_rows(rows, left)
+        other = partition_of_every_cut(some, num_levels, keep_zero, price[left])
+        gained = cost(some, cuts[left], keep_zero) - cost(some, other.cuts, keep_zero)
+        better = gained > rounding_of_sum(some, num_levels)  # of equals the search's own, as where nothing is proven
+        cuts[left] = np.where(better[:, None], polish(some, other.cuts, keep_zero), cuts[left])
+        bound[left], price[left] = bound_of_sum(some, other.least, num_levels), other.price
+        left = unproven()
+    if len(left):
+        cuts, bound = cuts.copy(), bound.copy()
+        to_prove = [host_row(rows, r, keep_zero) for r in left.tolist()]
+        better, proven = prove(to_prove, cuts[left], num_levels, tolerance, None if price is None else price[left])
+        bound[left] = np.maximum(bound[left], proven)
+        changed = np.flatnonzero((better != cuts[left]).any(axis=1))
+        if len(changed):
+            polished = polish(some_rows(rows, left[changed]), better[changed], keep_zero)
+            for r, near in zip(changed.tolist(), polished, strict=True):
+                # The search knows values and weights by their rounded sums, the proof as they are.
+                cuts[left[r]] = better_of(to_prove[r], near, better[r])
+    return cuts, bound
+
+
+def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
+    """One of the rows, on the host, as the values that count and their weights."""
+    zero, size = int(rows.zero[r]) if keep_zero else None, int(rows.size[r])
+    if isinstance(rows, SortedRows):
+        if rows.weight is not None:
+            weight = rows.weight[r, :size]
+        else:
+            weight = np.diff(rows.count[r, : size + 1]).astype(np.float64)
+        return HostRow(rows.values[r, :size], 1.0, weight, zero)
+    assert isinstance(rows, LongRows)  # others are never on the host
+    weight = None if rows.shares is None else rows.shares[r, :size]
+    if rows.shares is None and rows.pinned:
+        weight = np.ones(size)
+        weight[zero] = 0.0
+    return HostRow(rows.values[r, :size], float(rows.unit[r]), weight, zero)
+
+
+def interval_means(rows: Rows, cuts, keep_zero: bool):
+    """Ascending means; those of empty intervals repeat the last."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    n, s = rows.sums_below(whole)
+    n, s = (n[:, 1:] - n[:, :-1]).astype(xp.float64), (s[:, 1:] - s[:, :-1]).astype(xp.float64)
+    least, most = rows.value_at(whole[:, :-1]), rows.value_at(whole[:, 1:] - 1)
+    mean = xp.clip(s / xp.where(n > 0, n, 1.0) * 2.0**-rows.frac, least, most)
+    there = whole[:, 1:] > whole[:, :-1]
+    if keep_zero:
+        pinned = whole > rows.zero[:, None]
+        first, end = pinned[:, :-1], xp.concatenate([pinned[:, 1:-1], xp.ones_like(pinned[:, :1])], axis=1)
+        mean, there = xp.where(~first & end, 0.0, mean), there | (~first & end)
+    levels = xp.sort(xp.where(there, mean, xp.inf), axis=1)
+    highest = xp.max(xp.where(xp.isfinite(levels), levels, -xp.inf), axis=1, keepdims=True)
+    highest = xp.where(xp.isfinite(highest), highest, 0.0)
+    return xp.where(xp.isfinite(levels), levels, highest)

@@ -1,0 +1,75 @@
+"""Levels of values that weigh next to nothing beside the row's heaviest.
+
+Sums are of whole numbers of units of the row's largest weight and magnitude, so that no order of summation matters. A
+level whose values have less than 2^−16 of the heaviest's weight is a quotient of few units, off by more than float32
+rounds. It is moved to the mean of the values that are nearest to it, from the values and weights themselves.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nuqjax._src.leaf.assign import assign, assign_on_host
+from nuqjax._src.platform.host import x64
+
+_LIGHT = 2.0**-16  # of the heaviest value's weight
+
+
+def settled_on_host(
+    rows: np.ndarray, levels: np.ndarray, weights: np.ndarray, mask: np.ndarray | None, unit: np.ndarray, pin: bool
+) -> np.ndarray:
+    """`settled` of NumPy's rows: of those that have a light value, in an order of their own."""
+    counted = weights > 0 if mask is None else mask & (weights > 0)
+    heaviest = np.max(np.where(counted, weights, 0), axis=1, initial=0).astype(np.float64)
+    light = counted & (weights < heaviest[:, None] * _LIGHT)
+    for r in np.flatnonzero(light.any(axis=1)).tolist():
+        values, weight = rows[r][counted[r]], weights[r][counted[r]].astype(np.float64)
+        order = np.lexsort((weight, values))
+        values, weight = values[order], weight[order]
+        level = assign_on_host(values[None], levels[r : r + 1])[0]
+        own = levels[r].astype(np.float64) / unit[r]
+        away = (values.astype(np.float64) / unit[r] - own[level]) * weight
+        total, moment = (np.bincount(level, amount, levels.shape[1]) for amount in (weight, away))
+        levels[r] = _moved(levels[r], own, total, moment, heaviest[r], pin, unit[r])
+    return levels
+
+
+def settled(
+    rows: jax.Array, levels: jax.Array, weights: jax.Array, mask: jax.Array | None, unit: jax.Array, pin: bool, axes=()
+) -> jax.Array:
+    """The levels, light ones at the means of the values nearest to them.
+
+    Args:
+      rows: `[R, N]` values, or this device's part of them.
+      levels: `[R, K]` ascending levels.
+      weights: `[R, N]` non-negative.
+      mask: `[R, N]` bool, or None.
+      unit: `[R]` powers of two near the rows' largest magnitudes.
+      pin: whether a level is held at 0.
+      axes: names of the mesh axes over which the values of a row are distributed.
+    """
+    rows = rows.astype(levels.dtype)
+    level = assign(rows / unit[:, None], levels / unit[:, None]).astype(jnp.int32)
+    with x64():
+        counted = weights > 0 if mask is None else mask & (weights > 0)
+        weight = jnp.where(counted, weights, 0).astype(jnp.float64)
+        heaviest = jnp.max(weight, axis=1, keepdims=True, initial=0)
+        unit = unit.astype(jnp.float64)[:, None]
+        own = levels.astype(jnp.float64) / unit
+        away = rows.astype(jnp.float64) / unit - jnp.take_along_axis(own, level, axis=1)
+        sums = jax.vmap(lambda level, amount: jnp.zeros(levels.shape[1], jnp.float64).at[level].add(amount))
+        total, moment = sums(level, weight), sums(level, jnp.where(counted, away * weight, 0))
+        if axes:
+            total, moment, heaviest = lax.psum(total, axes), lax.psum(moment, axes), lax.pmax(heaviest, axes)
+        return _moved(levels, own, total, moment, heaviest, pin, unit)
+
+
+def _moved(levels: Any, own: Any, total: Any, moment: Any, heaviest: Any, pin: bool, unit: Any) -> Any:
+    xp = np if isinstance(levels, np.ndarray) else jnp
+    light = (total > 0) & (total < heaviest * _LIGHT)
+    light = light & (levels != 0) if pin else light
+    mean = own + moment / xp.where(total > 0, total, 1)
+    return xp.where(light, (mean * unit).astype(levels.dtype), levels)

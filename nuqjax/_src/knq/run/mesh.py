@@ -1,0 +1,411 @@
+"""Rows on a mesh, fitted where they are.
+
+Short rows, and most without a proof, are one compiled programme (`fit_knq_part` on every device). The proof of others
+runs on the host, and how it comes by a row depends on the row:
+
+- one of at most 65,536 values, or one that a device holds whole, is brought to the host, some rows at a time;
+- of one of 16-bit values come the counts by bit pattern;
+- of any other only what the proof asks (`proof.mesh_row`): no device, and not the host, ever holds it whole. Also
+  without a proof the host decides whether such a row is searched again with narrower gaps.
+
+The levels are bit for bit those of the same rows on one device.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nuqjax._src.knq.proof.mesh_row import Held, MeshRow, Place, held_rows, hold
+from nuqjax._src.knq.proof.proof import better_of, prove
+from nuqjax._src.knq.rows.long import ShardedRows, sort_long_rows
+from nuqjax._src.knq.rows.sorted import LONG, pattern_counts, take
+from nuqjax._src.knq.run.host import fit_counted, fit_on_host, rounded_fit
+from nuqjax._src.knq.run.levels import SHORT, Task, dense_cuts, interval_means
+from nuqjax._src.knq.run.light import settled
+from nuqjax._src.knq.run.traced import fit_knq_part
+from nuqjax._src.knq.search.gaps import SEARCHES, Gaps, chosen, next_gaps, no_gaps
+from nuqjax._src.knq.search.search import partition, polish
+from nuqjax._src.leaf.assign import Fit, assign, row_scale, working_dtype
+from nuqjax._src.platform.host import x64
+
+_BROUGHT = 2**22  # values of a device's rows that are brought to the host at once
+_COUNTED_AT_ONCE = 16  # rows of a group whose counts are
+
+
+class Layout(NamedTuple):
+    """How an array is made of rows.
+
+    Attributes:
+      sharding: of the array.
+      shape: of the array.
+      of_rows: its axes along which rows differ, ascending; the others hold the values of a row, in any order.
+    """
+
+    sharding: NamedSharding
+    shape: tuple[int, ...]
+    of_rows: tuple[int, ...]
+
+    @property
+    def of_values(self) -> tuple[int, ...]:
+        """The other axes."""
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.of_rows)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """With an entry for every axis."""
+        return PartitionSpec(*(*self.sharding.spec, *[None] * len(self.shape))[: len(self.shape)])
+
+    @property
+    def by_row(self) -> PartitionSpec:
+        """Of arrays with the axes of the rows, and then others."""
+        return PartitionSpec(*(self.spec[axis] for axis in self.of_rows))
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return math.prod(self.shape[axis] for axis in self.of_rows)
+
+    @property
+    def shards(self) -> list[int]:
+        """Into how many parts each axis of the rows is parted."""
+        return [math.prod(self.sharding.mesh.shape[name] for name in _names(entry)) for entry in self.by_row]
+
+    @property
+    def place(self) -> Place:
+        """Where the rows are."""
+        row_axes, value_axes = (
+            tuple(name for axis in axes for name in _names(self.spec[axis])) for axes in (self.of_rows, self.of_values)
+        )
+        length = math.prod(self.shape[axis] for axis in self.of_values)
+        mesh = self.sharding.mesh
+        assert isinstance(mesh, Mesh)
+        return Place(mesh, row_axes, value_axes, length)
+
+    def rows(self, block: Any) -> Any:
+        """The rows `[L, n]` of a part of the array, inside `jax.shard_map`."""
+        if block is None:
+            return None
+        moved = block.transpose(*self.of_rows, *self.of_values)
+        return moved.reshape(math.prod(moved.shape[: len(self.of_rows)]), -1)
+
+    def some_rows(self, block: Any, start: Any, number: int) -> Any:
+        """Of those, `number` from `start` on."""
+        return None if block is None else lax.dynamic_slice_in_dim(self.rows(block), start, number)
+
+    def run(self, part, arrays: Sequence[Any], out_specs, *others: Any) -> Any:
+        """`part` of the devices' blocks of the arrays, some of them None, and of others that are the same for all."""
+        specs = [None if array is None else self.spec for array in arrays]
+        return self.place.run(part, (*specs, *[PartitionSpec()] * len(others)), out_specs)(*arrays, *others)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a spec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def fit_on_mesh(
+    array: jax.Array,
+    weights: jax.Array | None,
+    mask: jax.Array | None,
+    of_rows: tuple[int, ...],
+    *,
+    num_levels: int,
+    keep_zero: bool,
+    tolerance: float | None,
+) -> Fit:
+    """Fits levels to the rows of an array with a `NamedSharding`.
+
+    Rows of at most 256 values have the bound of one dense programme, and come to the host where it does not do. Where
+    several processes hold the array, a `tolerance` asks for no more than such a bound.
+
+    Args:
+      array: `[…]` floating.
+      weights: non-negative, of the same shape, or None.
+      mask: bool, of the same shape, or None.
+      of_rows: the axes along which rows differ, ascending.
+      num_levels: K.
+      keep_zero: as in `knq.knq`.
+      tolerance: as in `knq.knq`.
+
+    Returns:
+      A `Fit` of arrays that have the axes of the rows `[R₁, R₂, …]` first, distributed as these are.
+    """
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding)
+    layout = Layout(sharding, array.shape, of_rows)
+    weights, mask = (None if x is None else jax.device_put(x, sharding) for x in (weights, mask))
+    place, arrays = layout.place, (array, weights, mask)
+    counted = place.length > LONG and weights is None and array.dtype.itemsize == 2
+    held = place.length > LONG and place.value_axes and not counted
+    if place.length <= SHORT or not array.is_fully_addressable or (tolerance is None and not held):
+        fitted = fit_at_once(*arrays, layout=layout, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance)
+        if tolerance is None or not array.is_fully_addressable or _is_proven(fitted, tolerance):
+            return fitted
+    task = Task(num_levels, keep_zero, tolerance, dense_cuts(layout.count, place.length))
+    if held:
+        fitted = _fit_held(arrays, layout, task)
+    elif counted:
+        fitted = _fit_counts(arrays, layout, task)
+    else:
+        fitted = _fit_brought(arrays, layout, task)
+    placed = NamedSharding(sharding.mesh, layout.by_row)
+    return Fit(*(jax.device_put(_in_order(x, layout), placed) for x in fitted))
+
+
+def _is_proven(fitted: Fit, tolerance: float) -> bool:
+    """Whether every bound is within the tolerance, with room for what the host's own test has seen as rounding."""
+    return bool(jnp.all(fitted.lower_bound >= fitted.sse * (1 - tolerance / 2)))
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "num_levels", "keep_zero", "tolerance"))
+def fit_at_once(array, weights, mask, *, layout: Layout, num_levels: int, keep_zero: bool, tolerance: float | None):
+    """As `fit_on_mesh`, in one programme."""
+
+    def part(*blocks):
+        shape = [blocks[0].shape[axis] for axis in layout.of_rows]
+        rows, heavy, counted = (layout.rows(block) for block in blocks)
+        fitted = fit_knq_part(
+            rows, num_levels, heavy, counted,
+            keep_zero=keep_zero, tolerance=tolerance, count=layout.count, axes=layout.place.value_axes,
+        )  # fmt: skip
+        return Fit(*(x.reshape(*shape, *x.shape[1:]) for x in fitted))
+
+    return layout.run(part, (array, weights, mask), layout.by_row)
+
+
+def _in_order(results: np.ndarray, layout: Layout) -> np.ndarray:
+    """`[R₁, R₂, …]` from `[G, L, …]`: of each group of devices, the rows that it holds."""
+    parts = layout.shards
+    held = [layout.shape[axis] // part for axis, part in zip(layout.of_rows, parts, strict=True)]
+    own, many = results.shape[2:], len(parts)
+    mixed = results.reshape((*parts, *held, *own))
+    order = [axis for pair in zip(range(many), range(many, 2 * many), strict=True) for axis in pair]
+    mixed = mixed.transpose((*order, *range(2 * many, mixed.ndim)))
+    return mixed.reshape((*(layout.shape[axis] for axis in layout.of_rows), *own))
+
+
+def _rows_of_each(layout: Layout) -> int:
+    """The number of rows of each group of devices."""
+    return layout.count // math.prod(layout.shards)
+
+
+def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The fields `[G, L, …]` of a `Fit`, from those of some rows of each group at a time."""
+    return [np.concatenate(field, axis=1) for field in zip(*parts, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "number"))
+def _some_rows(arrays, start, *, layout: Layout, number: int):
+    """Of each array `[G · number, N]`: rows of each group of devices, from its row `start` on, where they are."""
+
+    def part(*blocks):
+        *blocks, start = blocks
+        return tuple(layout.some_rows(block, start, number) for block in blocks)
+
+    place = layout.place
+    spec = PartitionSpec(place.row_axes or None, place.value_axes or None)
+    return layout.run(part, arrays, tuple(None if x is None else spec for x in arrays), start)
+
+
+def _blocks(array: jax.Array | None, groups: int) -> Iterator[np.ndarray | None]:
+    """An array `[G · c, …]`, group by group, on the host."""
+    if array is None:
+        yield from [None] * groups
+        return
+    found: dict[int, list] = {}
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            found.setdefault(shard.index[0].start or 0, []).append(shard)
+    for start in sorted(found):
+        parts = [np.asarray(shard.data) for shard in sorted(found[start], key=lambda shard: shard.index[1].start or 0)]
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _by_groups(fetch: Callable, fit: Callable, layout: Layout, number: int) -> list[np.ndarray]:
+    """`[G, L, …]`: what `fit` makes of the blocks that `fetch` gives of `number` rows of each group at a time."""
+    each, groups = _rows_of_each(layout), math.prod(layout.shards)
+    number, parts = min(number, each), []
+    for start in range(0, each, number):
+        known = max(start + number - each, 0)  # the last rows overlap those before
+        arrays = fetch(np.int32(start - known), number)
+        blocks = zip(*(_blocks(array, groups) for array in arrays), strict=True)
+        fitted = [fit(*(None if x is None else x[known:] for x in block)) for block in blocks]
+        parts.append([np.stack([np.asarray(x) for x in field]) for field in zip(*fitted, strict=True)])
+    return _joined(parts)
+
+
+def _fit_brought(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
+    """Rows are brought to the host."""
+    dtype = working_dtype(arrays[0].dtype)
+    return _by_groups(
+        lambda start, number: _some_rows(arrays, start, layout=layout, number=number),
+        lambda rows, weights, mask: fit_on_host(rows, weights, mask, task, dtype),
+        layout,
+        max(1, _BROUGHT // layout.place.length),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "number"))
+def _some_counts(array, mask, start, *, layout: Layout, number: int):
+    """`[G · number, 2¹⁶]` how many values of a row have each bit pattern."""
+
+    def part(block, counted, start):
+        rows, counted = (layout.some_rows(x, start, number) for x in (block, counted))
+        counts = pattern_counts(rows, counted)
+        return lax.psum(counts, layout.place.value_axes) if layout.place.value_axes else counts
+
+    return layout.run(part, (array, mask), layout.place.of_rows, start)
+
+
+def _fit_counts(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
+    """Rows are counted where they are."""
+    array, _, mask = arrays
+    return _by_groups(
+        lambda start, number: (_some_counts(array, mask, start, layout=layout, number=number),),
+        lambda counts: fit_counted(counts, layout.place.length, task, array.dtype),
+        layout,
+        _COUNTED_AT_ONCE,
+    )
+
+
+class Known(NamedTuple):
+    """What the host knows of rows that devices hold, one of each group.
+
+    Attributes:
+      size: `[G]` int64 number of values that count.
+      zero: `[G]` int64 cut just below the value zero.
+      unit: `[G]` float64 powers of two, by which values are divided.
+      heaviest: `[G]` float64 the largest weight; 1 where there are none.
+    """
+
+    size: Any
+    zero: Any
+    unit: Any
+    heaviest: Any
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "task"))
+def _searched(arrays, number, *, layout: Layout, task: Task):
+    """Of row `number` of each group what devices hold, what is known of it, and what a search finds.
+
+    That is no gaps, the partition, and which gaps to narrow next if it is worth it, `[G]`.
+    """
+    place, dtype = layout.place, working_dtype(arrays[0].dtype)
+
+    def part(*blocks):
+        *blocks, number = blocks
+        rows, weights, mask = (layout.some_rows(block, number, 1) for block in blocks)
+        unit = lax.pmax(row_scale(rows, mask), place.value_axes).astype(jnp.float64)
+        rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows).astype(dtype)
+        ordered = sort_long_rows(rows, unit, weights, mask, task.keep_zero, place.value_axes)
+        assert isinstance(ordered, ShardedRows)
+        heaviest = jnp.ones(1)
+        if weights is not None:
+            counted = weights if mask is None else jnp.where(mask, weights, 0)
+            heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
+        known = Known(ordered.size, ordered.zero, unit, heaviest)
+        found = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
+        gaps = no_gaps(ordered, task.num_levels)
+        return hold(ordered), known, gaps, found, next_gaps(ordered, found, gaps, task.keep_zero)
+
+    specs = place.of_devices, *[place.of_rows] * 4
+    return layout.run(part, arrays, specs, number)
+
+
+@functools.partial(jax.jit, static_argnames=("place", "task"))
+def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task):
+    """Of the rows with narrower gaps what devices hold, their partition, and which gaps to narrow next."""
+
+    def part(held, gaps):
+        rows = held_rows(held, place)
+        narrowed = rows.with_values(gaps.narrow)
+        found = partition(narrowed, task.num_levels, task.keep_zero, task.dense_cuts)
+        return hold(narrowed), found, next_gaps(rows, found, gaps, task.keep_zero)
+
+    specs = place.of_devices, place.of_rows, place.of_rows
+    return place.run(part, specs[:2], specs)(held, gaps)
+
+
+@functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
+def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
+    """Cuts `[G, K − 1]` polished."""
+
+    def part(held, cuts):
+        return polish(held_rows(held, place), cuts, keep_zero)
+
+    return place.run(part, (place.of_devices, place.of_rows), place.of_rows)(held, cuts)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "keep_zero"))
+def _levels(arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: Layout, keep_zero: bool):
+    """The levels `[G, K]` of cuts of row `number` of each group, and their error `[G]` in float64."""
+    place = layout.place
+
+    def part(arrays, number, held, narrowed, gaps, cuts, heaviest):
+        here = held_rows(held, place).part
+        levels = gaps.widen(interval_means(held_rows(narrowed, place), cuts, keep_zero))
+        levels = (levels * here.unit[:, None]).astype(here.values.dtype)
+        rows, weights, mask = (layout.some_rows(block, number, 1) for block in arrays)
+        if weights is not None:
+            levels = settled(rows, levels, weights, mask, here.unit, keep_zero, place.value_axes)
+        there = jnp.arange(here.length) < here.size[:, None]
+        values = jnp.where(there, here.values, 0)
+        nearest = take(levels, assign(values, levels).astype(jnp.int32))
+        away = (values.astype(jnp.float64) - nearest.astype(jnp.float64)) / here.unit[:, None]
+        square = away * away
+        if here.shares is not None:
+            square = square * (here.shares * heaviest[:, None])
+        return levels, lax.psum(jnp.sum(jnp.where(there, square, 0.0), axis=1), place.value_axes)
+
+    specs = tuple(None if array is None else layout.spec for array in arrays), PartitionSpec()
+    specs = *specs, *[place.of_devices] * 2, *[place.of_rows] * 3
+    return place.run(part, specs, place.of_rows)(arrays, number, held, narrowed, gaps, cuts, heaviest)
+
+
+def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
+    """Rows stay where they are, one of each group at a time."""
+    parts = []
+    for number in range(_rows_of_each(layout)):
+        with x64():
+            fitted = _fit_row_held(arrays, number, layout, task)
+        parts.append([np.asarray(field)[:, None] for field in fitted])
+    return _joined(parts)
+
+
+def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
+    """Row `number` of each group."""
+    place, keep_zero, to_search = layout.place, task.keep_zero, task._replace(tolerance=None)
+    held, *others = _searched(arrays, np.int32(number), layout=layout, task=to_search)
+    known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
+    narrowed, unit = held, known.unit
+    on_tpu = place.mesh.devices.flat[0].platform == "tpu"  # these have no bits of float64 to look for ranks by
+    for _ in range(SEARCHES - 1):
+        if task.num_levels == 1 or not worth.any() or on_tpu:
+            break
+        gaps, unit = chosen(worth, narrower, gaps), np.ones_like(unit)
+        narrowed, *others = _searched_again(held, gaps, place=place, task=to_search)
+        again, (narrower, next_worth) = jax.tree.map(np.asarray, others)
+        found, worth = chosen(worth, again, found), next_worth
+    cuts, bound = found.cuts, np.zeros(len(unit))
+    if task.tolerance is not None:
+        rows = [
+            MeshRow(narrowed, place, g, int(known.size[g]), float(unit[g]), int(known.zero[g]) if keep_zero else None)
+            for g in range(len(unit))
+        ]
+        cuts, bound = prove(rows, found.cuts, task.num_levels, task.tolerance, found.price)
+        changed = np.flatnonzero((cuts != found.cuts).any(axis=1))
+        if len(changed):
+            polished = np.asarray(_polished(narrowed, cuts, place=place, keep_zero=keep_zero))
+            for g in changed:
+                cuts[g] = better_of(rows[g], polished[g], cuts[g])
+    found = held, narrowed, gaps, cuts, known.heaviest
+    levels, error = _levels(arrays, np.int32(number), *found, layout=layout, keep_zero=keep_zero)
+    bound = bound / gaps.factor**2 * known.heaviest
+    return rounded_fit(np.asarray(levels), np.asarray(error), bound, known.unit, working_dtype(arrays[0].dtype))

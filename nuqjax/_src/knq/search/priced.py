@@ -1,0 +1,249 @@
+"""The best partition into K intervals as a shortest path: every interval costs its squared error and a price.
+
+One pass over some cuts serves any number of levels, where the programme with a fixed number needs a layer for each
+(Aggarwal, Schieber and Tokuyama 1994): as the least error is a convex function of K, there is a price at which the
+best path has K intervals, and it is the best partition into K. The price is searched; an interval of weight n and
+weighted sum S costs −S²/n, which is its squared error but for what all partitions have in common.
+
+The cut at which the best last interval begins never moves back (the error is a Monge cost). So a pass takes a block of
+cuts at a time: of the last one the best beginning is searched from that of the block before's last on, and those of the
+others lie between the two. Beginnings inside the block are looked at where one is better for its last cut: one that is
+better for any end in it is so for that one too.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nuqjax._src.knq.rows.sorted import first_least, windows
+
+_LANES = 16  # rows handled at once
+_BLOCK = 16  # cuts settled at once
+_WIDTH = 32  # beginnings looked at together, for one end
+_NEAR = 8  # and for a block of ends
+
+
+@functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
+def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool):
+    """The shortest paths with `num_levels` intervals through cuts.
+
+    Args:
+      count: `[R, M + 1]` weight below each cut; those after cut number `size` do not count.
+      total: `[R, M + 1]` weighted sum below it, of the same dtype.
+      size: int32.
+      zero: `[R]` int32 with `pin`: the interval from a cut up to `zero` to one above it has the level 0, and no price.
+      price: `[R]` float64, to begin with.
+      trials: int32, of a price. If none of them gives K intervals, K of those that there are come back.
+      through: bool, whether `excess` is wanted.
+      num_levels: K.
+      pin: whether a level is held at 0.
+
+    Returns:
+      `[R, K − 1]` int32 places among the cuts, `[R]` the price, `[R]` whether a path at it has K intervals, and
+      `[R, M + 1]` by how much the best path through each cut exceeds the best (0 without `through`).
+    """
+    number = count.shape[0]
+    lanes = min(_LANES, number)
+    missing = -number % lanes
+
+    def grouped(x):
+        padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return padded.reshape(-1, lanes, *x.shape[1:])
+
+    def run(group):
+        count, total, zero, price = group
+        cuts = count.shape[1]
+        count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
+        problem = _Problem(count, total, size, zero if pin else None)
+        found, exact, potential, places = _search(problem, price, trials, num_levels)
+
+        def backwards():
+            return potential + _to_size(_potentials(_backwards(problem), found)[0], size)
+
+        excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential))
+        return places, found, exact, excess[:, :cuts]
+
+    found = lax.map(run, tuple(map(grouped, (count, total, zero, price))))
+    return tuple(x.reshape(number + missing, *x.shape[2:])[:number] for x in found)
+
+
+class _Problem(NamedTuple):
+    """As the arguments of `priced_paths`, with room for a window behind the cuts; `zero` only where one is held."""
+
+    count: jax.Array
+    total: jax.Array
+    size: jax.Array
+    zero: jax.Array | None
+
+
+def _to_size(x, size):
+    """`[R, M + 1]` with the entries up to `size` in reverse order."""
+    last = x.shape[1] - 1
+    return lax.dynamic_slice_in_dim(jnp.pad(x[:, ::-1], ((0, 0), (0, last))), last - size, last + 1, 1)
+
+
+def _backwards(problem: _Problem) -> _Problem:
+    """The problem of the row from its end."""
+    count, total, size, zero = problem
+    count, total = (x[:, -1:] - _to_size(x, size) for x in (count, total))
+    return _Problem(count, total, size, None if zero is None else size - 1 - zero)
+
+
+def _search(problem: _Problem, price, trials, num_levels: int):
+    """The price, whether it is one of K intervals, the potentials, and the places."""
+    free = num_levels if problem.zero is None else num_levels - 1
+    steps = num_levels + num_levels // 4 + 1
+    # By how much more a price should be that has so many intervals (Panter and Dite 1951); XLA does not divide by
+    # constants alike for one row and for many.
+    ratios = jnp.asarray((np.maximum(np.arange(steps + 2), 0.5) / free) ** 3)
+
+    def attempt(price):
+        potential, firsts = _potentials(problem, price)
+        return potential, *_traced_back(problem, price, potential, firsts, steps)
+
+    def error(price, potential, intervals):
+        paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select between product and sum
+        return lax.dynamic_index_in_dim(potential, problem.size, axis=1, keepdims=False) - paid
+
+    def wrong(state):
+        *_, intervals, trial = state
+        return jnp.any(intervals != free) & (trial < trials)
+
+    def again(state):
+        price, low, high, potential, _, intervals, trial = state
+        here = price, error(price, potential, intervals), intervals
+        low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
+        high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
+        guess = price * _steeper(ratios[intervals], trial - 2)
+        bracketed = (low[0] > 0) & (high[0] < jnp.inf)
+        # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
+        equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)
+        # A path that was not followed to its end has no error, and rounding may leave none between two.
+        known = (low[2] <= steps) & (equal > low[0]) & (equal < high[0])
+        between = jnp.where(known, equal, jnp.sqrt(low[0]) * jnp.sqrt(high[0]))
+        price = jnp.where(intervals == free, price, jnp.where(bracketed, between, guess))
+        return price, low, high, *attempt(price), trial + 1
+
+    none = jnp.zeros_like(price), jnp.zeros_like(price), jnp.zeros(price.shape, jnp.int32)
+    begin = price, none, (jnp.full_like(price, jnp.inf), *none[1:]), *attempt(price), jnp.int32(1)
+    price, _, _, potential, chain, intervals, _ = lax.while_loop(wrong, again, begin)
+    held = num_levels - free
+    rank = jnp.arange(num_levels - 1, 0, -1, dtype=jnp.int32) * (intervals[:, None] + held) // num_levels
+    return price, intervals == free, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
+
+
+def _steeper(ratio, times):
+    """The ratio, squared some times: where values are sparse the price changes faster than with the cube."""
+    for time in range(4):
+        ratio = jnp.where(time < times, ratio * ratio, ratio)
+    return ratio
+
+
+def _cost(potential, n, s, price, pinned):
+    """Of a path that goes on by an interval of weight n and sum s."""
+    n, s = n.astype(jnp.float64), s.astype(jnp.float64)
+    reached = potential - s * s / jnp.where(n > 0, n, 1.0) + price
+    return reached if pinned is None else jnp.where(pinned, potential, reached)
+
+
+def _pinned(problem: _Problem, begin, end):
+    """Whether intervals `[R, …]` hold the pinned zero; None without one."""
+    if problem.zero is None:
+        return None
+    zero = problem.zero.reshape(-1, *[1] * (begin.ndim - 1))
+    return (begin <= zero) & (end > zero)
+
+
+def _best_beginning(problem: _Problem, price, potential, first, end, last):
+    """`[R, 1]` where the best last interval to the cuts `end` begins, from `first` to `last`, all `[R, 1]`.
+
+    Of equals the first: the next block's beginnings are not before it.
+    """
+    n_end, s_end = (jnp.take_along_axis(x, end, axis=1) for x in problem[:2])
+
+    def compare(piece, found):
+        least, where = found
+        start = jnp.minimum(first + piece * _WIDTH, potential.shape[1] - _WIDTH)
+        n, s, begun = windows((*problem[:2], potential), start[:, 0], _WIDTH)
+        begin = start + jnp.arange(_WIDTH, dtype=jnp.int32)
+        reached = _cost(begun, n_end - n, s_end - s, price[:, None], _pinned(problem, begin, end))
+        here, at = first_least(jnp.where(begin <= last, reached, jnp.inf), begin, 1)
+        return jnp.minimum(here, least), jnp.where(here < least, at, where)
+
+    pieces = jnp.max(last - first) // _WIDTH + 1
+    return lax.fori_loop(0, pieces, compare, (jnp.full(end.shape, jnp.inf), end))[1]
+
+
+def _potentials(problem: _Problem, price):
+    """The cost `[R, m]` of the shortest path to each cut, and `[R, blocks + 1]` the first beginning for each block."""
+    count, total, size, _ = problem
+    lane = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
+    paid = price[:, None]
+
+    def settle(block, state):
+        potential, firsts = state
+        below = block * _BLOCK  # the cut before the block
+        first = lax.dynamic_slice_in_dim(firsts, block, 1, axis=1)
+        end = below + 1 + lane
+        n_end, s_end = (lax.dynamic_slice_in_dim(x, below + 1, _BLOCK, axis=1) for x in (count, total))
+        last = jnp.full_like(first, below + _BLOCK)
+        begun_last = _best_beginning(problem, price, potential, first, last, jnp.full_like(first, below))
+
+        def compare(piece, best):
+            start = jnp.minimum(first + piece * _NEAR, potential.shape[1] - _NEAR)
+            n, s, begun = (x[:, :, None] for x in windows((count, total, potential), start[:, 0], _NEAR))
+            begin = (start + jnp.arange(_NEAR, dtype=jnp.int32))[:, :, None]
+            begun = jnp.where(begin <= begun_last[:, :, None], begun, jnp.inf)
+            pinned = _pinned(problem, begin, end[:, None])
+            reached = _cost(begun, n_end[:, None] - n, s_end[:, None] - s, paid[:, None], pinned)
+            return jnp.minimum(best, jnp.min(reached, axis=1))
+
+        pieces = jnp.max(begun_last - first) // _NEAR + 1
+        best = lax.fori_loop(0, pieces, compare, jnp.full(n_end.shape, jnp.inf))
+
+        def to_last(best):
+            return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _pinned(problem, end, last))
+
+        # A beginning in the block that is better for any end in it than all before is so for the block's last too.
+        within = jnp.any(to_last(best) < best[:, -1:], axis=1, keepdims=True)
+
+        def from_within():
+            def one(place, best):
+                n, s = (lax.dynamic_slice_in_dim(x, place, 1, axis=1) for x in (n_end, s_end))
+                reached = _cost(best, n - n_end, s - s_end, paid, _pinned(problem, end, below + 1 + place))
+                least = jnp.min(jnp.where(lane < place, reached, jnp.inf), axis=1, keepdims=True)
+                return jnp.where((lane == place) & within, jnp.minimum(best, least), best)
+
+            settled = lax.fori_loop(1, _BLOCK, one, best)
+            return settled, jnp.where(within, first_least(to_last(settled), end, 1)[1], begun_last)
+
+        best, begun_last = lax.cond(jnp.any(within), from_within, lambda: (best, begun_last))
+        potential = lax.dynamic_update_slice_in_dim(potential, best, below + 1, axis=1)
+        return potential, lax.dynamic_update_slice_in_dim(firsts, begun_last, block + 1, axis=1)
+
+    unsettled = jnp.full(count.shape, jnp.inf).at[:, 0].set(0.0)
+    firsts = jnp.zeros((count.shape[0], count.shape[1] // _BLOCK + 1), jnp.int32)
+    blocks = (size + _BLOCK - 1) // _BLOCK
+    return lax.fori_loop(jnp.int32(0), blocks, settle, (unsettled, firsts))
+
+
+def _traced_back(problem: _Problem, price, potential, firsts, steps: int):
+    """The cuts of each path from its end, and how many intervals are priced."""
+
+    def back(end, _):
+        last = jnp.maximum(end - 1, 0)
+        first = jnp.take_along_axis(firsts, last // _BLOCK, axis=1)
+        there = end > 0
+        before = jnp.where(there, _best_beginning(problem, price, potential, first, end, last), 0)
+        pinned = _pinned(problem, before, end)
+        return before, (before[:, 0], (there if pinned is None else there & ~pinned)[:, 0])
+
+    end = jnp.full((price.shape[0], 1), problem.size, jnp.int32)
+    at, (chain, free) = lax.scan(back, end, length=steps)
+    intervals = jnp.sum(free, axis=0, dtype=jnp.int32)
+    intervals = jnp.where(at[:, 0] > 0, steps + 1, intervals)  # more than were followed
+    return jnp.concatenate([end, chain.T], axis=1), intervals

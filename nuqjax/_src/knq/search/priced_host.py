@@ -1,0 +1,473 @@
+"""`search.priced` in NumPy, for rows on the host: nothing is compiled, and places and prices are bit for bit the same.
+
+Rows come last, some dozens at a time, so that one operation serves all of them. Where intervals hold few cells, the
+gains of all up to a width are made once for all prices (`_narrow_path`). Where they hold many, a block of cuts is
+settled at once: each row has a window of its own of the cuts at which a best interval may begin, and what is gathered
+of it serves all cuts of the block (`_wide_path`).
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_LANES = 128  # rows handled at once
+_GROUP = 16  # of which those with windows of similar widths are handled together
+_NARROW = 12  # cells of an interval, on average, up to which the gains of all are kept
+_BAND = 2.5  # times as wide an interval is looked at first
+_HELD = 2**21  # gains kept at once
+LEAST_BLOCK, _BLOCK, _MOST_BLOCK = 4, 32, 128  # cuts settled at once: at the ends of a row, with one window, at most
+_PER_BLOCK = 4  # times as many cuts lie between an end and a block
+_EXACT = 2.0**52  # the sums and differences of smaller whole numbers are exact in float64
+
+
+def priced_paths(count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, pin: bool):
+    """The shortest paths with `num_levels` intervals through cuts: as `search.priced.priced_paths`, in NumPy.
+
+    Args:
+      count: `[R, M + 1]` weight below each cut; those after cut number `size` do not count.
+      total: `[R, M + 1]` weighted sum below it, of the same dtype.
+      size: number of the last cut.
+      zero: `[R]` with `pin`: the interval from a cut up to `zero` to one above it has the level 0, and no price.
+      price: `[R]` float64, to begin with.
+      trials: of a price. If none of them gives K intervals, K of those that there are come back.
+      through: whether `excess` is wanted.
+      num_levels: K.
+      pin: whether a level is held at 0.
+
+    Returns:
+      `[R, K − 1]` places among the cuts, `[R]` the price, `[R]` whether a path at it has K intervals, `[R, size + 1]`
+      the cost of the best path through each cut (0 without `through`), and `[R]` the cost of the path.
+    """
+    width, lanes = None, _LANES
+    if size <= _NARROW * num_levels:
+        width = min(int(_BAND * size / num_levels) + 8, size)
+        lanes = min(max(_HELD // (width * size), _GROUP), 4 * _LANES)
+    parts = []
+    for start in range(0, len(count), lanes):
+        here = slice(start, start + lanes)
+        problem = _problem(count[here], total[here], size, zero[here] if pin else None, width, num_levels)
+        problem, found, exact, potential, places = _search(problem, price[here], trials, num_levels)
+        if through:
+            backwards = _path(_backwards(problem), found)[1]
+            excess = (potential + backwards.potential[::-1]).T
+        else:
+            excess = np.zeros((len(found), size + 1))
+        parts.append((places, found, exact, excess, potential[-1]))
+    return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+
+class _Problem(NamedTuple):
+    """Rows last: `count` and `total` `[m + 1, R]`, `zero [R]` only where a level is held there.
+
+    `gains [W, m + 1, R]` of the intervals of W − w cells that end at each cut, where they are few; else None.
+    """
+
+    count: np.ndarray
+    total: np.ndarray
+    zero: Any
+    gains: Any
+    weighty: bool  # whether every cell weighs something
+    block: int  # cuts settled at once, at most
+
+
+class _Path(NamedTuple):
+    """The shortest path to each cut.
+
+    Attributes:
+      potential: `[m + 1, R]` its cost.
+      block: `[m + 1]` the block to which each cut belongs; None where gains are kept.
+      firsts: `[blocks, R]` the first cut at which a best interval to a cut of each block may begin.
+    """
+
+    potential: np.ndarray
+    block: Any
+    firsts: Any
+
+
+def _problem(count, total, size: int, zero, width: int | None, num_levels: int) -> _Problem:
+    """With the gains of intervals of up to `width` cells, if that is known."""
+    count, total = (np.ascontiguousarray(x[:, : size + 1].T) for x in (count, total))
+    count = count.astype(np.float64, copy=False)
+    block = 1 << max(size // (2 * num_levels), 1).bit_length() - 1
+    block = min(max(block, _BLOCK // 2), _MOST_BLOCK)
+    problem = _Problem(count, total, zero, None, bool((count[1:] > count[:-1]).all()), block)
+    return problem if width is None else _with_gains(problem, width)
+
+
+def _with_gains(problem: _Problem, width: int) -> _Problem:
+    count, total = problem.count, problem.total
+    gains = np.zeros((width, *count.shape))
+    (total,) = _floats(total)
+    for w in range(width):
+        begin, end = slice(None, -w - 1), slice(w + 1, None)
+        gains[width - 1 - w, end] = _gain(count[begin], total[begin], count[end], total[end], problem.weighty)
+    return problem._replace(gains=gains)
+
+
+def _backwards(problem: _Problem) -> _Problem:
+    """The problem of the row from its end."""
+    count, total, zero, gains, weighty, block = problem
+    if gains is not None:  # the interval that begins at a cut and has W − w cells ends as many cuts later
+        width, length, number = gains.shape
+        padded = np.concatenate([gains, np.zeros((width, width, number))], axis=1)
+        w, cut, row = padded.strides
+        from_each = np.lib.stride_tricks.as_strided(padded[:, width:], (width, length, number), (w - cut, cut, row))
+        gains = from_each[:, ::-1]
+    count, total = (x[-1] - x[::-1] for x in (count, total))
+    return _Problem(count, total, None if zero is None else len(count) - 2 - zero, gains, weighty, block)
+
+
+def _search(problem: _Problem, price, trials: int, num_levels: int):
+    """The problem, prices, whether they are of K intervals, potentials and places; each row is searched until it has K.
+
+    The problem that comes back may keep the gains of wider intervals.
+    """
+    free = num_levels if problem.zero is None else num_levels - 1
+    steps = num_levels + num_levels // 4 + 1
+    # By how much more a price should be that has so many intervals (Panter and Dite 1951).
+    ratios = (np.maximum(np.arange(steps + 2), 0.5) / free) ** 3
+    found, number = price.copy(), len(price)
+    problem, path = _path(problem, price)
+    potential = np.array(path.potential)
+    chain, intervals = _traced_back(problem, price, path, steps)
+    low = np.zeros(number), np.zeros(number), np.zeros(number, np.int64)
+    high = np.full(number, np.inf), np.zeros(number), np.zeros(number, np.int64)
+    held, some = np.arange(number), problem  # the rows that are still searched, with some that are not any more
+    for trial in range(1, trials):
+        wrong = np.flatnonzero(intervals != free)
+        if not len(wrong):
+            break
+        here, counts = found[wrong], intervals[wrong]
+        error = potential[-1, wrong] - np.where(counts > 0, here * counts, 0.0)
+        for bounds, which in ((low, counts > free), (high, counts < free)):
+            for known, new in zip(bounds, (here, error, counts), strict=True):
+                known[wrong[which]] = new[which]
+        below, above = (tuple(x[wrong] for x in bounds) for bounds in (low, high))
+        guess = here * _steeper(ratios[counts], trial - 2)
+        bracketed = (below[0] > 0) & (above[0] < np.inf)
+        # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
+        equal = (above[1] - below[1]) / np.maximum(below[2] - above[2], 1)
+        # A path that was not followed to its end has no error, and rounding may leave none between two.
+        known = (below[2] <= steps) & (equal > below[0]) & (equal < above[0])
+        between = np.where(known, equal, np.sqrt(below[0]) * np.sqrt(above[0]))
+        found[wrong] = np.where(bracketed, between, guess)
+        if 2 * len(wrong) <= len(held):
+            some, held = _of_rows(some, np.searchsorted(held, wrong)), wrong
+        some, path = _path(some, found[held])
+        some_chain, some_intervals = _traced_back(some, found[held], path, steps)
+        new = np.searchsorted(held, wrong)
+        potential[:, wrong], chain[wrong], intervals[wrong] = (
+            path.potential[:, new],
+            some_chain[new],
+            some_intervals[new],
+        )
+    rank = np.arange(num_levels - 1, 0, -1) * (intervals[:, None] + num_levels - free) // num_levels
+    places = np.take_along_axis(chain, np.minimum(rank, steps), axis=1)
+    return problem, found, intervals == free, potential, places
+
+
+def _of_rows(problem: _Problem, rows: np.ndarray) -> _Problem:
+    count, total, zero, gains = (None if x is None else np.ascontiguousarray(x[..., rows]) for x in problem[:4])
+    return problem._replace(count=count, total=total, zero=zero, gains=gains)
+
+
+def _path(problem: _Problem, price) -> tuple[_Problem, _Path]:
+    """The shortest paths, and the problem, with the gains of wider intervals if that is what they took."""
+    if problem.gains is None:
+        return problem, (_path_of_one if problem.count.shape[1] == 1 else _wide_path)(problem, price)
+    while True:
+        path = _narrow_path(problem, price)
+        if path is not None:
+            return problem, path
+        problem = _with_gains(problem, min(2 * len(problem.gains), len(problem.count) - 1))
+
+
+def _steeper(ratio, times: int):
+    """The ratio, squared some times: where values are sparse the price changes faster than with the cube."""
+    for _ in range(max(min(times, 4), 0)):
+        ratio = ratio * ratio
+    return ratio
+
+
+def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
+    """S²/n of intervals, 0 of those that weigh nothing."""
+    n, s = end_count - begin_count, end_total - begin_total
+    s = s.astype(np.float64, copy=False)
+    np.multiply(s, s, out=s)
+    if not weighty:
+        np.copyto(n, 1.0, where=n <= 0)
+    return np.divide(s, n, out=s)
+
+
+def _reached(begun, gain, price, pinned):
+    """The cost of paths that go on by intervals of such gains, which are overwritten."""
+    np.subtract(begun, gain, out=gain)
+    np.add(gain, price, out=gain)
+    if pinned is not None:
+        np.copyto(gain, np.broadcast_to(begun, gain.shape), where=pinned)
+    return gain
+
+
+def _least(begun, gain, price, pinned):
+    """The least of these costs over the first axis; a price is added to the least, or to all, with the same result."""
+    if pinned is not None:
+        return _reached(begun, gain, price, pinned).min(axis=0)
+    return np.subtract(begun, gain, out=gain).min(axis=0) + price
+
+
+def _narrow_path(problem: _Problem, price) -> _Path | None:
+    """The shortest path to each cut from the gains of all intervals up to a width; None if that may be too narrow.
+
+    As the best beginning never moves back, no best interval is wider if none to the cut before is as wide.
+    """
+    zero, gains = problem.zero, problem.gains
+    width, length, number = gains.shape
+    lag = np.arange(width, 0, -1)[:, None]
+    potential = np.full((width + length, number), np.inf)  # behind what stands for cuts before the first
+    potential[width] = 0.0
+    widest = np.empty((length, number))
+    zero = np.zeros(0, np.int64) if zero is None else zero
+    pinned_from, pinned_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
+    reached, least = np.empty((width, number)), np.empty(number)
+    for end in range(1, length):
+        begun = potential[end : end + width]
+        np.subtract(begun, gains[:, end], out=reached)
+        if pinned_from <= end < pinned_to:
+            reached += price
+            np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
+            np.minimum.reduce(reached, axis=0, out=potential[end + width])
+            widest[end] = reached[0]
+        else:
+            np.minimum.reduce(reached, axis=0, out=least)
+            np.add(least, price, out=potential[end + width])
+            np.add(reached[0], price, out=widest[end])
+    inner = slice(width, length - 1)
+    if (widest[inner] <= potential[width:][inner]).any():
+        return None
+    return _Path(potential[width:], None, None)
+
+
+def schedule(cuts: int, most: int) -> list[int]:
+    """Where blocks end: the nearer to an end of the row, the smaller, as intervals are there."""
+    ends = [0]
+    while ends[-1] < cuts:
+        near = min(ends[-1], cuts - ends[-1]) // _PER_BLOCK
+        size = 1 << max(near, LEAST_BLOCK).bit_length() - 1
+        ends.append(min(ends[-1] + min(size, most), cuts))
+    return ends
+
+
+class _Window(NamedTuple):
+    """Of the cuts from which intervals may begin, `[w, R]`, what paths to them cost, and their sums."""
+
+    begun: np.ndarray
+    count: np.ndarray
+    total: np.ndarray
+
+    def part(self, index) -> "_Window":
+        """Some of the rows of the arrays."""
+        return _Window(*(x[index] for x in self))
+
+
+class _Sums(NamedTuple):
+    """Running sums, flat, relative to those at a cut: where they are small enough they are exact in float64."""
+
+    potential: np.ndarray
+    count: np.ndarray
+    total: np.ndarray
+    number: int
+
+    def window(self, begin, lanes, reference) -> _Window:
+        """Those at cuts `begin [w, L]` of the rows `lanes [L]`."""
+        place = begin * self.number + lanes
+        total = self.total.take(place)
+        if total.dtype != np.float64:
+            total -= reference
+        return _Window(self.potential.take(place), self.count.take(place), total)
+
+
+def _floats(*totals):
+    """Whole numbers as float64 where that is exact, elsewhere as they are: differences are those of the numbers."""
+    if totals[0].dtype == np.float64 or any(max(int(x.max()), -int(x.min())) >= _EXACT for x in totals):
+        return totals
+    return tuple(x.astype(np.float64) for x in totals)
+
+
+def _wide_path(problem: _Problem, price) -> _Path:
+    """The shortest path to each cut, a block of cuts at a time."""
+    count, total, zero, _, weighty, most = problem
+    length, number = count.shape
+    every = np.arange(number)
+    potential = np.full(count.shape, np.inf)
+    potential[0] = 0.0
+    ends = schedule(length - 1, most)
+    firsts = np.zeros((len(ends), number), np.int64)
+    sums = _Sums(potential.reshape(-1), count.reshape(-1), total.reshape(-1), number)
+    steps = np.arange(length)[:, None]
+
+    def held(begin, end):
+        return None if zero is None else (begin <= zero) & (end > zero)
+
+    for block, (below, last) in enumerate(itertools.pairwise(ends)):
+        first, reference = firsts[block], total[below]
+        begin = np.minimum(first + steps[: below - int(first.min()) + 1], below)
+        window = sums.window(begin, every, reference)
+        stops = [*range(below + _BLOCK, last, _BLOCK), last]
+        here = total[below + 1 : last + 1]
+        here = here if here.dtype == np.float64 else here - reference
+        begun_totals, here = _floats(window.total, here)
+        window = window._replace(total=begun_totals)
+        n_end = count[below + 1 : last + 1]
+        # Where the best last intervals to the last cut begin; then those to the other stops, up to there.
+        gain = _gain(window.count, window.total, n_end[-1], here[-1], weighty)
+        at = np.argmin(_reached(window.begun, gain, price, held(begin, last)), axis=0)
+        begins = [np.zeros_like(at)]
+        near = int(at.max()) + 1
+        for stop in stops[:-1]:
+            part, place = window.part(slice(near)), stop - below - 1
+            gain = _gain(part.count, part.total, n_end[place], here[place], weighty)
+            begins.append(np.argmin(_reached(part.begun, gain, price, held(begin[:near], stop)), axis=0))
+        begins.append(at)
+        firsts[block + 1] = first + at
+        for number_, stop in enumerate(stops):
+            start = stops[number_ - 1] if number_ else below
+            low, high = begins[number_], begins[number_ + 1]
+            _settle(problem, price, window, begin, low, high, start, stop, below, n_end, here, potential)
+        if last - below > 1:
+            # A beginning in the block that is better for any end in it than all before is so for its last too.
+            best = potential[below + 1 : last + 1]
+            within = np.flatnonzero((_on_to(problem, price, below, last, best, every) < best[-1]).any(axis=0))
+            if len(within):
+                _settle_within(problem, price, below, last, potential, firsts[block + 1], within)
+    blocks = np.zeros(length, np.int64)
+    blocks[1:] = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+    return _Path(potential, blocks, firsts)
+
+
+def _settle(problem: _Problem, price, window, begin, low, high, start, stop, below, n_end, here, potential) -> None:
+    """Paths to the cuts after `start`, up to `stop`, whose last interval begins from `low` to `high` in the window.
+
+    Rows are taken in groups with ranges of similar widths.
+    """
+    zero = problem.zero
+    ends = slice(start - below, stop - below)
+    width = np.maximum(high - low, 0)
+    order = np.argsort(width, kind="stable")
+    steps = np.arange(int(width.max()) + 1)[:, None]
+    number = len(width)
+    flat = [x.reshape(-1) for x in window]
+    for group in range(0, number, _GROUP):
+        lanes = order[group : group + _GROUP]
+        place = np.minimum(low[lanes] + steps[: int(width[lanes[-1]]) + 1], len(begin) - 1)
+        at = place * number + lanes
+        begun, n, s = (x.take(at)[:, None] for x in flat)
+        gain = _gain(n, s, n_end[ends, lanes], here[ends, lanes], problem.weighty)
+        pinned = None
+        if zero is not None:
+            of_cuts = np.arange(start + 1, stop + 1)[:, None]
+            pinned = (begin.reshape(-1).take(at)[:, None] <= zero[lanes]) & (of_cuts > zero[lanes])
+        potential[start + 1 : stop + 1, lanes] = _least(begun, gain, price[lanes], pinned)
+
+
+def _path_of_one(problem: _Problem, price) -> _Path:
+    """As `_wide_path` for one row, of which windows are slices."""
+    count, total, zero = problem.count[:, 0], problem.total[:, 0], -1 if problem.zero is None else int(problem.zero[0])
+    weighty, length, paid = problem.weighty, len(count), price[0]
+    potential = np.full(length, np.inf)
+    potential[0] = 0.0
+    ends = schedule(length - 1, min(problem.block, _BLOCK))
+    firsts = np.zeros(len(ends), np.int64)
+    for block, (below, last) in enumerate(itertools.pairwise(ends)):
+        first = firsts[block]
+        n, s = count[first : last + 1], total[first : last + 1]
+        if s.dtype != np.float64:
+            (s,) = _floats(s - s[below - first])
+        begins = below - first + 1
+        crossed = first <= zero < last  # by intervals that hold the pinned zero
+        begin = np.arange(first, below + 1)
+        held: Any = begin <= zero if crossed else None
+        gain = _gain(n[:begins], s[:begins], n[-1], s[-1], weighty)
+        at = int(np.argmin(_reached(potential[first : below + 1], gain, paid, held)))
+        near, end = slice(at + 1), slice(begins, None)
+        gain = _gain(n[near, None], s[near, None], n[end], s[end], weighty)
+        if crossed:
+            held = held[near, None] & (np.arange(below + 1, last + 1) > zero)
+        potential[below + 1 : last + 1] = _least(potential[first : first + at + 1, None], gain, paid, held)
+        firsts[block + 1] = first + at
+        if last - below > 1:
+            best, inner = potential[below + 1 : last + 1], slice(begins, -1)
+            gain = _gain(n[inner], s[inner], n[-1], s[-1], weighty)
+            if crossed:
+                held = np.arange(below + 1, last) <= zero
+            if (_reached(best[:-1], gain, paid, held) < best[-1]).any():
+                of_one = firsts[block + 1 : block + 2]
+                _settle_within(problem, price, below, last, potential[:, None], of_one, np.zeros(1, np.int64))
+    blocks = np.zeros(length, np.int64)
+    blocks[1:] = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
+    return _Path(potential[:, None], blocks, firsts[:, None])
+
+
+def _on_to(problem: _Problem, price, below: int, last: int, best, lanes):
+    """The cost of paths to `last` that go on by one interval from the cuts between `below` and `last`."""
+    count, total, zero, _, weighty, _ = problem
+    begin = slice(below + 1, last)
+    pinned = None
+    if zero is not None:
+        pinned = (np.arange(below + 1, last)[:, None] <= zero[lanes]) & (last > zero[lanes])
+    gain = _gain(count[begin, lanes], total[begin, lanes], count[last, lanes], total[last, lanes], weighty)
+    return _reached(best[:-1], gain, price[lanes], pinned)
+
+
+def _settle_within(problem: _Problem, price, below: int, last: int, potential, first, lanes) -> None:
+    """Lets intervals of some rows begin inside a block too, cut by cut; in place."""
+    count, total, zero, _, weighty, _ = problem
+    rows = slice(below + 1, last + 1)
+    n, s, best, paid = count[rows, lanes], total[rows, lanes], potential[rows, lanes], price[lanes]
+    held = None if zero is None else np.arange(below + 1, last + 1)[:, None] <= zero[lanes]
+    for place in range(1, last - below):
+        pinned = None if held is None else held[:place] & ~held[place]
+        gain = _gain(n[:place], s[:place], n[place], s[place], weighty)
+        reached = _least(best[:place], gain, paid, pinned)
+        np.minimum(best[place], reached, out=best[place])
+    potential[rows, lanes] = best
+    first[lanes] = below + 1 + np.argmin(_on_to(problem, price, below, last, best, lanes), axis=0)
+
+
+def _traced_back(problem: _Problem, price, path: _Path, steps: int):
+    """The cuts of each path from its end, and how many intervals are priced."""
+    count, total, zero, gains, weighty, _ = problem
+    length, number = count.shape
+    lane = np.arange(number)
+    chain = np.zeros((steps + 1, number), np.int64)
+    chain[0] = end = np.full(number, length - 1)
+    potential, *sums = (np.ascontiguousarray(x).reshape(-1) for x in (path.potential, count, total))
+    if gains is not None:
+        width, gains = len(gains), gains.reshape(-1)
+        potential = np.concatenate([np.full(width * number, np.inf), potential])
+        to_begin, to_gain = (np.arange(width)[:, None] * size for size in (number, length * number))
+    for step in range(1, steps + 1):
+        if gains is not None:
+            here = end * number + lane
+            begun, gain = potential.take(to_begin + here), gains.take(to_gain + here)
+            first, last = end - width, np.maximum(end - 1, 0)
+        else:
+            last = np.maximum(end - 1, 0)
+            first = np.minimum(path.firsts[path.block[end], lane], last)
+            begin = np.minimum(first + np.arange(int((last - first).max()) + 1)[:, None], last)
+            place = begin * number + lane
+            begun, n, s = potential.take(place), *(x.take(place) for x in sums)
+            gain = _gain(n, s, count[last + 1, lane], total[last + 1, lane], weighty)
+        pinned = None
+        if zero is not None:
+            begin = np.minimum(first + np.arange(len(gain))[:, None], last)
+            pinned = (begin <= zero) & (end > zero)
+        at = np.argmin(_reached(begun, gain, price, pinned), axis=0)
+        chain[step] = end = np.where(end > 0, np.minimum(first + at, last), 0)
+        if not end.any():
+            break
+    chain = chain.T
+    priced = chain[:, :-1] > 0
+    if zero is not None:
+        priced &= (chain[:, 1:] > zero[:, None]) | (chain[:, :-1] <= zero[:, None])
+    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were followed

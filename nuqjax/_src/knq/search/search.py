@@ -1,0 +1,498 @@
+"""The optimal partition of sorted rows into K intervals, by dynamic programmes over few cuts.
+
+An interval's squared error is Σ w x² − S²/n, with n its weight and S its weighted sum, so a partition is optimal if it
+makes Σ S²/n greatest. Programmes find it over the cuts that the one before leaves open:
+
+1. *dense* (rows of few distinct values): every partition of them (`search.dense`). This is all, and exact.
+2. *priced* (other rows): the shortest path through cuts at a price per interval at which it has K of them
+   (`search.priced`): over cuts spread over the whole row by rank, value and density, then over the intervals found,
+   parted evenly into cells, then over the cells by which the best paths pass, parted further, the others joined.
+3. *windows*: each boundary may move by a few steps of its own, at first over the cells beside it; every combination.
+   Steps shrink to single values, and a boundary at the end of its window moves on, until nothing moves.
+
+No product is followed by a sum that XLA could contract, so host and device, eager and jitted, decide alike.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nuqjax._src.knq.rows.long import LongRows, ShardedRows
+from nuqjax._src.knq.rows.sorted import LONG, SortedRows, first_least, take
+from nuqjax._src.knq.search import dense_host as fit_knq_dense_host
+from nuqjax._src.knq.search import priced_host as fit_knq_priced_host
+from nuqjax._src.knq.search.dense import dense_rows
+from nuqjax._src.knq.search.priced import priced_paths
+from nuqjax._src.knq.search.windows_host import windows_rows
+from nuqjax._src.leaf.rows import namespace
+
+_FEW_LEVELS = 12  # fewer have as many cells as these
+_SPREAD = 12  # cells of an interval, on average, when nothing is known
+_CELLS, _CELLS_OF_LONG = 48, 32  # when a partition is; of a long row every cell is narrow
+_PARTS = 8  # of a cell that the best paths pass by
+_KEPT = 64  # such parts for each level
+_NARROWINGS = 2
+_NEARLY_SINGLE = 6  # values of a cell, on average, from which it is parted into single values,
+_FINEST_PARTS = 32  # which are so many where the row is dense
+_TRIALS = 24  # of a price
+_EVERY = 1280  # cuts, all of which the path is searched through at once
+_ROOMS = (2**10 + 2, _EVERY + 2, *(2**e + 2 for e in range(12, 40, 2)))  # of the arrays of cuts: few to compile
+COMPILED = 10**6  # values of a row on the host from which on compiled kernels win by more than they cost to compile
+_HALF = 16  # steps of a window to each side
+_ROUNDS = 64
+_LANES = 16  # rows handled at once
+
+Rows = SortedRows | LongRows | ShardedRows
+
+
+def _rounded(product):
+    """A product that is rounded before it is added to anything."""
+    return product if isinstance(product, np.ndarray) else lax.optimization_barrier(product)
+
+
+def coarse_cuts(rows: Rows, count: int):
+    """`[R, count + 1]` ascending cuts from 0 to the last: all where they are few, else spread in four ways.
+
+    A quarter is even in rank, a quarter even in value, a quarter follows the density's cube root (Panter and Dite
+    1951), and a quarter lies in the tails, by rank from either end in a geometric series.
+    """
+    xp = namespace(rows.size)
+    if rows.length <= count:
+        return rows.every_cut(count)[0]
+    size = rows.size[:, None]
+    quarter = count // 4
+    share = xp.arange(1, quarter, dtype=xp.int64)
+    even = share * size // quarter
+    low, high = rows.value_at(xp.zeros_like(size)), rows.value_at(size)
+    grid = rows.cut_below(low + _rounded((high - low) * (share / quarter)))
+    edges = xp.arange(4 * count + 1, dtype=xp.int64) * size // (4 * count)
+    ends = rows.value_at(edges)
+    gaps = ends[:, 1:] - ends[:, :-1]
+    root = xp.sqrt(gaps)
+    pull = _rounded(root * xp.sqrt(xp.sqrt(xp.sqrt(gaps))))  # gap^(5/8), by correctly rounded steps
+    pull = (pull * 2.0**30).astype(xp.int64) + 1
+    running = xp.cumsum(pull, axis=1)
+    place = xp.sum(running[:, None, :] <= (share * running[:, -1:] // quarter)[:, :, None], axis=2)
+    density = take(edges, place)
+    eighth = quarter // 2
+    series = np.concatenate(
+        [np.arange(1, eighth // 4 + 1), np.geomspace(eighth // 4 + 1, 2.0**40, eighth - eighth // 4)]
+    )
+    ratio = xp.asarray(np.rint(np.minimum(series, 2.0**40)).astype(np.int64))
+    tail = xp.minimum(ratio, size)
+    chosen = xp.concatenate([even, grid, density, tail, size - tail], axis=1)
+    chosen = xp.sort(rows.before_ties(xp.clip(chosen, 0, size)), axis=1)
+    missing = count - 1 - chosen.shape[1]
+    if missing > 0:
+        chosen = xp.concatenate([chosen, xp.broadcast_to(size, (chosen.shape[0], missing))], axis=1)
+    spread = xp.concatenate([xp.zeros_like(size), chosen[:, : count - 1], size], axis=1)
+    every, few = rows.every_cut(count)
+    return xp.where(few[:, None], every, spread)
+
+
+def even_cuts(rows: Rows, cuts, cells: int):
+    """Each interval between `cuts [R, K − 1]` parted into `cells`, half of them even in rank and half in value."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    full = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    low, high = full[:, :-1, None], full[:, 1:, None]
+    half = xp.arange(cells // 2, dtype=xp.int64)
+    ranks = low + (high - low) * half // (cells // 2)
+    least, most = rows.value_at(low), rows.value_at(xp.maximum(high - 1, 0))
+    wanted = least + _rounded((most - least) * ((half + 0.5) / (cells // 2)))
+    count = wanted.shape[0]
+    by_value = rows.cut_below(wanted.reshape(count, -1))
+    chosen = xp.concatenate([rows.before_ties(ranks.reshape(count, -1)), by_value, size], axis=1)
+    every, few = rows.every_cut(chosen.shape[1] - 1)
+    return xp.where(few[:, None], every, xp.sort(chosen, axis=1))
+
+
+def _gain(n, s):
+    """S²/n, 0 for an empty interval."""
+    return s * s / jnp.where(n > 0, n, 1.0)
+
+
+@jax.jit
+def _windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing):
+    """The best combination of one place in each boundary's window.
+
+    Costs are counted from a reference, so that nothing large cancels: against boundaries in the middle of their windows
+    and levels a, a boundary elsewhere costs Σ ((x − a_{j−1})² − (x − a_j)²) over the values between, and each interval
+    gains s²/n, s = Σ (x − a_j), by moving its level to its mean.
+
+    `count`, `total` and `above` are `[R, K − 1, W]` at the places of the windows, `end_…` `[R]` the same at the ends of
+    the rows; `reference [R, K]` is a, in the units of `total`, and `spacing [R, K − 1]` its differences in float64. The
+    result is the place for each boundary, `[R, K − 1]`.
+    """
+    number = count.shape[0]
+    lanes = min(_LANES, number)
+    missing = -number % lanes
+
+    def grouped(x):
+        padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+        return jnp.moveaxis(padded.reshape(-1, lanes, *x.shape[1:]), 1, -1)
+
+    arrays = count, total, above, end_count, end_total, end_above, reference, spacing
+    chosen = lax.map(lambda group: _windows(*group), tuple(map(grouped, arrays)))
+    return jnp.moveaxis(chosen, -1, 1).reshape(number + missing, -1)[:number]
+
+
+def _windows(count, total, above, end_count, end_total, end_above, reference, spacing):
+    """As `_windows_rows`, with the rows last: they fill the processor's lanes."""
+    size = count.shape[1]
+    middle = size // 2
+    both = reference[1:] + reference[:-1]
+    moved = 2 * (total - total[:, middle : middle + 1]) - (count - count[:, middle : middle + 1]) * both[:, None]
+    shift = _rounded(spacing[:, None] * moved.astype(jnp.float64))
+    place = jnp.arange(size, dtype=jnp.int32)[:, None]
+
+    def cost(left, right, level):
+        n, s = right[0] - left[0], right[1] - left[1]
+        rest = (s - n * level).astype(jnp.float64)
+        to_zero = _rounded(level.astype(jnp.float64) * (s + rest.astype(s.dtype)).astype(jnp.float64))
+        gain = jnp.where(~left[2] & right[2], -to_zero, _gain(n.astype(jnp.float64), rest))
+        return jnp.where(n < 0, jnp.inf, -gain)
+
+    begin = jnp.zeros((), count.dtype), jnp.zeros((), total.dtype), jnp.zeros((), bool)
+    here = count, total, above
+    first = cost(begin, tuple(x[0] for x in here), reference[0]) + shift[0]
+    lefts, rights = tuple(x[:-1] for x in here), tuple(x[1:] for x in here)
+
+    def step(best, inputs):
+        left, right, level, move = inputs
+        left, right = tuple(x[:, None] for x in left), tuple(x[None, :] for x in right)
+        return jnp.min(best[:, None] + cost(left, right, level), axis=0) + move, best
+
+    last, bests = lax.scan(step, first, (lefts, rights, reference[1:-1], shift[1:]))
+    end = end_count, end_total, end_above
+    chosen = first_least(last + cost(tuple(x[-1] for x in here), end, reference[-1]), place, 0)[1][0]
+
+    def back(chosen, inputs):
+        best, left, right, level = inputs
+        right = tuple(jnp.take_along_axis(x, chosen[None], axis=0) for x in right)
+        before = first_least(best + cost(left, right, level), place, 0)[1][0]
+        return before, before
+
+    _, before = lax.scan(back, chosen, (bests, lefts, rights, reference[1:-1]), reverse=True)
+    return jnp.concatenate([before, chosen[None]])
+
+
+def _above(rows: Rows, cuts, keep_zero: bool):
+    """Whether cuts `[R, …]` lie above the pinned zero; False everywhere if there is none."""
+    xp = namespace(rows.size)
+    if not keep_zero:
+        return xp.zeros(cuts.shape, bool)
+    return cuts > rows.zero.reshape(-1, *[1] * (cuts.ndim - 1))
+
+
+class Partition(NamedTuple):
+    """The best partition of rows into K intervals.
+
+    Attributes:
+      cuts: `[R, K − 1]`, of which some are equal where values are few.
+      least: `[R]` at most minus Σ S²/n of any partition into K intervals; None where not every cut was looked at.
+      price: `[R]` an interval's, at which the shortest path has K of them; None where no path was searched.
+    """
+
+    cuts: Any
+    least: Any = None
+    price: Any = None
+
+
+def some_rows(rows: Rows, which: np.ndarray) -> Rows:
+    """Those at places `which` of rows on the host."""
+    return rows._replace(**{name: x[which] for name, x in rows._asdict().items() if isinstance(x, np.ndarray)})
+
+
+def cost(rows: Rows, cuts, keep_zero: bool) -> np.ndarray:
+    """`[R]` minus Σ S²/n of partitions of rows on the host."""
+    size = rows.size[:, None]
+    whole = np.concatenate([np.zeros_like(size), cuts, size], axis=1)
+    n, s = (np.diff(x, axis=1).astype(np.float64) for x in rows.sums_below(whole))
+    gain = s * s / np.where(n > 0, n, 1.0)
+    if keep_zero:
+        above = _above(rows, whole, True)
+        above[:, -1] = True
+        gain[~above[:, :-1] & above[:, 1:]] = 0.0
+    return -gain.sum(axis=1) * 2.0 ** (-2 * rows.frac)
+
+
+def partition_of_every_cut(rows: Rows, num_levels: int, keep_zero: bool, price) -> Partition:
+    """The best partition of rows on the host through every cut, at once, its price searched from `price [R]`."""
+    path = _path(rows, rows.every_cut(rows.length)[0], price, num_levels, keep_zero, final=True)
+    return Partition(path.cuts, path.least, path.price)
+
+
+def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Partition:
+    """Searches the best partition; runs on NumPy or JAX arrays, where 64-bit types are enabled."""
+    xp = namespace(rows.size)
+    most = min(dense_cuts, rows.length)
+    if num_levels == 1 or rows.length <= num_levels:
+        return Partition(rows.every_cut(num_levels)[0][:, 1:-1])  # every value its own level
+    if rows.length > most:
+        path = _priced(rows, num_levels, keep_zero)
+        return Partition(polish(rows, path.cuts, keep_zero, path.reach, path.best), path.least, path.price)
+    cuts = coarse_cuts(rows, most)
+    count, total = rows.sums_below(cuts)
+    if xp is np:
+        unit = 2.0 ** (2 * rows.frac)
+        zero = rows.zero if keep_zero else None
+        price = _first_price(rows, cuts, num_levels) * unit
+        found, least = fit_knq_dense_host.dense_rows(count, total, rows.size, zero, price, num_levels=num_levels)
+    else:
+        found, least = dense_rows(count, total, _above(rows, cuts, keep_zero), None, None, num_levels=num_levels)
+        found = found.astype(jnp.int64)
+    return Partition(take(cuts, found), least * 2.0 ** (-2 * rows.frac))
+
+
+class _Path(NamedTuple):
+    """The shortest path of K intervals through some cuts.
+
+    Attributes:
+      cuts: `[R, K − 1]`.
+      reach: `[R, K − 1]` values to the next of those cuts, on the side where it is further; half of the longer interval
+        beside it where no path has K intervals.
+      price: `[R]` an interval's.
+      excess: `[R, m + 1]` by how much the best path through each of the cuts exceeds the best; unless it is final.
+      best: `[R]` whether the path is the best of K intervals through all cuts that there are.
+      least: `[R]` at most the cost of any path of K intervals, without their prices; of rows on the host.
+    """
+
+    cuts: Any
+    reach: Any
+    price: Any
+    excess: Any
+    best: Any
+    least: Any
+
+
+def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
+    """The path through cells of ever more even share in the error."""
+    xp = namespace(rows.size)
+    length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
+    cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
+    price = _first_price(rows, cuts, num_levels)
+    cells = _CELLS if length <= LONG else _CELLS_OF_LONG
+    if length <= max(cells * levels, _EVERY):
+        return _path(rows, rows.every_cut(min(length, rows.length))[0], price, num_levels, keep_zero, final=True)
+    path = _path(rows, cuts, price, num_levels, keep_zero, final=True)
+    cuts = even_cuts(rows, path.cuts, cells * -(-levels // num_levels))
+    for parts in _narrowings(length / (cells * levels)):
+        path = _path(rows, cuts, path.price, num_levels, keep_zero)
+        cuts = _narrower(rows, cuts, path.excess, parts, _KEPT * levels)
+    path = _path(rows, cuts, path.price, num_levels, keep_zero, final=True)
+    return path._replace(best=xp.zeros_like(path.best), least=None)  # of some cuts
+
+
+def _narrowings(values: float) -> tuple[int, ...]:
+    """Into how many parts, at most, cells of so many values on average are parted, each time.
+
+    The last time it is into single values, if these are near.
+    """
+    few = next((n for n in range(_NARROWINGS) if values <= _NEARLY_SINGLE * _PARTS**n), None)
+    return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
+
+
+def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
+    """At most `room + 2` cuts: the cells nearest to which the best paths pass are parted, the rest is joined."""
+    xp = namespace(rows.size)
+    low, high = cuts[:, :-1], cuts[:, 1:]
+    beside = xp.minimum(excess[:, 1:], excess[:, :-1])
+    nearest = xp.argsort(xp.where(high > low, beside, xp.inf), axis=1, stable=True)
+    low, high = take(low, nearest), take(high, nearest)
+    parts = xp.minimum(high - low, most_parts)
+    used = xp.cumsum(parts + 1, axis=1)  # cuts of a cell, its ends among them
+    slot = xp.arange(room, dtype=xp.int64)
+    cell = xp.cumsum(_marked(xp.minimum(used, room), room), axis=1)
+    fits = take(xp.concatenate([used, xp.full_like(used[:, :1], room + 1)], axis=1), cell) <= room
+    cell = xp.minimum(cell, low.shape[1] - 1)
+    low, high, parts, used = (take(x, cell) for x in (low, high, parts, used))
+    inner = low + (high - low) * (slot - (used - parts - 1)) // xp.maximum(parts, 1)
+    spare = slot * rows.size[:, None] // room  # anywhere: equal cuts would be of no use
+    inner = rows.before_ties(xp.where(fits, xp.clip(inner, low, high), spare))
+    return xp.sort(xp.concatenate([xp.zeros_like(cuts[:, :1]), inner, rows.size[:, None]], axis=1), axis=1)
+
+
+def _marked(places, room: int):
+    """`[R, room]` 1 at the given places, 0 elsewhere; places beyond do not count."""
+    if isinstance(places, np.ndarray):
+        marks = np.zeros((len(places), room + 1), np.int64)
+        np.put_along_axis(marks, places, 1, axis=1)
+        return marks[:, :room]
+    row = jnp.broadcast_to(jnp.arange(places.shape[0], dtype=jnp.int32)[:, None], places.shape)
+    return jnp.zeros((places.shape[0], room), jnp.int64).at[row, places.astype(jnp.int32)].set(1, mode="drop")
+
+
+def _first_price(rows: Rows, cuts, num_levels: int):
+    """`[R]` twice the error of an interval, by Panter and Dite (1951): (Σ (weight · width²)^⅓)³ / 12 K² in all."""
+    xp = namespace(rows.size)
+    edge, n = rows.value_at(cuts), rows.sums_below(cuts)[0].astype(xp.float64)
+    share = xp.sum(xp.cbrt((n[:, 1:] - n[:, :-1]) * (edge[:, 1:] - edge[:, :-1]) ** 2), axis=1)
+    price = share**3 / (6.0 * num_levels**3)
+    # NumPy's and XLA's roots and sums may differ in the last bit: a first guess does not need it.
+    return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
+
+
+def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool = False) -> _Path:
+    """The shortest path through `cuts [R, m + 1]`; its price is searched from `price [R]`."""
+    xp = namespace(rows.size)
+    zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
+    size, unit, least = cuts.shape[1] - 1, 2.0 ** (2 * rows.frac), None
+    if xp is np and rows.length < COMPILED:
+        count, total = rows.sums_below(cuts)
+        places, found, exact, excess, whole = fit_knq_priced_host.priced_paths(
+            count, total, size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, pin=keep_zero
+        )
+        least = (whole - (num_levels - keep_zero) * found) / unit
+    else:
+        most = max(size, _KEPT * max(num_levels, _FEW_LEVELS) + 2)  # one shape for all the paths of so many levels
+        room = next(room for room in _ROOMS if room >= most)
+        cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
+        count, total = rows.sums_below(cuts)
+        places, found, exact, excess = priced_paths(
+            count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
+            num_levels=num_levels, pin=keep_zero,
+        )  # fmt: skip
+        places, excess = _like(places, xp), excess[:, : size + 1]
+        if xp is np:
+            found, exact, excess = np.asarray(found), np.asarray(exact), np.asarray(excess)
+    # Rounding is not to hide the path itself among those near it.
+    excess = xp.where(_marked(places, size + 1) > 0, -xp.inf, excess)
+    here = take(cuts, places)
+    before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, size))
+    reach = xp.where(exact[:, None], xp.maximum(here - before, after - here), _half_of_longer(rows, here))
+    return _Path(here, reach, found / unit, excess, exact, least)
+
+
+def _like(array: Any, xp):
+    return np.asarray(array).astype(np.int64) if xp is np else array.astype(jnp.int64)
+
+
+def _half_of_longer(rows: Rows, cuts):
+    """`[R, K − 1]` half of the values of the longer of the intervals beside each of the cuts."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    sizes = whole[:, 1:] - whole[:, :-1]
+    return xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
+
+
+def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
+    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better.
+
+    At first by so many values that the windows hold `reach [R, K − 1]` to each side, or half of the longer interval.
+    Rows of which `best [R]` says that nothing is better stay as they are.
+    """
+    xp = namespace(rows.size)
+    reach = _half_of_longer(rows, cuts) if reach is None else reach
+    step = xp.maximum(1, -(-reach // _HALF))
+    if xp is np:
+        moving = np.arange(len(cuts)) if best is None else np.flatnonzero(~best)
+        cuts, step = cuts.copy(), step[moving]
+        for _ in range(_ROUNDS if len(moving) else 0):
+            some = rows if len(moving) == len(cuts) else some_rows(rows, moving)
+            cuts[moving], step, settled = _moved(some, cuts[moving], step, keep_zero)
+            moving, step = moving[~settled], step[~settled]
+            if not len(moving):
+                break
+        return cuts
+
+    def again(state):
+        *_, settled, number = state
+        return ~settled & (number < _ROUNDS)
+
+    def once(state):
+        cuts, step, _, number = state
+        new, step, settled = _moved(rows, cuts, step, keep_zero)
+        if best is None:
+            return new, step, jnp.all(settled), number + 1
+        return jnp.where(best[:, None], cuts, new), step, jnp.all(settled | best), number + 1
+
+    done = jnp.zeros((), bool) if best is None else jnp.all(best)
+    return lax.while_loop(again, once, (cuts, step, done, jnp.int32(0)))[0]
+
+
+def _moved(rows: Rows, cuts, step, keep_zero: bool):
+    """The cuts moved once, by at most 16 steps each, the next steps, and `[R]` whether nothing moves any more."""
+    xp = namespace(rows.size)
+    size = rows.size[:, None]
+    offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
+    end_count, end_total = (x[:, 0] for x in rows.sums_below(size))
+    end_above = _above(rows, rows.size, keep_zero)
+    if keep_zero:
+        end_above = xp.ones_like(end_above)
+    places = xp.clip(cuts[:, :, None] + step[:, :, None] * offsets, 0, size[:, :, None])
+    lower, higher = rows.before_ties(places[:, :, :_HALF]), rows.after_ties(places[:, :, _HALF + 1 :])
+    places = xp.concatenate([lower, cuts[:, :, None], higher], axis=2)
+    count, total = rows.sums_below(places)
+    whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
+    n, s = rows.sums_below(whole)
+    n, s = n[:, 1:] - n[:, :-1], s[:, 1:] - s[:, :-1]
+    reference = s.astype(xp.float64) / xp.where(n > 0, n, 1)
+    if total.dtype == xp.int64:
+        reference = xp.rint(reference).astype(xp.int64)
+    spacing = (reference[:, 1:] - reference[:, :-1]).astype(xp.float64)
+    best_of = windows_rows if xp is np and rows.length < COMPILED else _windows_rows
+    chosen = best_of(
+        count, total, _above(rows, places, keep_zero), end_count, end_total, end_above, reference, spacing
+    )  # fmt: skip
+    chosen = _like(chosen, xp)
+    new = xp.take_along_axis(places, chosen[:, :, None], axis=2)[:, :, 0]
+    at_end = ((chosen == 0) | (chosen == 2 * _HALF)) & (new != cuts)
+    settled = xp.all((new == cuts) & (step == 1), axis=1)
+    return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
+
+
+def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int):
+    """`[R]` a lower bound on the least squared error of K levels; exact but for rounding where cells are single values.
+
+    Let c be the optimal levels and f(x) = min_j (x − c_j)². A cell b of weight n, mean μ and standard deviation σ
+    that holds no midpoint of neighbouring levels costs n f(μ) + n σ²; one that holds the midpoint of c_j and
+    c_{j+1} costs at least that less n σ (c_{j+1} − c_j), since E max(0, x − t) exceeds max(0, μ − t) by at most
+    σ/2. A level lies inside its interval, so c_{j+1} − c_j is at most the extents of the two intervals together. So
+    no partition costs less than Σ w x² − Σ (S²/n + extent · (n σ at its first cut + n σ at its last)) at its best,
+    found by the dense programme over the cells. For σ stands its bound √((max − μ)(μ − min)) (Bhatia and Davis
+    2000). What rounding can do is subtracted.
+    """
+    xp = namespace(rows.size)
+    count = min(dense_cuts, rows.length)
+    cuts = coarse_cuts(rows, count)
+    n, s = rows.sums_below(cuts)
+    weight, mean = (n[:, 1:] - n[:, :-1]).astype(xp.float64), (s[:, 1:] - s[:, :-1]).astype(xp.float64)
+    unit = 2.0**-rows.frac
+    mean = mean / xp.where(weight > 0, weight, 1.0) * unit
+    above, below = rows.value_at(cuts), rows.value_at(cuts - 1)
+    several = cuts[:, 1:] - cuts[:, :-1] > 1
+    variance = xp.maximum(below[:, 1:] - mean, 0.0) * xp.maximum(mean - above[:, :-1], 0.0)
+    loss = xp.where(several, weight * xp.sqrt(variance), 0.0) * (1 + 2.0**-40)
+    # A boundary is rounded to a cut from either side; the cell it lay in is one of the two beside the cut.
+    zero = xp.zeros_like(loss[:, :1])
+    penalty = xp.concatenate([zero, xp.maximum(loss[:, 1:], loss[:, :-1]), zero], axis=1)
+    lowest, highest = rows.value_at(_shift(cuts, -1)), rows.value_at(_shift(cuts, 1) - 1)
+    # An interval that a midpoint's rounding made shorter may reach into the cells beside its cuts.
+    reach = highest, lowest
+    _, best = dense_rows(
+        n.astype(xp.float64), s * unit, _above(rows, cuts, keep_zero), penalty, reach, num_levels=num_levels
+    )
+    return bound_of_sum(rows, np.asarray(best) if xp is np else best, num_levels)
+
+
+def bound_of_sum(rows: Rows, least, num_levels: int):
+    """`[R]` Σ w x² plus the least −Σ S²/n, less what rounding can do."""
+    return namespace(rows.size).maximum(rows.square + least - rounding_of_sum(rows, num_levels), 0.0)
+
+
+def rounding_of_sum(rows: Rows, num_levels: int):
+    """`[R]` what rounding can do to that sum."""
+    return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack
+
+
+def _shift(cuts, by: int):
+    """The cut before (−1) or after (+1) each cut."""
+    xp = namespace(cuts)
+    if by < 0:
+        return xp.concatenate([cuts[:, :1], cuts[:, :-1]], axis=1)
+    return xp.concatenate([cuts[:, 1:], cuts[:, -1:]], axis=1)

@@ -1,0 +1,1 @@
+"""The compressed leaf: its layout, packing, levels and words."""

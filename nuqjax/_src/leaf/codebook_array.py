@@ -1,0 +1,462 @@
+"""`CodebookArray`: a dense array as codebooks and packed indices."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.core
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nuqjax._src.leaf import fixed_point, packing
+from nuqjax._src.leaf import rows as rows_
+from nuqjax._src.leaf.qformat import QFormat
+from nuqjax._src.leaf.rows import ChannelGroups, Granularity, InputGroups
+from nuqjax._src.platform.host import flushed, on_host, to_jax, to_numpy, working_dtype
+from nuqjax._src.platform.meshes import as_automatic, explicit_sharding, shards, typed_spec
+
+_HOW_TO_RUN = (
+    "Run the model by nuqjax.apply: nuqjax.apply(model.apply)(cparams, x), or nuqjax.apply(lambda model, x: model(x))"
+    "(cmodel, x), with the compressed tree as an argument; nuqjax.decompress gives the dense array"
+)
+_LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_format", "scale_group")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("levels", "packed", "scale"), meta_fields=_LAYOUT)
+@dataclass(frozen=True, eq=False, repr=False)
+class CodebookArray:
+    """A dense array `[*S, *slice_shape]` stored as sorted levels and indices of `bits` bits.
+
+    `S` are leading stack axes (scanned layers, experts): every slice has its own codebooks, so `lax.scan`, `vmap` and
+    indexing along `S` slice this as they slice an array. With O output channels of I values, R codebooks of
+    K = 2^bits levels and B = ⌈I·bits / 8⌉:
+
+    Attributes:
+      levels: `[*S, R, K]` ascending levels: floating, or raw integers of `codebook_format`.
+      packed: `[*S, O, B]` uint8: a storage row for each output channel, holding its indices in the array's own order
+        of the other axes (see `leaf.packing`).
+      scale: `[*S, O, G]` factors that multiply the levels, one for each run of `scale_group` values of a channel; or
+        None.
+      slice_shape: shape of one slice. Static, as is all below.
+      dtype: dtype of the dense array.
+      bits: index width, 1 to 8.
+      granularity: which values share a codebook: `"tensor"` (R = 1), `"channel"` (R = O), `ChannelGroups(n)`
+        (R = ⌈O/n⌉) or `InputGroups(n)` (R = O·⌈I/n⌉).
+      axes: the output axes of a slice, ascending.
+      codebook_format: the `QFormat` of integer levels; None where levels are floating.
+      scale_group: values of a channel that share a scale; 0 where there is no scale.
+
+    Code for arrays takes it through `nuqjax.apply` only: an operator, a JAX function or an index beyond the stack axes
+    raises an error that says so; `docs/messages.md` has what others say before that. What is trained are the levels:
+    give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Of the tree itself `jax.grad` says "got
+    uint8", and optimizers make moments of the indices without a word.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> leaf = nuqjax.compress({"w": jnp.linspace(-1, 1, 1024).reshape(32, 32)}, bits=2)["w"]
+    >>> leaf.shape, leaf.levels.shape, leaf.packed.shape, leaf.nbytes
+    ((32, 32), (1, 4), (32, 8), 272)
+    """
+
+    levels: jax.Array
+    packed: jax.Array
+    scale: jax.Array | None
+    slice_shape: tuple[int, ...]
+    dtype: np.dtype
+    bits: int
+    granularity: Granularity
+    axes: tuple[int, ...]
+    codebook_format: QFormat | None = None
+    scale_group: int = 0
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """S: the sizes of the stack axes."""
+        return tuple(self.packed.shape[:-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense array."""
+        return self.stack_shape + self.slice_shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the dense array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values of the dense array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the levels, the packed indices and the scales take, padding included."""
+        arrays = [a for a in (self.levels, self.packed, self.scale) if a is not None]
+        return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+
+    @property
+    def payload_bits(self) -> int:
+        """Bits of information: indices at `bits`, levels and scales at their word length, without padding."""
+        word = self.codebook_format.word if self.codebook_format else self.levels.dtype.itemsize * 8
+        scales = 0 if self.scale is None else math.prod(self.scale.shape) * self.scale.dtype.itemsize * 8
+        return self.size * self.bits + math.prod(self.levels.shape) * word + scales
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a CodebookArray without axes")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator["CodebookArray"]:
+        """The slices along the first stack axis."""
+        if not self.stack_shape:
+            raise TypeError("a CodebookArray is iterated over its stack axes, and this one has none")
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index) -> "CodebookArray":
+        """Slices along the stack axes, as an array: the result has its own part of the codebooks."""
+        index = index if isinstance(index, tuple) else (index,)
+        stack = len(self.stack_shape)
+        taken = sum(np.ndim(i) if _is_mask(i) else 1 for i in index if i is not None)
+        if any(i is Ellipsis for i in index) or taken > stack:
+            raise IndexError(
+                f"a CodebookArray is indexed along its {stack} stack axes only (shape {self.shape}). {_HOW_TO_RUN}"
+            )
+        leaf = held_by_jax(self) if any(isinstance(i, jax.core.Tracer) for i in index) else self
+        return jax.tree.map(lambda a: a[index], leaf)
+
+    def __getattr__(self, name: str):
+        hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
+        raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
+
+    @property
+    def __jax_array__(self):
+        """Raises: some of JAX's functions call this, others only ask whether it is there, and say less when it is."""
+        raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
+
+    def _no_operand(self, *_):
+        return self.__jax_array__
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a CodebookArray has no dense array to share: np.asarray decodes it into a new one")
+        convert = np.array if copy else np.asarray
+        return convert(dense_on_host(self) if is_on_host(self) else np.asarray(decode(self)), dtype)
+
+    def __repr__(self) -> str:
+        try:
+            shape, size = list(self.shape), f", {self.nbytes} bytes"
+        except (AttributeError, TypeError):  # JAX rebuilds nodes with placeholders instead of arrays
+            shape, size = list(self.slice_shape), ""
+        extra = f", {self.codebook_format}" if self.codebook_format else ""
+        return (
+            f"CodebookArray({np.dtype(self.dtype).name}{shape}, bits={self.bits}, "
+            f"granularity={self.granularity!r}{extra}{size})"
+        )
+
+
+CodebookArray.__module__ = "nuqjax"  # where users find it, as messages and pickles say
+
+
+def _layout_to_bytes(layout: Sequence[Any]) -> bytes:
+    """The static fields, in the order of `_LAYOUT`, as JSON: with it `jax.export` serializes functions of this leaf."""
+    fields = dict(zip(_LAYOUT, layout, strict=True))
+    granularity, codebook_format = fields["granularity"], fields["codebook_format"]
+    fields["dtype"] = np.dtype(fields["dtype"]).name
+    if not isinstance(granularity, str):
+        fields["granularity"] = [type(granularity).__name__, granularity.size]
+    fields["codebook_format"] = codebook_format and [codebook_format.word, codebook_format.frac, codebook_format.signed]
+    return json.dumps(fields).encode()
+
+
+def _layout_from_bytes(data: bytes) -> tuple[Any, ...]:
+    """The inverse of `_layout_to_bytes`."""
+    fields = json.loads(data)
+    granularity, codebook_format = fields["granularity"], fields["codebook_format"]
+    fields |= {name: tuple(fields[name]) for name in ("slice_shape", "axes")}
+    fields["dtype"] = jnp.dtype(fields["dtype"])
+    if not isinstance(granularity, str):
+        kind, size = granularity
+        fields["granularity"] = {"ChannelGroups": ChannelGroups, "InputGroups": InputGroups}[kind](size)
+    fields["codebook_format"] = codebook_format and QFormat(*codebook_format)
+    return tuple(fields[name] for name in _LAYOUT)
+
+
+jax.export.register_pytree_node_serialization(
+    CodebookArray,
+    serialized_name="nuqjax.CodebookArray",
+    serialize_auxdata=_layout_to_bytes,
+    deserialize_auxdata=_layout_from_bytes,
+)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, np.ndarray | jax.Array) and index.dtype == bool
+
+
+def is_codebook_array(x: Any) -> bool:
+    """True for a `CodebookArray`: the `is_leaf` of tree functions that take it as one leaf."""
+    return isinstance(x, CodebookArray)
+
+
+def level_values(leaf: CodebookArray) -> jax.Array:
+    """`[*S, R, K]` the floating levels: fixed-point words decoded (float32), others as they are stored."""
+    return fixed_point.decode(leaf.levels, leaf.codebook_format) if leaf.codebook_format else leaf.levels
+
+
+def decode(leaf: CodebookArray) -> jax.Array:
+    """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
+    check_layout(leaf)
+    leaf = held_by_jax(leaf)
+    traced = any(isinstance(x, jax.core.Tracer) for x in (leaf.levels, leaf.packed, leaf.scale))
+    return _decode(leaf) if traced else _jit_decode(leaf)
+
+
+def _decode(leaf: CodebookArray) -> jax.Array:
+    if leaf.size == 0:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    decoded = _over_stack(_decode_slice, leaf)
+    sharding = dense_sharding(leaf)
+    return decoded(leaf) if sharding is None else as_automatic(decoded, sharding.mesh, sharding.spec)(leaf)
+
+
+_jit_decode = jax.jit(_decode)  # one program in place of some dozens
+
+
+def dense_sharding(leaf: CodebookArray) -> NamedSharding | None:
+    """How the dense array is distributed, of a leaf on a mesh with explicit axes; None of others.
+
+    As the packed indices are: the first output axis as the storage rows, the first of the other axes as their bytes.
+    """
+    given = explicit_sharding(leaf.packed, leaf.levels, leaf.scale)
+    if given is None:
+        return None
+    *lead, output, position = typed_spec(leaf.packed)
+    spec: list[Any] = [*lead, *[None] * len(leaf.slice_shape)]
+    others = [a for a in range(len(leaf.slice_shape)) if a not in leaf.axes]
+    for axes, names in ((leaf.axes, output), (others, position)):
+        if axes and names is not None and leaf.slice_shape[axes[0]] % shards(given.mesh, names) == 0:
+            spec[len(lead) + axes[0]] = names
+    return NamedSharding(given.mesh, PartitionSpec(*spec))
+
+
+def held_by_jax(leaf: CodebookArray) -> CodebookArray:
+    """The leaf with JAX arrays where it has NumPy's, as after `jax.device_get`: tracers can index those alone."""
+    return jax.tree.map(jnp.asarray, leaf)
+
+
+def is_on_host(leaf: CodebookArray) -> bool:
+    """Whether all arrays of a leaf are concrete and on the host."""
+    return on_host(leaf.levels, leaf.packed, leaf.scale)
+
+
+def dense_on_host(leaf: CodebookArray) -> np.ndarray:
+    """`decode` by NumPy, of a leaf that is on the host: the same bits, and nothing is compiled."""
+    check_layout(leaf)
+    arrays = {name: to_numpy(getattr(leaf, name)) for name in ("levels", "packed", "scale")}
+    leaf = replace(leaf, **arrays)
+    dense = np.zeros(leaf.shape, leaf.dtype)
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
+        dense[place] = _decode_slice_on_host(leaf[place])
+    return dense
+
+
+def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
+    """`take(decode(leaf), index, axis)` of a leaf without stack axes, decoding only what is taken.
+
+    Args:
+      leaf: a `CodebookArray` of shape `slice_shape`.
+      index: `[n]` integers, each inside the axis.
+      axis: which axis.
+
+    Returns:
+      The dense array with axis `axis` of length n.
+    """
+    leaf, shape = held_by_jax(leaf), leaf.slice_shape
+    outputs, inputs = _axis_numbers(leaf, shape)
+    taken = (*shape[:axis], index.shape[0], *shape[axis + 1 :])
+    if axis in leaf.axes:
+        outputs = jnp.take(outputs, index, axis=leaf.axes.index(axis))
+    else:
+        others = [a for a in range(len(shape)) if a not in leaf.axes]
+        inputs = jnp.take(inputs, index, axis=others.index(axis))
+    outputs, inputs = outputs.reshape(-1), inputs.reshape(-1)
+    if axis in leaf.axes:
+        indices = packing.unpack(leaf.packed[outputs], leaf.bits, inputs.shape[0])
+    else:
+        indices = packing.unpack_at(leaf.packed, leaf.bits, inputs)
+    count = rows_.channel_shape(shape, leaf.axes)[1]
+    row = rows_.row_of(outputs[:, None], inputs[None, :], count, leaf.granularity)
+    values = _decoding_levels(leaf)[row, indices]
+    if leaf.scale is not None:
+        group = inputs[None, :] // min(leaf.scale_group, max(count, 1))
+        values = values * leaf.scale[outputs[:, None], group].astype(values.dtype)
+    return rows_.from_channels(values.astype(leaf.dtype), taken, leaf.axes)
+
+
+def channel_block(leaf: CodebookArray, start: int, stop: int) -> CodebookArray:
+    """Some output channels of a leaf without stack axes, as the leaf of an array `[stop − start, I]`.
+
+    With `ChannelGroups(n)`, `start` must be a multiple of n.
+    """
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    match leaf.granularity:
+        case "tensor":
+            levels = leaf.levels
+        case ChannelGroups(size):
+            levels = leaf.levels[start // size : -(-stop // size)]
+        case _:
+            count = leaf.levels.shape[0] // max(outputs, 1)
+            levels = leaf.levels[start * count : stop * count]
+    scale = None if leaf.scale is None else leaf.scale[start:stop]
+    packed = leaf.packed[start:stop]
+    return replace(leaf, levels=levels, packed=packed, scale=scale, slice_shape=(stop - start, inputs), axes=(0,))
+
+
+def _axis_numbers(leaf, shape):
+    """Channel numbers over the output axes, and positions in a channel over the others."""
+    output_shape = tuple(shape[a] for a in leaf.axes)
+    input_shape = tuple(n for a, n in enumerate(shape) if a not in leaf.axes)
+    numbers = lambda s: jnp.arange(math.prod(s), dtype=jnp.int32).reshape(s)  # noqa: E731
+    return numbers(output_shape), numbers(input_shape)
+
+
+def _over_stack(function, leaf):
+    for _ in leaf.stack_shape:
+        function = jax.vmap(function)
+    return function
+
+
+def _decoding_levels(leaf: CodebookArray) -> Any:
+    """Levels in the dtype in which they are looked up: already the leaf's where nothing multiplies them."""
+    if leaf.codebook_format and isinstance(leaf.levels, np.ndarray):
+        levels: Any = fixed_point.decode_on_host(leaf.levels, leaf.codebook_format)
+    else:
+        levels = level_values(leaf)
+    if leaf.scale is None:
+        return levels.astype(leaf.dtype)
+    return levels.astype(working_dtype(leaf.dtype))
+
+
+def _decode_slice(leaf: CodebookArray) -> jax.Array:
+    """Every array is `[O, I]`: TPUs pad rows of another length, and one row of all values to many times its size."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    indices = packing.unpack(leaf.packed, leaf.bits, inputs).astype(jnp.int32)
+    levels = _decoding_levels(leaf)
+    if leaf.granularity == "tensor":
+        values = levels[0].at[indices].get(mode="promise_in_bounds")
+    else:
+        output, input = (lax.broadcasted_iota(jnp.int32, (outputs, inputs), axis) for axis in (0, 1))
+        row = rows_.row_of(output, input, inputs, leaf.granularity)
+        values = levels.at[row, indices].get(mode="promise_in_bounds")
+    if leaf.scale is not None:
+        values = values * _factors(leaf, inputs).astype(values.dtype)
+    return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
+    """`_decode_slice` of NumPy arrays, row by row."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    indices = packing.unpack(leaf.packed, leaf.bits, inputs)
+    values = rows_.look_up(_decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
+    values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
+    if leaf.scale is not None:
+        values = flushed(flushed(values) * flushed(_factors(leaf, inputs).astype(values.dtype)))
+    return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+
+
+def _factors(leaf: CodebookArray, inputs: int) -> Any:
+    """`[O, I]` the scale of each value."""
+    xp = rows_.namespace(leaf.scale)
+    return xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
+
+
+def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:
+    """The leaf with floating levels `[*S, R, K]` in place of its own."""
+    if jnp.shape(levels) != leaf.levels.shape:
+        raise ValueError(f"levels of shape {jnp.shape(levels)}, but the leaf has {leaf.levels.shape}")
+    return replace(leaf, levels=to_jax(levels) if isinstance(levels, np.ndarray) else levels, codebook_format=None)
+
+
+def check_layout(leaf: CodebookArray, path: str = "a compressed leaf") -> None:
+    """Raises ValueError, naming `path`, where JAX took a leaf for its arrays: sliced them, or trained its indices."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    ends = {
+        "levels": (rows_.row_shape(outputs, inputs, leaf.granularity)[0], 1 << leaf.bits),
+        "packed": (outputs, packing.packed_size(inputs, leaf.bits)),
+    }
+    if leaf.scale is not None:
+        ends["scale"] = (outputs, -(-inputs // leaf.scale_group))
+    shapes = {name: tuple(getattr(leaf, name).shape) for name in ends}
+    stacks = {shapes[name][: max(0, len(shapes[name]) - 2)] for name in ends}
+    if len(stacks) > 1 or any(shapes[name][-2:] != ends[name] for name in ends):
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        wanted = ", ".join(f"{name} [*S, {', '.join(map(str, end))}]" for name, end in ends.items())
+        raise ValueError(
+            f"{path}: {got}, but {wanted} are wanted: vmap, scan or tree.map took an axis of its arrays that is no "
+            "stack axis S. nuqjax.Rule(pattern, stack_axes=1) compresses each slice of a leading axis by itself"
+        )
+    if leaf.packed.dtype != jnp.uint8:
+        raise ValueError(
+            f"{path}: packed has dtype {leaf.packed.dtype}, but uint8 indices are wanted: they are not to be trained. "
+            "Give grad and optimizers nuqjax.codebooks(cparams), and put them back by nuqjax.with_codebooks"
+        )
+
+
+def check(leaf: CodebookArray, path: str = "leaf") -> None:
+    """Raises ValueError, naming `path`, unless the arrays fit the layout and hold what they must.
+
+    Not done on construction, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
+    """
+    check_structure(leaf, path)
+    if leaf.scale is not None and not np.isfinite(np.asarray(leaf.scale)).all():
+        raise ValueError(f"{path}: a scale is not finite")
+    levels = np.asarray(leaf.levels).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError(f"{path}: a level is not finite")
+    if (np.diff(levels, axis=-1) < 0).any():
+        raise ValueError(f"{path}: the levels of a codebook do not ascend")
+
+
+def check_structure(leaf: CodebookArray, path: str = "leaf") -> None:
+    """`check` without what trained levels may break: that levels and scales are finite, and that levels ascend."""
+    if leaf.bits not in range(1, 9):
+        raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
+    try:
+        rows_.check_granularity(leaf.granularity)
+        axes = rows_.output_axes(leaf.axes, len(leaf.slice_shape))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, axes)
+    count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
+    stack = leaf.stack_shape
+    _check_array(f"{path}: levels", leaf.levels, (*stack, count, 1 << leaf.bits))
+    _check_array(f"{path}: packed", leaf.packed, (*stack, outputs, packing.packed_size(inputs, leaf.bits)), jnp.uint8)
+    if leaf.scale is not None:
+        if leaf.scale_group < 1:
+            raise ValueError(f"{path}: a scale_group of {leaf.scale_group}, but with scales it is 1 or more")
+        _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, -(-inputs // leaf.scale_group)))
+    fixed = leaf.codebook_format
+    if fixed and leaf.levels.dtype != fixed.storage_dtype:
+        raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {fixed} stores {fixed.storage_dtype}")
+    if fixed:
+        levels = np.asarray(leaf.levels).astype(np.int64)
+        if ((levels < fixed.least) | (levels > fixed.largest)).any():
+            raise ValueError(f"{path}: a level is outside the range of {fixed}")
+
+
+def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype=None) -> None:
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, but the layout needs {tuple(shape)}")
+    if dtype is not None and array.dtype != dtype:
+        raise ValueError(f"{name} has dtype {array.dtype}, but {jnp.dtype(dtype)} is wanted")

@@ -1,0 +1,203 @@
+"""A leaf seen as rows of values that share a codebook, and back.
+
+Two views, both of one *slice* (a leaf without its stack axes):
+
+- channels `[O, I]`: the output axes flattened to O, the other axes, in the leaf's own order, flattened to I. This is
+  the order in which indices are stored.
+- rows `[R, N]`: the channels regrouped so that each row holds exactly the values that share a codebook; where the last
+  group is short the row is padded, and `row_mask` says where.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax._src.platform.host import over_blocks
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """One codebook for every `size` neighbouring output channels; the last group may be short.
+
+    >>> ChannelGroups(8)
+    ChannelGroups(size=8)
+    """
+
+    size: int
+
+    def __post_init__(self):
+        _check_size(self)
+
+
+@dataclass(frozen=True)
+class InputGroups:
+    """One codebook (or scale) for every run of `size` values along the flattened other axes of each output channel.
+
+    The last run of a channel may be short.
+
+    >>> InputGroups(64)
+    InputGroups(size=64)
+    """
+
+    size: int
+
+    def __post_init__(self):
+        _check_size(self)
+
+
+def _check_size(groups) -> None:
+    name = type(groups).__name__
+    if isinstance(groups.size, bool) or not isinstance(groups.size, int) or groups.size < 1:
+        raise ValueError(f"{name}: a group size of {groups.size!r}, but it must be a whole number, 1 or more")
+
+
+Granularity = Literal["tensor", "channel"] | ChannelGroups | InputGroups
+
+
+_INT32_MAX = 2**31 - 1
+
+
+def namespace(array: Any) -> Any:
+    """`numpy` for a NumPy array or number, else `jax.numpy`."""
+    return np if isinstance(array, np.ndarray | np.generic) else jnp
+
+
+def on_mesh(array: Any) -> bool:
+    """Whether an array, not a traced one, is distributed over several devices of a mesh."""
+    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or len(array.devices()) == 1:
+        return False
+    return isinstance(array.sharding, jax.sharding.NamedSharding)
+
+
+def check_granularity(granularity) -> None:
+    """Raises ValueError unless `granularity` is one of the four kinds."""
+    if not (granularity in ("tensor", "channel") or isinstance(granularity, ChannelGroups | InputGroups)):
+        raise ValueError(
+            f'granularity {granularity!r}, but it must be "tensor", "channel", ChannelGroups(n) or InputGroups(n)'
+        )
+
+
+def output_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """The output axes of a slice of `ndim` axes, ascending and counted from the front.
+
+    Raises:
+      ValueError: an axis is out of range or named twice.
+
+    >>> output_axes((-1, -2), 3)
+    (1, 2)
+    """
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    wrong = [a for a in axes if not isinstance(a, int) or not -ndim <= a < ndim]
+    if wrong:
+        raise ValueError(f"output axis {wrong[0]!r} of an array with {ndim} axes")
+    positive = tuple(sorted(a % ndim for a in axes))
+    if len(set(positive)) != len(positive):
+        raise ValueError(f"output axes {axes} name an axis twice")
+    return positive
+
+
+def channel_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
+    """`(O, I)`: the number of output channels of a slice and the values in each."""
+    outputs = math.prod(shape[a] for a in axes)
+    inputs = math.prod(n for a, n in enumerate(shape) if a not in axes)
+    return outputs, inputs
+
+
+def to_channels(array: Any, axes: Sequence[int]) -> Any:
+    """A slice `[…]` as its channels `[O, I]`.
+
+    >>> import jax.numpy as jnp
+    >>> to_channels(jnp.arange(6).reshape(2, 3), (1,)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    order = (*axes, *(a for a in range(array.ndim) if a not in axes))
+    return array.transpose(order).reshape(channel_shape(array.shape, axes))
+
+
+def from_channels(channels: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+    """The inverse of `to_channels`: channels `[O, I]` as a slice of `shape`."""
+    order = (*axes, *(a for a in range(len(shape)) if a not in axes))
+    return channels.reshape([shape[a] for a in order]).transpose([order.index(a) for a in range(len(shape))])
+
+
+def row_shape(outputs: int, inputs: int, granularity: Granularity) -> tuple[int, int]:
+    """`(R, N)`: how many codebooks `[O, I]` channels take, and the values in a full row."""
+    match granularity:
+        case "tensor":
+            return 1, outputs * inputs
+        case "channel":
+            return outputs, inputs
+        case ChannelGroups(size):
+            return -(-outputs // size), min(size, max(outputs, 1)) * inputs
+        case InputGroups(size):
+            return outputs * -(-inputs // size), min(size, max(inputs, 1))
+    raise ValueError(f"unknown granularity {granularity!r}")
+
+
+def to_rows(channels: Any, granularity: Granularity) -> Any:
+    """Channels `[O, I]` as rows `[R, N]`, zero where a short group is padded."""
+    outputs, inputs = channels.shape
+    rows, length = row_shape(outputs, inputs, granularity)
+    if isinstance(granularity, ChannelGroups) and inputs:
+        channels = namespace(channels).pad(channels, ((0, rows * length // inputs - outputs), (0, 0)))
+    elif isinstance(granularity, InputGroups) and outputs:
+        channels = namespace(channels).pad(channels, ((0, 0), (0, rows * length // outputs - inputs)))
+    return channels.reshape(rows, length)
+
+
+def from_rows(rows: Any, outputs: int, inputs: int, granularity: Granularity) -> Any:
+    """The inverse of `to_rows`: drops the padding and gives the channels `[O, I]`."""
+    if isinstance(granularity, InputGroups) and outputs:
+        return rows.reshape(outputs, -1)[:, :inputs]
+    if isinstance(granularity, ChannelGroups) and inputs:
+        return rows.reshape(-1, inputs)[:outputs]
+    return rows.reshape(outputs, inputs)
+
+
+def row_mask(outputs: int, inputs: int, granularity: Granularity) -> np.ndarray | None:
+    """`[R, N]` bool, False on padding; None where no group is short."""
+    rows, length = row_shape(outputs, inputs, granularity)
+    if rows * length == outputs * inputs:
+        return None
+    return to_rows(np.ones((outputs, inputs), bool), granularity)
+
+
+def row_of(output: jax.Array, input: jax.Array, inputs: int, granularity: Granularity) -> jax.Array:
+    """The row, so the codebook, of the value at channel `output` and position `input`; broadcasts, int32.
+
+    Args:
+      output: channel numbers.
+      input: positions inside the channel.
+      inputs: I, the number of values in a channel.
+      granularity: which values share a codebook.
+    """
+    match granularity:
+        case "tensor":
+            return jnp.zeros_like(output)
+        case "channel":
+            return output
+        case ChannelGroups(size):
+            return output // min(size, _INT32_MAX)
+        case InputGroups(size):
+            return output * -(-inputs // size) + input // min(size, _INT32_MAX)
+    raise ValueError(f"unknown granularity {granularity!r}")
+
+
+def look_up(levels: Any, indices: Any) -> Any:
+    """`[R, N]` the level of each index: of levels `[R, K]` and uint8 indices `[R, N]`."""
+    if not isinstance(levels, np.ndarray):
+        return jnp.take_along_axis(levels, indices.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    found = np.empty(indices.shape, levels.dtype)
+
+    def block(some, columns):
+        place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * levels.shape[-1]
+        found[some, columns] = levels[some].reshape(-1)[place]
+
+    over_blocks(block, *indices.shape)
+    return found

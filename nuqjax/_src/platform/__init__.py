@@ -1,0 +1,1 @@
+"""What releases of JAX, hosts and meshes ask for."""

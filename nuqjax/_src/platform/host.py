@@ -1,0 +1,114 @@
+"""Arrays on the host, which NumPy holds or JAX on one CPU: they are computed by NumPy, so that nothing compiles.
+
+XLA counts subnormal numbers as zero on a CPU, and NumPy does not: `flushed` makes them so. NumPy leaves the interpreter
+free while it works, so that blocks of a large array are computed by as many threads as there are cores.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax._src.platform.compat import enable_x64
+
+BLOCK = 2**15  # values whose temporaries stay in a core's own cache
+_SHARED = 2**20  # values from which on threads are worth starting
+
+
+def on_host(*arrays: Any) -> bool:
+    """Whether all of these, None apart, are concrete and held by NumPy, or by JAX on one CPU."""
+    return all(_one_on_host(array) for array in arrays)
+
+
+def _one_on_host(array: Any) -> bool:
+    if isinstance(array, jax.core.Tracer):
+        return False
+    if not isinstance(array, jax.Array):
+        return True
+    devices = array.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def native_dtype(dtype: Any) -> np.dtype:
+    """The dtype that JAX gives an array of this one: of the machine's byte order, and no wider than x64 mode allows.
+
+    >>> native_dtype(np.dtype(">f4"))
+    dtype('float32')
+    """
+    return jax.dtypes.canonicalize_dtype(np.dtype(dtype).newbyteorder("="))
+
+
+def why_unfit(dtype: Any) -> str | None:
+    """Why values of a dtype cannot be fitted; None where they can.
+
+    >>> why_unfit(np.dtype(np.int8)), why_unfit(jnp.bfloat16)
+    ('dtype int8 is not floating', None)
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):  # of random keys, for one
+        return f"dtype {getattr(dtype, 'name', dtype)} is not floating"
+    dtype = np.dtype(dtype)
+    if not hasattr(jnp, dtype.name):
+        return f"JAX has no dtype {dtype.name}"
+    if dtype.name.startswith("float6_"):  # whose conversion ends the process
+        return f"XLA does not compute with dtype {dtype.name}"
+    if float(jnp.finfo(dtype).min) >= 0:
+        return f"dtype {dtype.name} has neither zero nor negative numbers"
+    return None
+
+
+@contextlib.contextmanager
+def x64() -> Iterator[None]:
+    """Where float64 and int64 are there, and dtypes and ranks are promoted, whatever flags the user has set."""
+    with enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def working_dtype(dtype: Any) -> np.dtype:
+    """The dtype in which values of `dtype` are fitted and their levels returned: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def to_numpy(array: Any) -> Any:
+    """An array on the host as NumPy's, not copied but into the dtype that JAX gives it; None as it is."""
+    if array is None:
+        return None
+    array = np.asarray(array)
+    return array.astype(native_dtype(array.dtype), copy=False)
+
+
+def row_by_row(array: Any) -> Any:
+    """The values of each row side by side in memory, as NumPy needs them to be fast; None as it is."""
+    return None if array is None else np.ascontiguousarray(array)
+
+
+def to_jax(array: Any) -> jax.Array:
+    """A NumPy array that is no one else's as JAX's: moving it compiles nothing, and `jnp.asarray` would copy it."""
+    return jax.device_put(array)
+
+
+def flushed(values: np.ndarray) -> np.ndarray:
+    """Float32 or float64 values with zeros for subnormal ones."""
+    return values * (np.abs(values) >= np.finfo(values.dtype).tiny)
+
+
+def blocks(count: int, length: int, size: int = BLOCK) -> Iterator[tuple[slice, slice]]:
+    """Parts of `[count, length]` values of about `size` each: some whole rows, or a stretch of one row."""
+    some, stretch = max(1, size // max(length, 1)), max(1, min(length, size))
+    for row in range(0, count, some):
+        for start in range(0, length, stretch):
+            yield slice(row, min(row + some, count)), slice(start, min(start + stretch, length))
+
+
+def over_blocks(function: Callable, count: int, length: int, size: int = BLOCK) -> list[Any]:
+    """What a function of rows and columns gives for each block, in order."""
+    parts = list(blocks(count, length, size))
+    if count * length < _SHARED or len(parts) == 1:
+        return [function(*part) for part in parts]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(lambda part: function(*part), parts))

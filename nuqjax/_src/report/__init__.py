@@ -1,0 +1,1 @@
+"""Sizes, errors and certificates, as tables and pictures."""

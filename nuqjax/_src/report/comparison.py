@@ -1,0 +1,81 @@
+"""A compressed leaf against the dense array that it came from, and how often each level is named."""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from nuqjax._src.leaf import packing
+from nuqjax._src.leaf import rows as rows_
+from nuqjax._src.leaf.codebook_array import CodebookArray, channel_block, dense_on_host
+
+if TYPE_CHECKING:
+    pass
+
+_CHUNK = 1 << 20  # values compared at once in float64
+
+
+class Comparison(NamedTuple):
+    """A leaf against its dense array, as `LeafReport` names it."""
+
+    signal: float
+    noise: float
+    largest_error: float
+    levels_used: int
+    entropy: float
+
+
+def compare_leaf(dense: np.ndarray, leaf: CodebookArray) -> Comparison:
+    """Compares a few output channels at a time, by NumPy in float64."""
+    leaf = jax.tree.map(np.asarray, leaf)
+    levels = 1 << leaf.bits
+    signal = noise = largest = 0.0
+    used, counts = 0, np.zeros(levels, np.int64)
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
+        shared = np.zeros(levels, np.int64)  # by the only codebook, of "tensor" granularity
+        for original, block in _blocks(dense[place], leaf[place]):
+            x = original.astype(np.float64)
+            error = x - dense_on_host(block).astype(np.float64)
+            signal += float(np.vdot(x, x))
+            noise += float(np.vdot(error, error))
+            largest = max(largest, float(np.max(np.abs(error), initial=0)))
+            table = _count_indices(block)
+            counts += table.sum(axis=0)
+            if leaf.granularity == "tensor":
+                shared += table[0]
+            else:
+                used += int(np.count_nonzero(table))
+        used += int(np.count_nonzero(shared))
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return Comparison(signal, noise, largest, used, float(-(share * np.log2(share)).sum()) + 0.0)
+
+
+def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray, CodebookArray]]:
+    """A slice's output channels, `_CHUNK` values or so at a time: of the dense array `[o, I]`, and of the leaf."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    if not outputs:
+        return
+    order = (*leaf.axes, *(a for a in range(dense.ndim) if a not in leaf.axes))
+    dense = dense.transpose(order) if leaf.axes else dense[None]  # a view: only blocks are copied
+    count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
+    table = count * (1 << leaf.bits) // outputs
+    width = outputs // dense.shape[0]  # channels for each index of the first output axis
+    group = leaf.granularity.size if isinstance(leaf.granularity, rows_.ChannelGroups) else 1
+    aligned = group // math.gcd(group, width)  # blocks begin where a group does
+    step = max(_CHUNK // max(inputs * width, table * width, 1) // aligned, 1) * aligned
+    for start in range(0, dense.shape[0], step):
+        part = dense[start : start + step]
+        channels = part.shape[0] * width
+        yield part.reshape(channels, inputs), channel_block(leaf, start * width, start * width + channels)
+
+
+def _count_indices(block: CodebookArray) -> np.ndarray:
+    """`[R, K]` how often each level of each codebook is named."""
+    outputs, inputs = block.slice_shape
+    indices = rows_.to_rows(packing.unpack(block.packed, block.bits, inputs), block.granularity)
+    number = np.arange(indices.shape[0])[:, None] * (1 << block.bits) + indices
+    mask = rows_.row_mask(outputs, inputs, block.granularity)
+    number = number.reshape(-1) if mask is None else number[mask]
+    return np.bincount(number, minlength=indices.shape[0] << block.bits).reshape(-1, 1 << block.bits)

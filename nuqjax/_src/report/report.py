@@ -1,0 +1,261 @@
+"""What compression cost: sizes, distortion and certificates, per leaf and in all."""
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from nuqjax._src.leaf.codebook_array import CodebookArray, check_layout, is_codebook_array
+from nuqjax._src.leaf.paths import path_name, printable
+from nuqjax._src.platform.host import why_unfit
+from nuqjax._src.report.comparison import compare_leaf
+from nuqjax._src.report.leaf_report import LeafReport, summary
+from nuqjax._src.report.render import add_row, render, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compressed tree beside the tree it came from: `str` prints the table, `to_dict` gives its numbers.
+
+    Attributes:
+      leaves: a `LeafReport` for each leaf, in the tree's order.
+      notes: what a user should know of the tree.
+      nbytes_file: bytes on disk of the file that the tree was written to, all parts and the header counted; None where
+        it was written to none.
+      nbytes_source: bytes on disk of the files that it came from; None where it came from none.
+      calibration: what was learned from data, and measured on such as were held out; None where there were none.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"w": jnp.arange(1024.0).reshape(32, 32), "b": jnp.zeros(32)}
+    >>> _, made = nuqjax.compress(params, bits=4, return_report=True)
+    >>> [leaf.path for leaf in made.compressed], [(leaf.path, leaf.reason) for leaf in made.dense]
+    (['w'], [('b', 'one axis')])
+    """
+
+    leaves: tuple[LeafReport, ...]
+    notes: tuple[str, ...] = ()
+    nbytes_file: int | None = field(default=None, compare=False)
+    nbytes_source: int | None = field(default=None, compare=False)
+    calibration: Mapping[str, Any] | None = field(default=None, compare=False)
+
+    @property
+    def growth(self) -> str | None:
+        """What to say where the file takes more than its source, or than the dense leaves in memory; None otherwise."""
+        before, what = self.nbytes_source, "what it was made of"
+        if before is None:
+            before, what = sum(leaf.nbytes_before for leaf in self.leaves), "the dense leaves"
+        if self.nbytes_file is None or self.nbytes_file <= before:
+            return None
+        return (
+            f"the file takes {self.nbytes_file:,} bytes, more than {what} ({before:,}): fewer codebooks (a coarser "
+            "granularity) or a higher min_size may make it smaller"
+        )
+
+    @property
+    def compressed(self) -> tuple[LeafReport, ...]:
+        """The leaves that are compressed."""
+        return tuple(leaf for leaf in self.leaves if leaf.reason is None)
+
+    @property
+    def dense(self) -> tuple[LeafReport, ...]:
+        """The leaves that stayed dense, each with its reason."""
+        return tuple(leaf for leaf in self.leaves if leaf.reason is not None)
+
+    @property
+    def total(self) -> dict[str, Any]:
+        """The tree in all.
+
+        Keys: `weights`, `compressed_weights`, `nbytes_before`, `nbytes_after`, `ratio` (before / after),
+        `bits_per_weight` (all leaves), `compressed_bits_per_weight` (compressed leaves), `payload_bits` and `entropy`
+        (mean bits an index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
+        `certificate` (the worst leaf's; None unless every compressed leaf has one), `nbytes_packed` of the indices in
+        memory and `nbytes_coded` in a file (leaves that coding makes no smaller as they are packed; None where no leaf
+        is coded), `nbytes_file` of the file on disk.
+        """
+        return summary(self.leaves) | {"nbytes_file": self.nbytes_file}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings, and `"calibration"` if there was."""
+        learned = {} if self.calibration is None else {"calibration": dict(self.calibration)}
+        return {"total": self.total, "leaves": [leaf.to_dict() for leaf in self.leaves], **learned}
+
+    def plot(self) -> "Figure":
+        """A figure of the leaves: memory before and after, and SQNR. Needs matplotlib (the `plot` extra)."""
+        from nuqjax._src.report.plot import plot_report
+
+        return plot_report(self.leaves)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(render, self._tables()), *self._lines()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same tables and lines."""
+        return html_page(self._tables(), self._lines())
+
+    def _tables(self) -> list[Table]:
+        """The compressed leaves and the dense ones, where there are any."""
+        tables = []
+        if self.compressed:
+            tables.append(table := Table(title="compressed leaves"))
+            coded = any(x.nbytes_coded is not None for x in self.compressed)
+            names = ["leaf", "shape", "method", "bits", "granularity", "levels used", "bits/weight", "entropy",
+                     "SQNR dB", "largest error", "certificate", "bytes"]  # fmt: skip
+            names += ["packed", "coded"] if coded else []
+            for name in names:
+                table.add_column(name, justify="left" if name in ("leaf", "method", "granularity") else "right")
+            for x in self.compressed:
+                sizes = (x.nbytes_after, x.nbytes_packed, x.nbytes_coded) if coded else (x.nbytes_after,)
+                add_row(
+                    table, x.path, "×".join(map(str, x.shape)), x.method or "", str(x.bits), x.granularity,
+                    f"{x.levels_used}/{x.levels_available}", f"{x.bits_per_weight:.3f}", shown(x.entropy, ".2f"),
+                    shown(x.sqnr_db, ".2f"), shown(x.largest_error, ".2g"), shown(x.certificate, ".1e"),
+                    *(shown(size, ",") for size in sizes),
+                )  # fmt: skip
+        if self.dense:
+            tables.append(table := Table(title="dense leaves"))
+            for name in ("leaf", "shape", "dtype", "bytes", "reason"):
+                table.add_column(name, justify="left" if name in ("leaf", "reason") else "right")
+            for x in self.dense:
+                add_row(table, x.path, "×".join(map(str, x.shape)), x.dtype, f"{x.nbytes_after:,}", x.reason)
+        return tables
+
+    def _lines(self) -> list[str]:
+        """The sizes in all, the notes, and a warning where the file is larger than its source."""
+        t = self.total
+        line = (
+            f"{t['weights']:,} weights: {t['nbytes_before']:,} bytes before, {t['nbytes_after']:,} after "
+            f"({t['ratio']:.2f}× smaller, {t['bits_per_weight']:.3f} bits a weight all counted)"
+        )
+        if t["sqnr_db"] is not None:
+            line += f"; SQNR {t['sqnr_db']:.2f} dB"
+        if t["nbytes_coded"] is not None:
+            line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
+        if self.nbytes_file is not None:
+            line += f"; file {self.nbytes_file:,} bytes"
+        return [line, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])]
+
+
+def html_page(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
+    """Rich tables, and lines below them, as HTML for a notebook: every text in it is escaped, however it was made.
+
+    >>> table = Table("leaf", title="leaves")
+    >>> add_row(table, "<b>")
+    >>> html_page([table], ["1 < 2"]).split("<tbody>")[1]
+    '<tr><td style="text-align:left">&lt;b&gt;</td></tr></tbody></table><p>1 &lt; 2</p>'
+    """
+    return "".join([*map(_html_table, tables), *(f"<p>{_html(line)}</p>" for line in lines)])
+
+
+def _html_table(table: Table) -> str:
+    def row(tag: str, cells: Iterable[Any]) -> str:
+        sides = (column.justify for column in table.columns)
+        cells = (f'<{tag} style="text-align:{side}">{_html(x)}</{tag}>' for side, x in zip(sides, cells, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head = row("th", (column.header for column in table.columns))
+    body = "".join(row("td", cells) for cells in zip(*(column.cells for column in table.columns), strict=True))
+    caption = f"<caption>{_html(table.title)}</caption>" if table.title else ""
+    return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _html(text: Any) -> str:
+    """Text as HTML that shows it: nothing in it is a tag, a quote or a control character."""
+    return html.escape(printable(text, longest=len(str(text))))
+
+
+def report(params: Any, cparams: Any) -> Report:
+    """Compares a compressed tree with the tree it came from.
+
+    Methods and certificates are not stored in a compressed tree: `compress(…, return_report=True)` has them.
+
+    Args:
+      params: the dense tree.
+      cparams: the tree that `compress` made of it.
+
+    Returns:
+      A `Report`. Sizes are those of the arrays in memory; SQNR and errors are computed in float64 on the host.
+
+    Raises:
+      ValueError: the trees differ in structure, or a leaf in shape.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> params = {"kernel": jnp.arange(1024.0).reshape(32, 32)}
+    >>> r = report(params, nuqjax.compress(params, bits=4))
+    >>> r.total["nbytes_before"], r.total["nbytes_after"]
+    (4096, 576)
+    """
+    return build_report(params, cparams, {}, {})
+
+
+def build_report(
+    params: Any,
+    cparams: Any,
+    reasons: Mapping[str, str],
+    fits: Mapping[str, tuple[str, float | None]],
+    notes: tuple[str, ...] = (),
+) -> Report:
+    """`report`, with what only `compress` knows: by path, why a leaf is dense, and its method and certificate."""
+    before, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
+    after, compressed_structure = jax.tree_util.tree_flatten_with_path(cparams, is_leaf=is_codebook_array)
+    if structure != compressed_structure:
+        raise ValueError(f"report: the trees differ: {structure} and {compressed_structure}")
+    leaves = []
+    for (path, dense), (_, leaf) in zip(before, after, strict=True):
+        name = path_name(path)
+        leaves.append(report_leaf(name, dense, leaf, reasons.get(name), *fits.get(name, (None, None))))
+    return Report(tuple(leaves), notes)
+
+
+def report_leaf(
+    path: str, dense: Any, leaf: Any, reason: str | None, method: str | None = None, certificate: float | None = None
+) -> LeafReport:
+    """One leaf of a report: `leaf` beside the `dense` one that it came from, or why it stayed dense."""
+    if is_codebook_array(leaf):
+        check_layout(leaf, path or "the compressed leaf")
+    if is_codebook_array(leaf) and not is_codebook_array(dense):
+        return _report_compressed(path, dense, leaf, method, certificate)
+    return _report_dense(path, leaf, reason)
+
+
+def _report_dense(path: str, leaf: Any, reason: str | None) -> LeafReport:
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return LeafReport(path, (), type(leaf).__name__, 0, 0, 0, reason or "not an array")
+    if reason is None:
+        reason = "already compressed" if is_codebook_array(leaf) else "left dense"
+        reason = reason if is_codebook_array(leaf) else why_unfit(leaf.dtype) or reason
+    return LeafReport(
+        path, tuple(leaf.shape), leaf.dtype.name, math.prod(leaf.shape), int(leaf.nbytes), int(leaf.nbytes), reason
+    )
+
+
+def _report_compressed(
+    path: str, dense: Any, leaf: CodebookArray, method: str | None, certificate: float | None
+) -> LeafReport:
+    if tuple(dense.shape) != leaf.shape:
+        raise ValueError(f"report: {path} has shape {tuple(dense.shape)} in one tree and {leaf.shape} in the other")
+    compared = compare_leaf(np.asarray(dense), leaf)
+    return LeafReport(
+        path=path,
+        shape=leaf.shape,
+        dtype=np.dtype(leaf.dtype).name,
+        weights=leaf.size,
+        nbytes_before=leaf.size * dense.dtype.itemsize,
+        nbytes_after=leaf.nbytes,
+        method=method,
+        bits=leaf.bits,
+        granularity=str(leaf.granularity),
+        codebook_format=str(leaf.codebook_format or leaf.levels.dtype),
+        levels_available=math.prod(leaf.levels.shape),
+        payload_bits=leaf.payload_bits,
+        certificate=certificate,
+        nbytes_packed=int(leaf.packed.nbytes),
+        **compared._asdict(),
+    )

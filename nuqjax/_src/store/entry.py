@@ -1,0 +1,496 @@
+"""A leaf as an entry of the layout and the tensors that it names, and back.
+
+`docs/format.md` describes the entries; what it promises is checked here, for the file may come from anyone.
+"""
+
+import copy
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nuqjax._src.leaf import packing
+from nuqjax._src.leaf import rows as rows_
+from nuqjax._src.leaf.codebook_array import CodebookArray, check_structure, is_codebook_array
+from nuqjax._src.leaf.qformat import QFormat
+from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
+from nuqjax._src.platform.host import to_jax
+from nuqjax._src.store import entropy as store_entropy
+from nuqjax._src.store.file import ITEMSIZE, Bundle, check_shape
+
+# A dtype's code in the file. Others have none that every reader knows, and are stored as what stands beside them below.
+_CODES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+NUMPY_DTYPES = {code: name for name, code in _CODES.items()}  # by code
+_AS_BYTES = {  # floats by their bits, one to a byte: how many bits that are
+    "float8_e4m3": 8, "float8_e3m4": 8, "float8_e4m3b11fnuz": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8,
+    "float8_e8m0fnu": 8, "float6_e2m3fn": 6, "float6_e3m2fn": 6, "float4_e2m1fn": 4,
+}  # fmt: skip
+_AS_INTEGERS = {"int4": ("int8", -8, 7), "uint4": ("uint8", 0, 15), "int2": ("int8", -2, 1), "uint2": ("uint8", 0, 3)}
+_AS_PAIRS = {"complex64": "float32", "complex128": "float64"}  # real and imaginary part along a last axis
+_MAX_GROUP = 2**62  # values that share a codebook or a scale
+_PYTHON = {"bool": bool, "int": int, "float": float, "complex": complex, "str": str}
+_KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # random keys: words of each
+
+
+class Part(NamedTuple):
+    """A tensor of a leaf: its dtype's name, its shape, and what is stored of it under which code."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    code: str
+    array: np.ndarray
+
+
+def storage_dtype(name: str) -> str:
+    """The dtype in which values of a dtype are stored."""
+    if name in _AS_BYTES:
+        return "uint8"
+    return _AS_INTEGERS[name][0] if name in _AS_INTEGERS else _AS_PAIRS.get(name, name)
+
+
+def stored_bytes(reference: Mapping[str, Any]) -> int:
+    """Bytes that a tensor takes in the file, from the dtype and shape of a reference to it."""
+    code, shape = _stored_form(reference["dtype"], reference["shape"])
+    return math.prod(shape) * ITEMSIZE[code]
+
+
+def _stored_form(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Code and shape under which values of a dtype and shape are stored."""
+    return _CODES[storage_dtype(dtype)], (*shape, 2) if dtype in _AS_PAIRS else tuple(shape)
+
+
+def is_stored(dtype: np.dtype) -> bool:
+    """Whether the format holds arrays of this dtype, in whatever byte order they are."""
+    return storage_dtype(dtype.name) in _CODES
+
+
+def to_part(array: Any, path: str) -> Part:
+    """What is stored of an array, in whatever order its bytes and axes are.
+
+    Raises:
+      ValueError: its dtype has no place in the format.
+    """
+    array = np.asarray(array)
+    name = array.dtype.name
+    if is_stored(array.dtype):
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    shape = tuple(array.shape)
+    if name in _AS_BYTES:
+        stored = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(shape)
+    elif name in _AS_INTEGERS:
+        stored = array.astype(_AS_INTEGERS[name][0])
+    elif name in _AS_PAIRS:
+        stored = np.ascontiguousarray(array).reshape(-1).view(_AS_PAIRS[name]).reshape(*shape, 2)
+    elif name in _CODES:
+        stored = array
+    else:
+        raise ValueError(f"{path}: dtype {array.dtype}, which the format does not hold")
+    return Part(name, shape, _CODES[stored.dtype.name], stored)
+
+
+def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any], dict[str, Part]]:
+    """The entry of a leaf, its tensors not yet named, and those tensors.
+
+    Raises:
+      ValueError: the leaf's arrays do not fit its layout, or it holds what the format does not.
+    """
+    entry: dict[str, Any] = {"path": path}
+    if is_codebook_array(leaf):
+        leaf = jax.tree.map(np.asarray, leaf)
+        _check_kinds(leaf, path)
+        parts = {"packed": to_part(leaf.packed, path), "levels": to_part(leaf.levels, path)}
+        if leaf.scale is not None:
+            parts["scale"] = to_part(leaf.scale, path)
+        if entropy_coding:
+            _, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+            coded = store_entropy.encode(leaf.packed, leaf.bits, inputs)
+            if coded is not None:
+                parts |= {"coded": to_part(coded[0], path), "weights": to_part(coded[1], path)}
+                del parts["packed"]
+        return entry | _layout(leaf), parts
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        impl = str(jax.random.key_impl(leaf))
+        if impl not in _KEYS:
+            raise ValueError(f"{path}: random keys of {impl!r}, which the format does not hold")
+        return entry | {"kind": "key", "impl": impl}, {"data": to_part(jax.random.key_data(leaf), path)}
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return entry | {"kind": "array"}, {"data": to_part(leaf, path)}
+    kind, value = type(leaf).__name__, leaf
+    if _PYTHON.get(kind) is type(leaf):
+        if isinstance(value, float):
+            value = value.hex()
+        elif isinstance(value, complex):
+            value = [value.real.hex(), value.imag.hex()]
+        return entry | {"kind": "python", "type": kind, "value": value}, {}
+    return entry | {"kind": "absent", "type": f"{type(leaf).__module__}.{type(leaf).__qualname__}"}, {}
+
+
+def _check_kinds(leaf: CodebookArray, path: str) -> None:
+    """Raises ValueError unless the leaf is such as `load` takes: what it refuses must not be saved either."""
+    check_structure(leaf, path)
+    dtypes = {"dtype": leaf.dtype, "scale": None if leaf.scale is None else leaf.scale.dtype}
+    dtypes["levels"] = None if leaf.codebook_format else leaf.levels.dtype
+    for name, dtype in dtypes.items():
+        if dtype is not None and not is_floating(np.dtype(dtype).name):
+            raise ValueError(f"{path}: {name} of dtype {dtype}, but a floating one is wanted")
+    if leaf.scale is None and leaf.scale_group:
+        raise ValueError(f"{path}: a scale_group of {leaf.scale_group} without scales; 0 is wanted")
+    for size in (leaf.scale_group, getattr(leaf.granularity, "size", 0)):
+        if size > _MAX_GROUP:
+            raise ValueError(f"{path}: a group of {size} values, more than any array has")
+
+
+def _layout(leaf: CodebookArray) -> dict[str, Any]:
+    granularity, fixed = leaf.granularity, leaf.codebook_format
+    if isinstance(granularity, ChannelGroups):
+        granularity = {"channels": granularity.size}
+    elif isinstance(granularity, InputGroups):
+        granularity = {"inputs": granularity.size}
+    return {
+        "kind": "codebook",
+        "shape": list(leaf.shape),
+        "stack_axes": len(leaf.stack_shape),
+        "dtype": np.dtype(leaf.dtype).name,
+        "bits": leaf.bits,
+        "granularity": granularity,
+        "output_axes": list(leaf.axes),
+        "fixed_point": fixed and {"word": fixed.word, "frac": fixed.frac, "signed": fixed.signed},
+        "scale_group": leaf.scale_group,
+    }
+
+
+def checksum(chunks: Iterable[Any]) -> int:
+    """The CRC-32 of bytes that come in chunks."""
+    value = 0
+    for chunk in chunks:
+        value = zlib.crc32(chunk, value)
+    return value
+
+
+# Back: every field of an entry is checked before it is used.
+
+
+def _field(entry: Mapping[str, Any], name: str, kinds: Any, where: str) -> Any:
+    if name not in entry:
+        raise ValueError(f"{where}: the layout has no {name!r}")
+    value = entry[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise ValueError(f"{where}: {name!r} is {str(value)[:80]!r}")
+    return value
+
+
+def _only(entry: Mapping[str, Any], names: set[str], where: str) -> None:
+    unknown = set(entry) - names
+    if unknown:
+        raise ValueError(f"{where}: the layout has {sorted(unknown)[0][:80]!r}, which this version does not know")
+
+
+class Entry:
+    """A leaf's entry, its own form and its tensors' headers checked; `read` gives the leaf.
+
+    Attributes:
+      path: the leaf's path.
+      where: what messages call it.
+      layout: the entry itself.
+      tensors: by role, the reference to each of its tensors: name, dtype, shape and checksum.
+      same_as: the number of the earlier leaf whose arrays it shares; None of others.
+    """
+
+    same_as: int | None = None
+
+    _ROLES = {"codebook": {"packed", "levels", "scale", "coded", "weights"}, "array": {"data"}, "key": {"data"}}  # noqa: RUF012
+    _FIELDS = {  # noqa: RUF012
+        "codebook": {
+            "shape", "stack_axes", "dtype", "bits", "granularity", "output_axes", "fixed_point", "scale_group",
+        },
+        "array": set(), "key": {"impl"}, "python": {"type", "value"}, "absent": {"type"},
+    }  # fmt: skip
+
+    def __init__(self, entry: Any, path: str, bundle: Bundle):
+        """Checks everything but the tensors' bytes.
+
+        Raises:
+          ValueError: what is wrong with the entry.
+        """
+        self.path, self._bundle = path, bundle
+        self.where = f"{bundle.name}: leaf {path[:200]!r}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{self.where}: the layout has no object for it")
+        if entry.get("path") != path:
+            raise ValueError(f"{self.where}: the layout has {str(entry.get('path'))[:200]!r} in its place")
+        self.kind = _field(entry, "kind", str, self.where)
+        if self.kind not in self._FIELDS:
+            raise ValueError(f"{self.where}: unknown kind {self.kind[:40]!r}; known: {', '.join(self._FIELDS)}")
+        _only(entry, {"path", "kind", "tensors", *self._FIELDS[self.kind]}, self.where)
+        self.tensors: dict[str, dict[str, Any]] = {}
+        roles = self._ROLES.get(self.kind, set())
+        if roles:
+            for role, reference in _field(entry, "tensors", dict, self.where).items():
+                if role not in roles:
+                    raise ValueError(f"{self.where}: unknown tensor {role[:40]!r}; known: {', '.join(sorted(roles))}")
+                self.tensors[role] = self._check_reference(reference, role)
+        self.layout = entry
+        if self.kind == "codebook":
+            self._check_codebook()
+        elif self.kind in ("array", "key"):
+            self._need("data")
+        if self.kind == "key":
+            impl = _field(entry, "impl", str, self.where)
+            data = self.tensors["data"]
+            if impl not in _KEYS or data["dtype"] != "uint32" or data["shape"][-1:] != [_KEYS[impl]]:
+                raise ValueError(f"{self.where}: {impl[:40]!r} and {data['shape']} {data['dtype']} make no random key")
+        elif self.kind in ("python", "absent"):
+            _field(entry, "type", str, self.where)
+            self._check_python()
+
+    def _need(self, *roles: str) -> None:
+        for role in roles:
+            if role not in self.tensors:
+                raise ValueError(f"{self.where}: the layout names no tensor {role!r}")
+
+    def _check_reference(self, reference: Any, role: str) -> dict[str, Any]:
+        where = f"{self.where}, {role}"
+        if not isinstance(reference, dict):
+            raise ValueError(f"{where}: no reference to a tensor")
+        _only(reference, {"name", "at", "dtype", "shape", "crc32"}, where)
+        name, dtype = _field(reference, "name", str, where), _field(reference, "dtype", str, where)
+        _field(reference, "crc32", int, where)
+        shape = _field(reference, "shape", list, where)
+        check_shape(shape, where)
+        if name not in self._bundle.files:
+            raise ValueError(f"{where}: the tensor {name[:200]!r} is not in the file")
+        stored = storage_dtype(dtype)
+        if stored not in _CODES:
+            raise ValueError(f"{where}: unknown dtype {dtype[:40]!r}")
+        try:
+            np.dtype(dtype)
+        except TypeError as error:
+            raise ValueError(f"{where}: dtype {dtype!r}, which this NumPy does not have") from error
+        wanted, header = _stored_form(dtype, shape), self._bundle.entry(name)
+        if "at" in reference:  # in a tensor of several small ones
+            begin, size = _field(reference, "at", int, where), stored_bytes(reference)
+            if header.code != wanted[0] or not 0 <= begin <= begin + size <= header.end - header.begin:
+                raise ValueError(
+                    f"{where}: the layout wants {size} bytes of {wanted[0]} at byte {begin}, but the tensor "
+                    f"{name[:200]!r} is {header.code} of {header.end - header.begin} bytes"
+                )
+        elif header[:2] != wanted:
+            raise ValueError(
+                f"{where}: the layout wants {wanted[0]} of shape {list(wanted[1])}, but the tensor {name[:200]!r} is "
+                f"{header.code} of shape {list(header.shape)}"
+            )
+        return reference
+
+    def _check_codebook(self) -> None:
+        entry, where = self.layout, self.where
+        self._need("levels", *(["weights"] if "coded" in self.tensors else ["packed"]))
+        if {"coded", "packed"} <= set(self.tensors) or ("weights" in self.tensors) != ("coded" in self.tensors):
+            raise ValueError(f"{where}: both packed and coded, or weights of no stream")
+        shape = _field(entry, "shape", list, where)
+        check_shape(shape, where)
+        stack = _field(entry, "stack_axes", int, where)
+        bits = _field(entry, "bits", int, where)
+        if not 1 <= bits <= 8:
+            raise ValueError(f"{where}: bits={bits}, but a whole number from 1 to 8 is wanted")
+        if not 0 <= stack <= len(shape):
+            raise ValueError(f"{where}: stack_axes={stack} of shape {shape}")
+        axes = _field(entry, "output_axes", list, where)
+        if not all(type(a) is int for a in axes) or axes != sorted(set(axes)) or (axes and axes[0] < 0):
+            raise ValueError(f"{where}: output_axes {str(axes)[:80]}, but ascending whole numbers are wanted")
+        if axes and axes[-1] >= len(shape) - stack:
+            raise ValueError(f"{where}: output axis {axes[-1]} of a slice with {len(shape) - stack} axes")
+        levels, scale = self.tensors["levels"], self.tensors.get("scale")
+        fixed = entry.get("fixed_point")
+        self._fixed = None if fixed is None else self._qformat(fixed)
+        self._granularity = self._read_granularity(entry.get("granularity"))
+        group = _field(entry, "scale_group", int, where)
+        if group < (scale is not None) or (scale is None and group) or group > _MAX_GROUP:
+            raise ValueError(f"{where}: scale_group={group} {'without' if scale is None else 'with'} scales")
+        if not is_floating(_field(entry, "dtype", str, where)):
+            raise ValueError(f"{where}: dtype {entry['dtype'][:40]!r} is not floating")
+        for name, reference in (("levels", None if self._fixed else levels), ("scale", scale)):
+            if reference is not None and not is_floating(reference["dtype"]):
+                raise ValueError(f"{where}: {name} of dtype {reference['dtype']} are not floating")
+        slice_shape = tuple(shape[stack:])
+        outputs, inputs = rows_.channel_shape(slice_shape, axes)
+        count, _ = rows_.row_shape(outputs, inputs, self._granularity)
+        self._slice_shape, self._axes, self._inputs = slice_shape, tuple(axes), inputs
+        packed = [*shape[:stack], outputs, packing.packed_size(inputs, bits)]
+        wanted = {"levels": [*shape[:stack], count, 1 << bits], "packed": packed}
+        if scale is not None:
+            wanted["scale"] = [*shape[:stack], outputs, -(-inputs // group)]
+        if "coded" in self.tensors:
+            wanted["weights"] = [1 << bits]
+            if len(self.tensors["coded"]["shape"]) != 1 or self.tensors["coded"]["dtype"] != "uint32":
+                raise ValueError(f"{where}: a coded stream is uint32 along one axis")
+            if self.tensors["weights"]["dtype"] not in ("uint8", "uint16"):
+                raise ValueError(
+                    f"{where}: weights of dtype {self.tensors['weights']['dtype']}; uint8 or uint16 is wanted"
+                )
+        elif self.tensors["packed"]["dtype"] != "uint8":
+            raise ValueError(f"{where}: packed indices of dtype {self.tensors['packed']['dtype']}; uint8 is wanted")
+        for role, reference in self.tensors.items():
+            if role in wanted and reference["shape"] != wanted[role]:
+                raise ValueError(f"{where}: {role} of shape {reference['shape']}, but the layout needs {wanted[role]}")
+        self._packed_shape = packed
+
+    def _qformat(self, fixed: Any) -> QFormat:
+        if not isinstance(fixed, dict) or set(fixed) != {"word", "frac", "signed"} or type(fixed["signed"]) is not bool:
+            raise ValueError(f"{self.where}: fixed_point is no object of word, frac and signed")
+        try:
+            found = QFormat(**fixed)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+        if np.dtype(found.storage_dtype).name != self.tensors["levels"]["dtype"]:
+            raise ValueError(f"{self.where}: levels of dtype {self.tensors['levels']['dtype']}, but {found} has others")
+        return found
+
+    def _read_granularity(self, value: Any) -> Any:
+        if value in ("tensor", "channel"):
+            return value
+        if isinstance(value, dict) and len(value) == 1:
+            (kind, size), *_ = value.items()
+            if kind in ("channels", "inputs") and type(size) is int and 1 <= size <= _MAX_GROUP:
+                return ChannelGroups(size) if kind == "channels" else InputGroups(size)
+        raise ValueError(f"{self.where}: unknown granularity {str(value)[:80]}")
+
+    def _check_python(self) -> None:
+        if self.kind == "absent":
+            return
+        kind, value = self.layout["type"], self.layout.get("value")
+        try:
+            if kind == "float" and isinstance(value, str):
+                self._value: Any = float.fromhex(value)
+                return
+            if kind == "complex" and isinstance(value, list) and len(value) == 2:
+                self._value = complex(*(float.fromhex(x) for x in value))
+                return
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{self.where}: {str(value)[:80]!r} is no {kind}") from error
+        if kind not in ("bool", "int", "str") or type(value) is not _PYTHON[kind]:
+            raise ValueError(f"{self.where}: {str(value)[:80]!r} is no {kind[:40]}")
+        self._value = value
+
+    def is_absent(self) -> str | None:
+        """The name of the type of what the file could not hold; None for a leaf that it holds."""
+        return self.layout["type"] if self.kind == "absent" else None
+
+    def shape_and_dtype(self) -> tuple[tuple[int, ...], str] | None:
+        """Shape and dtype of the dense array that the leaf stands for; None for what is no array."""
+        if self.kind == "codebook":
+            return tuple(self.layout["shape"]), self.layout["dtype"]
+        if self.kind == "array":
+            return tuple(self.tensors["data"]["shape"]), self.tensors["data"]["dtype"]
+        return None
+
+    def read(self, verify: bool) -> Any:
+        """The leaf, its arrays views of the file where they can be.
+
+        Args:
+          verify: compare checksums, which reads every byte.
+
+        Raises:
+          ValueError: bytes that are not those that were saved, or that stand for nothing.
+        """
+        if self.kind == "python":
+            return self._value
+        if self.kind == "absent":
+            raise ValueError(f"{self.where} was of type {self.is_absent()}, which no file holds: like=… gives it")
+        arrays: dict[str, Any] = {role: self._array(role, verify) for role in self.tensors}
+        if self.kind == "array":
+            return arrays["data"]
+        if self.kind == "key":
+            return jax.random.wrap_key_data(to_jax(np.array(arrays["data"])), impl=self.layout["impl"])
+        if "coded" in arrays:
+            rows = math.prod(self._packed_shape[:-1])
+            try:
+                packed: Any = store_entropy.decode(
+                    arrays["coded"], arrays["weights"], self.layout["bits"], rows, self._inputs
+                ).reshape(self._packed_shape)
+            except ValueError as error:
+                raise ValueError(f"{self.where}, coded: {error}") from error
+        else:
+            packed = arrays["packed"]
+        leaf = CodebookArray(
+            levels=arrays["levels"],
+            packed=packed,
+            scale=arrays.get("scale"),
+            slice_shape=self._slice_shape,
+            dtype=jnp.dtype(self.layout["dtype"]),
+            bits=self.layout["bits"],
+            granularity=self._granularity,
+            axes=self._axes,
+            codebook_format=self._fixed,
+            scale_group=self.layout["scale_group"],
+        )
+        check_structure(leaf, self.where)
+        return leaf
+
+    def _array(self, role: str, verify: bool) -> np.ndarray:
+        reference, raw = self.tensors[role], self._raw(role)
+        where = f"{self.where}, {role}"
+        if verify and zlib.crc32(raw.data) != reference["crc32"]:
+            raise ValueError(f"{where}: the bytes are not those that were saved (their CRC-32 differs)")
+        dtype, shape = reference["dtype"], tuple(reference["shape"])
+        if dtype == "bool" or dtype in _AS_BYTES:
+            bits = 1 if dtype == "bool" else _AS_BYTES[dtype]
+            if bits < 8 and (raw >> bits).any():
+                raise ValueError(f"{where}: a byte that is no {dtype}")
+            return raw.view(dtype).reshape(shape)
+        if dtype in _AS_INTEGERS:
+            stored, least, most = _AS_INTEGERS[dtype]
+            values = raw.view(stored)
+            if ((values < least) | (values > most)).any():
+                raise ValueError(f"{where}: a value that is no {dtype}")
+            return values.astype(dtype).reshape(shape)
+        return _viewed(raw, dtype).reshape(shape)
+
+    def nbytes(self, *roles: str) -> int:
+        """Bytes that these tensors of the leaf take in the file."""
+        return sum(self._raw(role).size for role in roles if role in self.tensors)
+
+    def _raw(self, role: str) -> np.ndarray:
+        """`[n]` uint8: a tensor's bytes, as a view of the file."""
+        reference = self.tensors[role]
+        raw = self._bundle.array(reference["name"])
+        return raw[reference["at"] :][: stored_bytes(reference)] if "at" in reference else raw
+
+
+def is_floating(dtype: str) -> bool:
+    """Whether this names a floating dtype of the format that this NumPy has: not any text that `np.dtype` takes."""
+    if not (dtype in _CODES or dtype in _AS_BYTES) or "float" not in dtype:
+        return False
+    try:
+        return np.dtype(dtype).itemsize > 0
+    except TypeError:
+        return False
+
+
+def _viewed(raw: np.ndarray, dtype: str) -> np.ndarray:
+    return raw.view(np.dtype(dtype).newbyteorder("<")) if np.dtype(dtype).kind in "iufc" else raw.view(dtype)
+
+
+def tied(entry: Mapping[str, Any], path: str, earlier: Sequence[Entry], name: str) -> Entry:
+    """The entry of a leaf that has the arrays of an earlier one.
+
+    Raises:
+      ValueError: what is wrong with the entry.
+    """
+    where = f"{name}: leaf {path[:200]!r}"
+    _only(entry, {"path", "kind", "to"}, where)
+    if entry.get("path") != path:
+        raise ValueError(f"{where}: the layout has {str(entry.get('path'))[:200]!r} in its place")
+    number = _field(entry, "to", int, where)
+    if not 0 <= number < len(earlier) or not earlier[number].tensors or earlier[number].same_as is not None:
+        raise ValueError(f"{where}: tied to leaf {number}, which is no earlier one with tensors of its own")
+    same = copy.copy(earlier[number])
+    same.path, same.where, same.same_as = path, where, number
+    return same

@@ -1,0 +1,127 @@
+"""A report as JSON and back, and what the file alone says of a leaf."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from nuqjax._src.leaf import packing
+from nuqjax._src.leaf import rows as rows_
+from nuqjax._src.leaf.codebook_array import CodebookArray
+from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
+from nuqjax._src.report.leaf_report import LeafReport
+from nuqjax._src.report.report import Report
+from nuqjax._src.store.entry import Entry, is_floating
+
+
+def report_to_json(report: Report) -> list[dict[str, Any]]:
+    """A report's leaves as JSON; numbers that are not finite as strings."""
+
+    def plain(value: Any) -> Any:
+        return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{name: plain(value) for name, value in vars(leaf).items()} for leaf in report.leaves]
+
+
+_HINTS: dict[str, Any] = get_type_hints(LeafReport)
+_MOST = 2**63
+
+
+def report_from_json(value: Any, where: str) -> Report:
+    """The report in a layout.
+
+    Raises:
+      ValueError: a field is missing, unknown or of another type.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: the report is no list")
+    known = {f.name: f.default for f in fields(LeafReport)}
+    needed = {name for name, default in known.items() if default is MISSING}
+    leaves = []
+    for number, given in enumerate(value):
+        if not isinstance(given, dict) or not needed <= set(given) <= set(known):
+            raise ValueError(f"{where}: leaf {number} of the report does not have the fields of one")
+        made = {}
+        for name, item in given.items():
+            good, made[name] = _field(name, item)
+            if not good:
+                raise ValueError(f"{where}: leaf {number} of the report: {name} is {str(item)[:80]!r}")
+        leaves.append(LeafReport(**made))
+    return Report(tuple(leaves))
+
+
+def _field(name: str, item: Any) -> tuple[bool, Any]:
+    """Whether this can be a field's value, and the value."""
+    if name == "shape":
+        good = isinstance(item, list) and all(type(n) is int and 0 <= n < _MOST for n in item)
+        return good, tuple(item) if good else item
+    if _HINTS[name] == float | None:
+        number = float(item) if isinstance(item, str) and item in ("inf", "-inf", "nan") else item
+        if type(number) is float or (type(number) is int and abs(number) < _MOST):
+            return name == "certificate" or not number < 0, number
+        return number is None, number
+    if isinstance(item, int):  # sizes and counts; a bool is none
+        return type(item) is int and 0 <= item < _MOST and isinstance(item, _HINTS[name]), item
+    return isinstance(item, _HINTS[name]), item
+
+
+def with_coded_sizes(report: Report, sizes: Mapping[str, int]) -> Report:
+    """The report with the sizes of coded indices, by path."""
+    return replace(report, leaves=tuple(replace(leaf, nbytes_coded=sizes.get(leaf.path)) for leaf in report.leaves))
+
+
+def report_entry(entry: Entry, verify: bool) -> LeafReport:
+    """What the file alone says of the leaf, where no report was stored."""
+    if entry.kind in ("python", "absent", "key"):
+        kind = str(entry.layout.get("type", entry.layout.get("impl")))
+        size = entry.nbytes("data")
+        return LeafReport(entry.path, (), kind, 0, size, size, "not an array" if not size else "random keys")
+    shape, dtype = entry.shape_and_dtype() or ((), "")
+    size = math.prod(shape)
+    before = size * np.dtype(dtype).itemsize
+    if entry.kind == "array":
+        floating = is_floating(dtype)
+        reason = "left dense" if floating else f"dtype {dtype} is not floating"
+        return LeafReport(entry.path, shape, dtype, size, before, before, reason)
+    leaf = entry.read(verify)
+    counts = np.zeros(1 << leaf.bits, np.int64)
+    used = 0
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
+        table = _index_counts(leaf[place])
+        counts += table.sum(axis=0)
+        used += int(np.count_nonzero(table))
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return LeafReport(
+        entry.path, shape, dtype, size, before, leaf.nbytes,
+        bits=leaf.bits, granularity=str(leaf.granularity),
+        codebook_format=str(leaf.codebook_format or leaf.levels.dtype),
+        levels_used=used, levels_available=math.prod(leaf.levels.shape), payload_bits=leaf.payload_bits,
+        entropy=float(-(share * np.log2(share)).sum()) + 0.0, nbytes_packed=int(leaf.packed.nbytes),
+        nbytes_coded=entry.nbytes("coded", "weights") if "coded" in entry.tensors else None,
+    )  # fmt: skip
+
+
+def _index_counts(leaf: CodebookArray) -> np.ndarray:
+    """`[R, K]` how often each level of each codebook of a slice is named, some channels at a time."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    levels = 1 << leaf.bits
+    table = np.zeros((leaf.levels.shape[0], levels), np.int64)
+    step = max(1, (1 << 20) // max(inputs, 1))
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        indices = packing.unpack(leaf.packed[start:stop], leaf.bits, inputs)
+        channel = np.arange(start, stop)[:, None]
+        match leaf.granularity:
+            case "tensor":
+                row: Any = np.zeros((1, 1), np.int64)
+            case "channel":
+                row = channel
+            case ChannelGroups(size):
+                row = channel // size
+            case InputGroups(size):
+                row = channel * -(-inputs // size) + np.arange(inputs) // size
+        number = np.broadcast_to(row * levels, indices.shape) + indices
+        table += np.bincount(number.reshape(-1), minlength=table.size).reshape(table.shape)
+    return table

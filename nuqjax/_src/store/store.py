@@ -1,0 +1,495 @@
+"""Compressed trees in files: safetensors, with the tree's structure and each leaf's layout as JSON in the metadata.
+
+`docs/format.md` describes the format so that a few lines of NumPy read it. No pickle, no code: a file from a stranger
+is data, checked before it is used.
+"""
+
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, Sharding
+
+from nuqjax._src.leaf.codebook_array import is_codebook_array
+from nuqjax._src.leaf.paths import nearest, path_name
+from nuqjax._src.leaf.shardings import shardings
+from nuqjax._src.platform.host import to_jax
+from nuqjax._src.report.report import Report
+from nuqjax._src.store.entry import Entry, checksum, describe, stored_bytes, tied
+from nuqjax._src.store.file import Bundle, Stored, from_array, open_bundle
+from nuqjax._src.store.report import report_entry, report_from_json, report_to_json, with_coded_sizes
+from nuqjax._src.store.text import PLAIN, POOLED, from_text, to_text
+from nuqjax._src.store.tree import Structure, tree_to_nodes
+from nuqjax._src.store.write import write
+
+_SMALL, _MANY = 1 << 12, 32
+"""Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more: a line of the header, of some 75
+bytes that no reader takes deflated, would be much of what each takes."""
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def save(
+    path: str | os.PathLike[str],
+    cparams: Any,
+    *,
+    report: Report | None = None,
+    entropy_coding: bool = False,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Saves a tree, compressed or not, every bit as it is.
+
+    The file is written under another name beside the old one, brought to disk, and renamed: an interrupted save leaves
+    what was there whole. Arrays keep their dtypes, Python's numbers and strings their types. A leaf that no file holds
+    (a function) is named in it, and `load(…, like=…)` takes it from its template.
+
+    Args:
+      path: the file to write, `….safetensors` by custom; a file that is there is replaced, its permissions kept.
+      cparams: any pytree whose dicts have keys that are strings, integers or tuples of these.
+      report: the `Report` of the tree, kept beside it.
+      entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
+        unaffected: they are packed again when the file is loaded.
+      max_shard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
+        files with an index, `PATH.index.json`, as on the Hugging Face Hub.
+
+    Raises:
+      ValueError: a leaf or a key is of a type or dtype that the format does not hold, a leaf's arrays do not fit its
+        layout, or the report is of another tree.
+      OSError: the file cannot be written; another process writes it; what is there is a directory or a device, or files
+        under its name that are not this library's would be hidden, replaced or removed.
+      ImportError: entropy coding without `constriction`.
+
+    >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
+    >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(pathlib.Path(folder) / "model.safetensors", cparams)
+    ...     same = load(pathlib.Path(folder) / "model.safetensors")
+    >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
+    (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
+    """
+    _save(path, cparams, report, entropy_coding, shard_size(max_shard_size))
+
+
+def save_by_name(path: str | os.PathLike[str], cparams: Any) -> None:
+    """As `save`, every tensor under a name of its own, however many and small: as what does not know of us asks."""
+    _save(path, cparams, pooled=False)
+
+
+def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=True) -> None:
+    nodes, leaves = tree_to_nodes(cparams)
+    layout = Layout(nodes)
+    tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
+    if pooled:
+        tensors = layout.pool(tensors, limit)
+    text = layout.text(report)
+    Structure(nodes, len(text))  # what `load` refuses is not saved
+    write(path, tensors, *metadata(text), limit)
+
+
+class Layout:
+    """The JSON of a file, leaf by leaf: what `save` writes at once and a streaming conversion bit by bit."""
+
+    def __init__(self, nodes: list[Any]):
+        """The layout of a tree of these nodes, without leaves as yet."""
+        self._nodes, self.entries = nodes, []
+        self._names = {"__metadata__"}
+        self.coded: dict[str, int] = {}
+        self._version = PLAIN
+        self._added: dict[Any, tuple[int, Any]] = {}  # entry's number and leaf, by its arrays' identities
+
+    def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
+        """The next leaf's tensors, to be written; the layout names them. Those of an earlier leaf are not again."""
+        arrays, layout = jax.tree.flatten(leaf)
+        same = (*map(id, arrays), layout)
+        if same in self._added and arrays and isinstance(arrays[0], jax.Array | np.ndarray):
+            self.entries.append({"path": path, "kind": "tied", "to": self._added[same][0]})
+            return []
+        self._added.setdefault(same, (len(self.entries), leaf))
+        return self.place(*described(path, leaf, entropy_coding))
+
+    def place(
+        self, entry: Mapping[str, Any], references: Mapping[str, Any], stored: Mapping[str, Stored]
+    ) -> list[Stored]:
+        """The next leaf's tensors, of what `described` gave."""
+        path, named = entry["path"], {}
+        for role, tensor in stored.items():
+            named[role] = tensor._replace(name=self._name(path, None if role == "data" else role))
+        if named:
+            entry = {**entry, "tensors": {role: {"name": named[role].name, **references[role]} for role in named}}
+        if "coded" in named:
+            self.coded[path] = named["coded"].nbytes + named["weights"].nbytes
+        self.entries.append(dict(entry))
+        return list(named.values())
+
+    def pool(self, tensors: Sequence[Stored], limit: int | None) -> list[Stored]:
+        """The tensors to write when all leaves are added: many small ones as one for each dtype, and where each is.
+
+        What may be parted over shards is left as it is: those are of large trees, and their headers are of no weight.
+        """
+        small = [tensor for tensor in tensors if tensor.nbytes <= _SMALL]
+        if len(small) < _MANY or (limit is not None and sum(tensor.nbytes for tensor in tensors) > limit):
+            return list(tensors)
+        by_code: dict[str, list[Stored]] = {}
+        for tensor in small:
+            by_code.setdefault(tensor.code, []).append(tensor)
+        places, pools = {}, []
+        for code, parts in by_code.items():
+            name, begin = self._name("small", code), 0
+            for part in parts:
+                places[part.name] = {"name": name, "at": begin}
+                begin += part.nbytes
+            pools.append(_joined(name, code, parts))
+        for entry in self.entries:
+            for reference in entry.get("tensors", {}).values():
+                reference.update(places.get(reference["name"], {}))
+        self._version = POOLED
+        return [tensor for tensor in tensors if tensor.name not in places] + pools
+
+    def _name(self, path: str, role: str | None) -> str:
+        """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
+        name = ".".join(filter(None, [path or "leaf", role]))
+        while name in self._names:  # {"a": compressed, "a.packed": dense}, {"a/b": …, "a": {"b": …}}
+            name += "~"
+        self._names.add(name)
+        return name
+
+    def text(self, report: Report | None) -> str:
+        """The JSON, as the metadata has it."""
+        if report is not None:
+            paths = [entry["path"] for entry in self.entries]
+            if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
+                raise ValueError("save: the report is not that of this tree: its leaves have other paths")
+            report = with_coded_sizes(report, self.coded)
+        kept = None if report is None else report_to_json(report)
+        return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept}, self._version)
+
+
+def _joined(name: str, code: str, parts: Sequence[Stored]) -> Stored:
+    """Tensors of one dtype as one, one behind the other."""
+    count = sum(math.prod(part.shape) for part in parts)
+    return Stored(name, code, (count,), lambda: chain.from_iterable(part.chunks() for part in parts))
+
+
+def described(
+    path: str, leaf: Any, entropy_coding: bool = False
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
+    """A leaf's entry in the layout, what the references to its tensors say, and the tensors, by role and not yet named.
+
+    Raises:
+      ValueError: as in `save`.
+    """
+    entry, parts = describe(path, leaf, entropy_coding)
+    stored = {role: from_array(role, part.code, part.array) for role, part in parts.items()}
+    references = {
+        role: {"dtype": part.dtype, "shape": list(part.shape), "crc32": checksum(stored[role].chunks())}
+        for role, part in parts.items()
+    }
+    return entry, references, stored
+
+
+def metadata(text: str) -> tuple[dict[str, str], str]:
+    """The metadata that holds a layout, and the tag that tells these contents from others."""
+    tag = f"{zlib.crc32(text.encode()):08x}"
+    return {"nuqjax": text, "nuqjax.crc32": tag}, tag
+
+
+def shard_size(given: int | str | None) -> int | None:
+    """The bytes that `max_shard_size` says.
+
+    Raises:
+      ValueError: it says none.
+    """
+    if given is None:
+        return None
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", given.strip()) if isinstance(given, str) else None
+    if match and match[2].upper() in _UNITS:
+        given = int(match[1]) * _UNITS[match[2].upper()]
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f'max_shard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
+    return given
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    like: Any = None,
+    leaves: str | Callable[[str], bool] | None = None,
+    sharding: Any = None,
+    numpy: bool = False,
+    verify: bool = True,
+) -> Any:
+    """Loads what `save` saved.
+
+    Dicts, lists, tuples and None come back as they were. Any other node (a Flax `FrozenDict` or NNX state, a named
+    tuple, an equinox module) needs its class, which no file holds: `like` gives it, and without it the node comes back
+    as a dict of its children by name.
+
+    The file is mapped, and of its tensors only those are read that are asked for.
+
+    Args:
+      path: the file, or the name that shards were saved under, or their index.
+      like: a tree of the wanted structure, of arrays, `jax.ShapeDtypeStruct` or compressed leaves, or its `PyTreeDef`;
+        a leaf that the file could not hold is taken from it. Shapes and dtypes are compared.
+      leaves: which leaves to load: a regular expression that is searched for in their paths, or a function of the path;
+        the others come back as None.
+      sharding: where arrays are placed: a `jax.sharding.Sharding` for all, or a tree of `NamedSharding` as the dense
+        parameters have them, by path (see `nuqjax.shardings`). Each device is given only its part.
+      numpy: NumPy arrays instead, read-only views of the mapped file wherever they can be.
+      verify: compare the checksums of what is loaded, for which every byte of it is read.
+
+    Returns:
+      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them, and so
+      do those of dtypes that JAX does not hold (float6).
+
+    Raises:
+      ValueError: the file is damaged, is not one of `save`, or of a newer version; the tree is unlike `like`; no leaf
+        matches. The message names the entry.
+      OSError: there is no such file.
+      ImportError: the file is entropy-coded and `constriction` is not installed.
+
+    >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder) / "model.safetensors"
+    ...     nuqjax.save(path, {"hidden": jnp.ones(3), "out": jnp.zeros(2)})
+    ...     load(path, leaves="^out")
+    {'hidden': None, 'out': Array([0., 0.], dtype=float32)}
+    """
+    return from_bundle(open_bundle(path), like=like, leaves=leaves, sharding=sharding, numpy=numpy, verify=verify)
+
+
+def from_bundle(
+    bundle: Bundle,
+    *,
+    like: Any = None,
+    leaves: str | Callable[[str], bool] | None = None,
+    sharding: Any = None,
+    numpy: bool = False,
+    verify: bool = True,
+) -> Any:
+    """`load`, of files that are open."""
+    structure, entries, _ = read_layout(bundle, verify)
+    wanted = _wanted(leaves, structure.paths, bundle.name)
+    template, treedef = _template(like, entries, bundle.name)
+    if sharding is not None and numpy:
+        raise ValueError("load: numpy=True has no sharding")
+    places = _places(sharding, [e for e, w in zip(entries, wanted, strict=True) if w and e.tensors])
+    found = []
+    for number, (entry, is_wanted) in enumerate(zip(entries, wanted, strict=True)):
+        if not is_wanted:
+            found.append(None)
+        elif entry.kind == "absent":
+            found.append(entry.read(verify) if treedef is None else template[number])
+        elif entry.same_as is not None and found[entry.same_as] is not None and _placed_alike(entry, entries, places):
+            found.append(found[entry.same_as])
+        else:
+            leaf = entry.read(verify)
+            found.append(leaf if numpy else _placed(leaf, places.get(entry.path)))
+    try:
+        return structure.build(found) if treedef is None else treedef.unflatten(found)
+    except ValueError as error:
+        raise ValueError(f"{bundle.name}: {error}") from error
+
+
+def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], Any]:
+    """The structure and the leaves' entries in a file's metadata, checked against its tensors, and the report's JSON.
+
+    Raises:
+      ValueError: what is wrong, and with which entry.
+    """
+    name = bundle.name
+    text = bundle.metadata.get("nuqjax")
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: the metadata has no 'nuqjax': this is no file that nuqjax.save wrote")
+    if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
+        raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
+    layout = from_text(text, name)
+    if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
+        raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
+    try:
+        structure = Structure(layout["tree"], len(text))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if len(structure.paths) != len(layout["leaves"]):
+        raise ValueError(f"{name}: {len(layout['leaves'])} leaves, but the tree has {len(structure.paths)}")
+    entries: list[Entry] = []
+    for path, entry in zip(structure.paths, layout["leaves"], strict=True):
+        is_tied = isinstance(entry, dict) and entry.get("kind") == "tied"
+        entries.append(tied(entry, path, entries, name) if is_tied else Entry(entry, path, bundle))
+    own = [entry for entry in entries if entry.same_as is None]
+    references = [reference for entry in own for reference in entry.tensors.values()]
+    names = [reference["name"] for reference in references if "at" not in reference]
+    names += _pools([reference for reference in references if "at" in reference], bundle)
+    times = Counter(names)
+    if len(times) < len(names) or len(names) < len(bundle.files):
+        unnamed = sorted(bundle.files.keys() - times.keys()) or sorted(n for n, count in times.items() if count > 1)
+        raise ValueError(f"{name}: the tensor {unnamed[0][:200]!r} is not named by just one leaf")
+    return structure, entries, layout["report"]
+
+
+def _pools(parts: Sequence[Mapping[str, Any]], bundle: Bundle) -> list[str]:
+    """The tensors that hold these parts, each of which is to be made of its parts without holes."""
+    ends: dict[str, int] = {}
+    for part in sorted(parts, key=lambda part: (part["at"], stored_bytes(part))):
+        name, end = part["name"], ends.get(part["name"], 0)
+        if part["at"] != end:
+            how = "overlaps" if part["at"] < end else "leaves a hole behind"
+            raise ValueError(
+                f"{bundle.name}: in tensor {name[:200]!r}, what is at byte {part['at']} {how} what is before it"
+            )
+        ends[name] = end + stored_bytes(part)
+    for name, end in ends.items():
+        if end != bundle.array(name).size:
+            raise ValueError(
+                f"{bundle.name}: the leaves in tensor {name[:200]!r} take {end} bytes, but it has "
+                f"{bundle.array(name).size}"
+            )
+    return list(ends)
+
+
+def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], name: str) -> list[bool]:
+    if leaves is None:
+        return [True] * len(paths)
+    if isinstance(leaves, str):
+        try:
+            pattern = re.compile(leaves)
+        except re.error as error:
+            raise ValueError(f"load: leaves={leaves!r} is no regular expression: {error}") from error
+        wanted = [pattern.search(path) is not None for path in paths]
+    else:
+        wanted = [bool(leaves(path)) for path in paths]
+    if not any(wanted):
+        near = nearest(str(leaves), paths)
+        shown = f"leaves={leaves!r} matches" if isinstance(leaves, str) else "the function leaves=… picks"
+        raise ValueError(
+            f"{name}: {shown} none of the {len(paths)} leaves; the nearest paths are {', '.join(map(repr, near))}"
+        )
+    return wanted
+
+
+def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any], Any]:
+    """The leaves and the structure of a template, compared with the file's."""
+    if like is None:
+        return [], None
+    if isinstance(like, jax.tree_util.PyTreeDef):
+        like = like.unflatten(range(like.num_leaves))
+    flat, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_codebook_array)
+    given, saved = [path_name(path) for path, _ in flat], [entry.path for entry in entries]
+    if given != saved:
+        for what, here, there in (("has no", saved, set(given)), ("has a", given, set(saved))):
+            wrong = [path for path in here if path not in there]
+            if wrong:
+                raise ValueError(
+                    f"{name}: like {what} leaf {wrong[0]!r}, {'unlike' if here is given else 'as has'} the file"
+                )
+        raise ValueError(f"{name}: like has the file's leaves in another order")
+    for entry, (_, leaf) in zip(entries, flat, strict=True):
+        saved_as = entry.shape_and_dtype()
+        if saved_as is not None and hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            wanted = tuple(leaf.shape), np.dtype(leaf.dtype).name
+            if wanted != saved_as and not (entry.kind == "codebook" and saved_as == _as_compressed(leaf)):
+                raise ValueError(
+                    f"{entry.where}: {saved_as[1]}{list(saved_as[0])}, but like has {wanted[1]}{list(wanted[0])}"
+                )
+    return [leaf for _, leaf in flat], treedef
+
+
+def _as_compressed(leaf: Any) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a dense leaf as `compress` took it: float64 as float32, unless x64 is on."""
+    return tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype).name
+
+
+def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
+    """The sharding of each leaf that has arrays."""
+    if sharding is None:
+        return {}
+    if isinstance(sharding, Sharding):
+        return dict.fromkeys((entry.path for entry in entries), sharding)
+    flat, _ = jax.tree_util.tree_flatten_with_path(sharding)
+    given = {path_name(path): place for path, place in flat}
+    for entry in entries:
+        if entry.path not in given:
+            raise ValueError(f"{entry.where}: sharding has none for it")
+    return given
+
+
+def _placed_alike(entry: Entry, entries: Sequence[Entry], places: Mapping[str, Any]) -> bool:
+    """Whether a tied leaf is wanted where the one that it is tied to is."""
+    assert entry.same_as is not None
+    return places.get(entry.path) == places.get(entries[entry.same_as].path)
+
+
+def _placed(leaf: Any, place: Sharding | None) -> Any:
+    """The leaf with JAX arrays of its own, placed."""
+    if is_codebook_array(leaf):
+        if place is None:
+            return jax.tree.map(lambda array: _on_devices(array, None), leaf)
+        if not isinstance(place, NamedSharding):
+            return jax.tree.map(lambda array: _on_devices(array, place), leaf)
+        placed = shardings(leaf, place)
+        levels, packed = _on_devices(leaf.levels, placed.levels), _on_devices(leaf.packed, placed.packed)
+        scale = None if leaf.scale is None else _on_devices(leaf.scale, placed.scale)
+        return replace(leaf, levels=levels, packed=packed, scale=scale)
+    if isinstance(leaf, np.ndarray):
+        return _on_devices(leaf, place)
+    return leaf if place is None or not isinstance(leaf, jax.Array) else jax.device_put(leaf, place)
+
+
+def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
+    """The array as JAX's, or as NumPy's where JAX does not hold it. What is mapped is copied: the file may change."""
+    if not _is_held(array.dtype):
+        return np.array(array)
+    if place is None:
+        return to_jax(np.array(array))
+    return jax.make_array_from_callback(array.shape, place, lambda index: np.array(array[index]))
+
+
+def _is_held(dtype: np.dtype) -> bool:
+    """Whether JAX has arrays of a dtype: not of float6, and without x64 not of 64 bits, which it would round."""
+    try:
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            return False
+        to_jax(np.zeros((), dtype))
+    except (TypeError, jax.errors.JaxRuntimeError):
+        return False
+    return True
+
+
+def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
+    """The report of a saved tree: the one stored with it, or what the file alone tells of every leaf.
+
+    Without a stored report, errors and methods are not known; sizes, levels and entropies are. `nbytes_file` of the
+    report is what the file takes on disk, header and all.
+
+    Args:
+      path: as in `load`.
+      verify: compare checksums.
+
+    Raises:
+      ValueError: the file is damaged or not one of `save`.
+      OSError: there is no such file.
+
+    >>> import jax.numpy as jnp, nuqjax, tempfile, os
+    >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(os.path.join(folder, "model.safetensors"), cparams)
+    ...     inspect(os.path.join(folder, "model.safetensors")).total["nbytes_after"]
+    2112
+    """
+    bundle = open_bundle(path)
+    files = {bundle.name, *(file.name for file in bundle.files.values())}
+    return replace(inspect_bundle(bundle, verify), nbytes_file=sum(map(os.path.getsize, files)))
+
+
+def inspect_bundle(bundle: Bundle, verify: bool) -> Report:
+    """`inspect`, of files that are open."""
+    _, entries, report = read_layout(bundle, verify)
+    if report is not None:
+        return report_from_json(report, bundle.name)
+    return Report(tuple(report_entry(entry, verify) for entry in entries))

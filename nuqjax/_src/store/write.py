@@ -1,0 +1,420 @@
+"""Writing files: whole or absent, by one writer at a time, and nothing lost that is somebody else's.
+
+While a target is written there is a folder `TARGET.partial` beside it, which holds the lock and what is not yet in its
+place. Of other files only those are replaced or removed that are named as the target, or that this library wrote: an
+index with its mark, and the shards that such an index, or the list of a killed save, names.
+"""
+
+import errno
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, NamedTuple
+
+from nuqjax._src.store.file import ITEMSIZE, MAX_HEADER, Stored, index_path, open_mapped, parse_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there two writers are not told apart
+    fcntl = None
+
+_LOCK, _PLACED, _PART = "lock", "shards", ".part"
+_MARKS = {  # what the folder of a target may hold, and how that begins
+    _LOCK: (b"nuqjax: ",),
+    _PLACED: (b"nuqjax: ",),
+    "journal": (b'{"nuqjax":"journal ', b'{"mark":"'),
+}
+_OTHERS = {"tensors"}
+_HEAD = "nuqjax: shards that are to go unless the index names them"
+
+
+class Target(NamedTuple):
+    """A file that is being written, links followed; its folder; the permissions of what it replaces (None: nothing)."""
+
+    path: str
+    folder: str
+    mode: int | None
+
+
+@contextmanager
+def claim(path: str | os.PathLike[str], inputs: Iterable[str] = (), sharded: bool = False) -> Iterator[Target]:
+    """The right to write a target, until the block ends; what a killed writer left is cleared away first.
+
+    Args:
+      path: the file.
+      inputs: files that are read meanwhile, none of which may be replaced or removed.
+      sharded: whether it will be parted over several files.
+
+    Raises:
+      BlockingIOError: somebody else is writing it; the message says who.
+      FileExistsError: what would be replaced or removed is not this library's.
+      OSError: it is no regular file, or cannot be written.
+      ValueError: one of the inputs would be replaced or removed.
+    """
+    path = os.path.realpath(os.fspath(path))
+    if path.endswith(".index.json"):
+        raise ValueError(f"{path} is the name of an index: name the file that it is of, without .index.json")
+    read = {(status.st_dev, status.st_ino) for status in map(os.stat, inputs)}
+    _check_replaced(path, read)
+    folder = f"{path}.partial"
+    lock = _locked(folder, path)
+    try:
+        try:
+            if sharded:
+                check_sharded(path)
+            files = [path, *([index_path(path), *_own_shards(path)] if sharded or _own_index(path) else [])]
+            for name in files:
+                _check_replaced(name, read)
+            modes = [stat.S_IMODE(os.stat(name).st_mode) for name in files if os.path.exists(name)]
+            target = Target(path, folder, modes[0] if modes else None)
+            _clear(target)
+            yield target
+        finally:
+            _clear(Target(path, folder, None))
+            if set(os.listdir(folder)) <= {_LOCK}:
+                os.unlink(os.path.join(folder, _LOCK))
+                os.rmdir(folder)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], inputs: Iterable[str] = ()) -> Iterator[BinaryIO]:
+    """A file to write that takes its place at `path`, whole and on disk, when the block ends.
+
+    What goes wrong in the block leaves what was at `path` as it was, and nothing else. Arguments and errors are those
+    of `claim`.
+    """
+    with claim(path, inputs) as target, _placing(target, target.path) as file:
+        yield file
+
+
+@contextmanager
+def _placing(target: Target, path: str) -> Iterator[BinaryIO]:
+    """A file of a claimed target: it itself, its index, or one of its shards."""
+    part = os.path.join(target.folder, os.path.basename(path) + _PART)
+    mode = 0o666 if target.mode is None else target.mode & 0o700  # never wider than it will be
+    with naming(path), open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    if target.mode is not None:
+        os.chmod(part, target.mode)
+    os.replace(part, path)
+    _sync_folder(os.path.dirname(path))
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An error that there is no room, which names no file, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or path
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    """The names in a folder on disk, where the system can be asked for it."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# The folder of a target
+
+
+def _locked(folder: str, path: str) -> int | None:
+    """The locked file in a target's folder, which is made if there is none; None on systems without such locks."""
+    name = os.path.join(folder, _LOCK)
+    for _ in range(100):
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        lock = None
+        try:
+            check_folder(folder)
+            lock = os.open(name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            _lock(lock, path)
+            held = os.path.samestat(os.fstat(lock), os.stat(name))
+            if held:
+                with suppress(OSError):  # no room for a name: the lock holds without
+                    os.ftruncate(lock, 0)
+                    os.write(lock, f"nuqjax: process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except FileNotFoundError:  # whoever held it has just removed it
+            held = False
+        except BaseException:
+            if lock is not None:
+                os.close(lock)
+            raise
+        if held and fcntl is not None:
+            return lock
+        if lock is not None:
+            os.close(lock)
+        if held:
+            return None
+    raise BlockingIOError(f"{path}: {folder} comes and goes: others are writing it")
+
+
+def _lock(lock: int, path: str) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        found = re.match(r"nuqjax: (process \d+ on [\w.-]+)", os.pread(lock, 300, 0).decode(errors="replace"))
+        who = found[1] if found else "another process"
+        raise BlockingIOError(f"{path}: {who} is writing it; wait for that to end, or name another target") from error
+    except OSError:  # a disk without locks
+        pass
+
+
+def check_folder(folder: str) -> None:
+    """Raises FileExistsError unless all that is in the folder of a target is this library's."""
+    if stat.S_ISDIR(os.lstat(folder).st_mode):
+        names = set(os.listdir(folder))
+        marked = [_begins(os.path.join(folder, name), _MARKS[name]) for name in names & set(_MARKS)]
+        others = [name for name in names - set(_MARKS) - _OTHERS if not name.endswith(_PART)]
+        if not names or (marked and all(marked) and not others):
+            return
+    raise FileExistsError(f"{folder} was not left by nuqjax: move it away, or name another target")
+
+
+def _begins(path: str, marks: Sequence[bytes]) -> bool:
+    """Whether a file begins with one of these, or was cut before it could."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(100)
+    return any(start.startswith(mark) or mark.startswith(start) for mark in marks)
+
+
+def _clear(target: Target) -> None:
+    """Removes what is not in its place, and shards that no index names any more."""
+    for name in os.listdir(target.folder):
+        if name.endswith(_PART):
+            os.unlink(os.path.join(target.folder, name))
+    placed = os.path.join(target.folder, _PLACED)
+    if not os.path.exists(placed):
+        return
+    with open(placed, encoding="utf-8", errors="replace") as file:
+        head, *names = file.read().split("\n")
+    if head == _HEAD and names and names[-1] == "":  # whole; before it is, no shard is written
+        named = {os.path.basename(name) for name in _own_shards(target.path)}
+        folder = os.path.dirname(target.path)
+        _remove(os.path.join(folder, name) for name in names if _is_shard(name, target.path) and name not in named)
+    os.unlink(placed)
+
+
+def _remove(paths: Iterable[str]) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+# What may be replaced
+
+
+def _check_replaced(path: str, inputs: Collection[tuple[int, int]] = ()) -> None:
+    """Raises unless there is nothing at `path`, or a regular file that nobody reads from."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(f"{path} is a directory; a file is wanted")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is no regular file, and only such are replaced")
+    if (status.st_dev, status.st_ino) in inputs:
+        raise ValueError(f"{path} would be replaced or removed, but it is read from: name another target")
+
+
+def check_sharded(path: str) -> None:
+    """Raises unless what shards at `path` would hide or replace is this library's."""
+    index = index_path(path)
+    _check_replaced(index)
+    if os.path.exists(index) and _own_index(path) is None:
+        raise FileExistsError(f"{index} was not written by nuqjax: move it away, or name another target")
+    if os.path.exists(path) and not _is_saved(path):
+        raise FileExistsError(
+            f"{path} was not written by nuqjax.save, and shards under its name would be hidden by it: move it away, "
+            "or name another target"
+        )
+
+
+def _is_saved(path: str) -> bool:
+    try:
+        return "nuqjax" in open_mapped(path).metadata
+    except (OSError, ValueError):
+        return False
+
+
+def _own_index(path: str) -> dict[str, Any] | None:
+    """The index of shards under this name, if this library wrote it."""
+    index = index_path(path)
+    try:
+        if not stat.S_ISREG(os.lstat(index).st_mode) or os.path.getsize(index) > MAX_HEADER:
+            return None
+        with open(index, "rb") as file:
+            found = parse_json(file.read(), index)
+    except (OSError, ValueError):
+        return None
+    metadata = found.get("metadata") if isinstance(found, dict) else None
+    own = isinstance(metadata, dict) and ("nuqjax" in metadata or metadata.get("writer") == "nuqjax")
+    return found if own and isinstance(found.get("weight_map"), dict) else None
+
+
+def _own_shards(path: str) -> list[str]:
+    """The shards that an index of this library names under this name."""
+    shards = set((_own_index(path) or {"weight_map": {}})["weight_map"].values())
+    folder = os.path.dirname(path)
+    return sorted(os.path.join(folder, name) for name in shards if isinstance(name, str) and _is_shard(name, path))
+
+
+def _stem(path: str) -> str:
+    return path.removesuffix(".safetensors")
+
+
+def _is_shard(name: str, path: str) -> bool:
+    return bool(
+        re.fullmatch(re.escape(_stem(os.path.basename(path))) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors", name)
+    )
+
+
+# Safetensors
+
+
+def header(tensors: Sequence[Stored], metadata: Mapping[str, str]) -> tuple[bytes, list[Stored]]:
+    """The header of a file, and its tensors in the order in which they follow: widest first, so all are aligned."""
+    ordered = sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.code])
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in ordered:
+        end = position + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = to_json(entries).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"a header of {len(text)} bytes, but safetensors files have at most {MAX_HEADER}")
+    return len(text).to_bytes(8, "little") + text, ordered
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON, the same for the same value."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def write(
+    path: str | os.PathLike[str] | Target,
+    tensors: Sequence[Stored],
+    metadata: Mapping[str, str],
+    tag: str | None,
+    max_shard_size: int | None,
+    inputs: Iterable[str] = (),
+) -> list[str]:
+    """Writes tensors as one file at `path`, or as shards beside an index; what a save before left of either is removed.
+
+    Shards have names that no other save's have, so that they never replace those; the index is replaced last, and only
+    then the shards of the save before are removed.
+
+    Args:
+      path: the file, or the target that is claimed; of shards, the name that theirs begin with.
+      tensors: in the tree's order.
+      metadata: of the single file, or of the index.
+      tag: eight hexadecimal digits that tell these contents from others; None for the first that are not taken.
+      max_shard_size: bytes of tensors in a shard (a larger tensor has one of its own); None for a single file.
+      inputs: as in `claim`.
+
+    Returns:
+      The files written.
+
+    Raises:
+      OSError, ValueError: as in `claim`.
+    """
+    groups = _shards(tensors, max_shard_size)
+    if not isinstance(path, Target):
+        with claim(path, inputs, len(groups) > 1) as target:
+            return write(target, tensors, metadata, tag, max_shard_size)
+    target = path
+    path, index = target.path, index_path(target.path)
+    old = _own_shards(path)
+    if len(groups) <= 1:
+        _list_placed(target, old)
+        _write_one(target, path, tensors, metadata)
+        if _own_index(path) is not None:
+            os.unlink(index)
+        _clear(target)
+        return [path]
+    check_sharded(path)
+    names = _shard_names(path, tag, len(groups), old)
+    _list_placed(target, [*old, *names])
+    for name, group in zip(names, groups, strict=True):
+        _write_one(target, name, group, {})
+    weight_map = {
+        tensor.name: os.path.basename(name) for name, group in zip(names, groups, strict=True) for tensor in group
+    }
+    total = sum(tensor.nbytes for tensor in tensors)
+    about = {"total_size": total, **metadata} | ({} if "nuqjax" in metadata else {"writer": "nuqjax"})
+    with _placing(target, index) as file:
+        file.write(to_json({"metadata": about, "weight_map": weight_map}).encode() + b"\n")
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    _clear(target)
+    return [index, *names]
+
+
+def _shard_names(path: str, tag: str | None, count: int, old: Sequence[str]) -> list[str]:
+    """Names of shards, none of which is that of somebody else's file."""
+    for number in range(1 << 32):
+        made = f"{_stem(path)}-{tag or f'{number:08x}'}-"
+        names = [f"{made}{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        taken = [name for name in names if os.path.lexists(name) and not (tag and name in old)]
+        if not taken:
+            return names
+        if tag:
+            raise FileExistsError(f"{taken[0]} is there, but no index of nuqjax names it: move it away")
+    raise AssertionError
+
+
+def _list_placed(target: Target, names: Iterable[str]) -> None:
+    """Lists shards of which those are to go, whatever happens, that the index will not name."""
+    names = list(map(os.path.basename, names))
+    if names:
+        with open(os.path.join(target.folder, _PLACED), "wb") as file:
+            file.write("\n".join([_HEAD, *names, ""]).encode())
+
+
+def _write_one(target: Target, path: str, tensors: Sequence[Stored], metadata: Mapping[str, str]) -> None:
+    text, ordered = header(tensors, metadata)
+    with _placing(target, path) as file:
+        file.write(text)
+        for tensor in ordered:
+            start = file.tell()
+            for chunk in tensor.chunks():
+                file.write(chunk)
+            if file.tell() - start != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {file.tell() - start} bytes written where {tensor.nbytes} were meant")
+
+
+def _shards(tensors: Sequence[Stored], limit: int | None) -> list[list[Stored]]:
+    """The tensors in runs of at most `limit` bytes."""
+    if limit is None:
+        return [list(tensors)]
+    groups: list[list[Stored]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups

@@ -1,0 +1,1 @@
+"""A function as a program, run again with rules of one's own."""
