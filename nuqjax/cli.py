@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
@@ -186,9 +186,16 @@ def rule(text: str) -> nuqjax.Rule:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+class _Parser(argparse.ArgumentParser):
+    """What it quotes of the arguments does nothing to a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message, 2000))
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="nuqjax", description="Codebook quantization of checkpoints: small codebooks and bit-packed indices."
     )
     top.add_argument("--version", action="version", version=f"nuqjax {nuqjax.__version__}")

@@ -419,6 +419,14 @@ def test_a_file_that_grew_is_told_in_one_line(folder, capsys):
         assert "nuqjax: warning: the file takes " in err
 
 
+@pytest.mark.parametrize("words", ["compress a b --\x1b[31m", "\x1b[31m", "compress a b --bits \x1b[31m"])
+def test_what_is_quoted_of_the_arguments_moves_no_cursor(folder, capsys, words):
+    status, _, err = run(words, capsys)
+    assert status == 2
+    assert "\x1b" not in err
+    assert r"\x1b[31m" in err
+
+
 def test_compress_with_a_function_and_its_inputs(folder, capsys):
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(16, 32)).astype(np.float32), "b": np.zeros(32, np.float32)}
