@@ -106,7 +106,7 @@ class LongRows(NamedTuple):
         size = _block(self.length)
         block = cuts // size
         places = block[..., None] * size + xp.arange(size - 1, dtype=xp.int64)
-        counted = places < cuts[..., None]  # all of these are below a cut, so they count
+        counted = places < cuts[..., None]  # no cut is above `size`, so these values count
         here = amounts(xp.where(counted, places, 0))
         return take(sums, block) + xp.sum(xp.where(counted, here, 0), axis=-1)
 
@@ -159,7 +159,7 @@ class ShardedRows(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The length of the arrays: no row's last cut is greater."""
+        """The length of the arrays on all devices: no row's last cut is greater."""
         return self.part.length * lax.axis_size(self.axes)
 
     @property

@@ -43,7 +43,7 @@ def windows(arrays, start, size: int):
 
 
 def first_least(costs, places, axis: int):
-    """Returns the least of JAX `costs` along an axis, which is kept, and the first of ascending int32 `places` of it."""
+    """Returns the least JAX `costs` along an axis, which is kept, and the first of ascending int32 `places` of it."""
     least = jnp.min(costs, axis=axis, keepdims=True)
     return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=axis, keepdims=True)
 
@@ -84,7 +84,7 @@ class SortedRows(NamedTuple):
         return self.values.shape[1]
 
     def with_values(self, moved: Callable) -> "SortedRows":
-        """Returns the rows with values `moved(values)`, which ascend too and are off by a few units in the last place."""
+        """Returns the rows with values `moved(values)`, which ascend and are off by a few units in the last place."""
         xp = namespace(self.values)
         values = moved(self.values)
         mass = self.count[:, 1:] - self.count[:, :-1] if self.mass is None else self.mass
