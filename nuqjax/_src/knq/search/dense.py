@@ -222,7 +222,7 @@ def _stage(ends, below, targets, blocks: int, empty: bool):
 
 
 def _with_empty(best, alone):
-    """Returns layers of costs `[n, N]` that end in any number of empty intervals, each of cost `alone [N]`."""
+    """Returns layers of costs `[n, N]` that may end in empty intervals of cost `alone [N]`: 1, 2, 4 … at a time."""
     step = 1
     while step < len(best):
         best = jnp.concatenate([best[:step], _lesser(best[:-step] + step * alone, best[step:])])

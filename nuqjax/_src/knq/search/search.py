@@ -256,8 +256,8 @@ class _Path(NamedTuple):
       reach: `[R, K − 1]` values from each boundary to the next given cut, on the side where that is further; half of
         the longer interval next to it where no path has K intervals.
       price: `[R]` price per interval.
-      excess: `[R, m + 1]` by how much the best path through each given cut costs more than the best path; not
-        computed for a final path.
+      excess: `[R, m + 1]` cost of the best path through each given cut, −∞ at the path's own boundaries; 0 at other
+        cuts for a final path.
       best: `[R]` whether the path is the best one of K intervals through all cuts of the row.
       least: `[R]` a lower bound on the cost, without prices, of any path of K intervals; only for rows on the host.
     """
