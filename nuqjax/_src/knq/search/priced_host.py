@@ -17,7 +17,7 @@ _NARROW = 12  # cells per interval, on average, up to which the gains of all int
 _BAND = 2.5  # width of the widest intervals tried first, over the average
 _HELD = 2**21  # gains stored at once
 LEAST_BLOCK, _BLOCK, _MOST_BLOCK = 4, 32, 128  # cuts settled at once: at the ends of a row, with one window, at most
-_PER_BLOCK = 4  # times as many cuts as a block has lie between it and the nearer end of the row, at least
+_PER_BLOCK = 4  # a block has at most one cut for every so many between it and the nearer end of the row
 _EXACT = 2.0**52  # sums and differences of integers below this are exact in float64
 
 
