@@ -277,7 +277,7 @@ def every_cut(rows, limit: int):
 
 
 def _untied(rows, cuts, to_value):
-    """Returns the cuts; where the values beside a cut are equal, `to_value` of that value instead."""
+    """Returns the cuts; where the values next to a cut are equal, `to_value` of that value instead."""
     xp = namespace(cuts)
     value = rows.value_at(cuts)
     tied = (value == rows.value_at(cuts - 1)) & (cuts > 0) & (cuts < _beside(rows.size, cuts))

@@ -43,7 +43,7 @@ def windows(arrays, start, size: int):
 
 
 def first_least(costs, places, axis: int):
-    """Returns the least JAX `costs` along an axis, which is kept, and the first of ascending int32 `places` of it."""
+    """Returns the least of JAX `costs` along a kept axis, and the first of ascending int32 `places` that has it."""
     least = jnp.min(costs, axis=axis, keepdims=True)
     return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=axis, keepdims=True)
 
@@ -217,7 +217,7 @@ def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep
 
 
 def _sorted_by_row(rows, scale, mask, frac: int) -> SortedRows:
-    """Sorts as `sort_rows` does unweighted NumPy rows, one at a time, so that each stays in the processor's cache."""
+    """Does the work of `sort_rows` for unweighted NumPy rows, one at a time: each stays in the processor's cache."""
     number, length = rows.shape
     values, count = np.empty((number, length)), np.empty((number, length + 1), np.int64)
     total, size, square = np.empty_like(count), np.empty(number, np.int64), np.empty(number)
@@ -258,7 +258,7 @@ def count_rows(
 
 
 def join_counts(counts: Any, dtype: Any, length: int, scale: Any, keep_zero: bool) -> SortedRows:
-    """Returns the rows, `length` values of a 16-bit dtype each, of which `counts [R, 2¹⁶]` have each bit pattern."""
+    """Returns rows of `length` values of a 16-bit dtype, given the counts `[R, 2¹⁶]` of their bit patterns."""
     xp = namespace(counts)
     frac = fraction_bits(length)
     patterns, ordered = _ordered_patterns(dtype)

@@ -3,7 +3,7 @@
 Layer l holds, for each cut, the least cost of l intervals that end there: best[l][p] = min over a of best[l − 1][a] +
 cost(a, p) (Bellman 1961). Rows are on the last axis, in the processor's lanes, and a few are handled at a time, so that
 costs are computed once and stay in its caches. Few cuts are handled tile by tile, one layer at a time. Many cuts are
-handled in small blocks of beginnings, each of which is added to all later cuts and all layers at once. The least
+handled in small blocks of begins, each of which is added to all later cuts and all layers at once. The least
 Σ −S²/n needs no empty interval, so boundary l of a row of M cells is one of the cuts l … M − K + l; empty intervals can
 only pay with the changed cost of a lower bound.
 
@@ -156,9 +156,10 @@ def _in_tiles(arrays, number: int, window: int):
 
 
 def _in_blocks(arrays, number: int, window: int, empty: bool):
-    """Returns what `_in_tiles` returns; with `empty` intervals may be empty, and cuts are 0 … M. Ignore what is past M.
+    """Returns what `_in_tiles` returns; with `empty` intervals may be empty, and cuts run from 0 to M.
 
     The begins of a block are settled one after the other; then they are added to all later cuts and layers at once.
+    Entries past the last cut have no meaning.
     """
     base = 0 if empty else 1
     size, lanes = arrays[0].shape
@@ -186,7 +187,10 @@ def _in_blocks(arrays, number: int, window: int, empty: bool):
 
 
 def _stage(ends, below, targets, blocks: int, empty: bool):
-    """Lowers `targets [P, n, N]` by what begins in the first `blocks` blocks; `below [P, N]` is the layer before."""
+    """Returns `targets [P, n, N]` lowered by intervals that begin in the first `blocks` blocks.
+
+    `below [P, N]` is the layer before the targets.
+    """
     place = jnp.arange(len(below), dtype=jnp.int32)
     starts = jnp.arange(blocks, dtype=jnp.int32) * _BLOCK
 

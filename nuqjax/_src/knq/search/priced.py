@@ -6,9 +6,9 @@ path has K intervals, and that path is the best partition into K. The price is s
 weighted sum S costs −S²/n, which is its squared error minus a term that all partitions share.
 
 The cut at which the best last interval begins never moves back, because the error is a Monge cost. So a pass handles a
-block of cuts at a time. The best beginning for the block's last cut is sought from that for the last cut of the block
-before; the beginnings for its other cuts lie between the two. Beginnings inside the block are considered only if one of
-them is better for its last cut: if a beginning is better for any cut of the block, it is better for the last one too.
+block of cuts at a time. For the block's last cut the best beginning is sought no earlier than that for the last cut of
+the block before; for the block's other cuts it lies between these two. Beginnings inside the block are considered only
+if one of them is better for its last cut: if one is better for any cut of the block, it is better for the last too.
 """
 
 import functools

@@ -41,7 +41,7 @@ _FINEST_PARTS = 32  # parts of such a cell, at most: where the row is dense it h
 _TRIALS = 24  # prices to try, at most
 _EVERY = 1280  # in rows of up to so many values the path is searched through every cut at once
 _ROOMS = (2**10 + 2, _EVERY + 2, *(2**e + 2 for e in range(12, 40, 2)))  # sizes of arrays of cuts: few to compile
-COMPILED = 10**6  # from this row length on, kernels on the host are compiled: they save more than it costs
+COMPILED = 10**6  # on the host, rows this long and longer use compiled kernels: compiling costs less than it saves
 _HALF = 16  # steps of a window to each side
 _ROUNDS = 64  # moves of all boundaries, at most
 _LANES = 16  # rows handled at once
@@ -121,8 +121,8 @@ def _windows_rows(count, total, above, end_count, end_total, end_above, referenc
     """Returns the best combination of one place in each boundary's window, as places `[R, K − 1]`.
 
     Costs are relative to a reference, so that no large terms cancel: levels a, and every boundary in the middle of its
-    window. A boundary elsewhere costs Σ ((x − a_{j−1})² − (x − a_j)²) over the values between the two places. Moving
-    its level to its mean gains each interval s²/n, s = Σ (x − a_j).
+    window. A boundary elsewhere costs Σ ((x − a_{j−1})² − (x − a_j)²) over the values between the two places. An
+    interval gains s²/n, s = Σ (x − a_j), when its level moves to its mean.
 
     `count`, `total` and `above` are `[R, K − 1, W]` at the places of the windows, and `end_…` are `[R]` at the ends of
     the rows. `reference [R, K]` is a, in the units of `total`, and `spacing [R, K − 1]` has its differences in float64.
@@ -289,7 +289,7 @@ def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
 
 
 def _narrowings(values: float) -> tuple[int, ...]:
-    """Returns, for each split in turn, the most parts of a cell; at first a cell has so many `values` on average.
+    """Returns into how many parts, at most, cells are split each time; at first they hold so many `values` on average.
 
     The last split is into single values if two splits or fewer lead to them.
     """

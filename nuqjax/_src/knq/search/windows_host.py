@@ -1,4 +1,4 @@
-"""The window programme of `search.search` in NumPy: the gains of all intervals first, then one subtraction a level."""
+"""The window programme of `search.search` in NumPy: first the gains of all intervals, then a subtraction per level."""
 
 import numpy as np
 
