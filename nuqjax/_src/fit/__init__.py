@@ -1,1 +1,1 @@
-"""The table of methods: rows to levels."""
+"""The methods that fit levels to rows, and the table of them."""

@@ -1,8 +1,8 @@
 """ENQ: equal-distance intervals, each represented by the mean of its values.
 
-Our reading of Sun, Lin, Wang, *Intra-layer Nonuniform Quantization for Deep Convolutional Neural Network*
-(arXiv 1607.02720), of which the abstract alone is in our hands: the range of a row is cut into K intervals of equal
-width, and each is represented by the mean of the values in it.
+This is our reading of Sun, Lin, Wang, *Intra-layer Nonuniform Quantization for Deep Convolutional Neural Network*
+(arXiv 1607.02720), of which we have only the abstract: the range of a row is split into K intervals of equal width, and
+each is represented by the mean of the values in it.
 """
 
 from typing import Any
@@ -16,16 +16,16 @@ from nuqjax._src.leaf.assign import fit_by, working_dtype
 from nuqjax._src.leaf.rows import namespace
 from nuqjax._src.platform.host import flushed, over_blocks, x64
 
-_UNIT = 2.0**31  # of a value's weight and place in its interval: sums of 2³² values stay inside int64
+_UNIT = 2.0**31  # units in 1, for a value's weight and place in its interval: sums of 2³² values stay inside int64
 
 
 def enq_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """ENQ levels of each row; an empty interval is represented by its midpoint.
+    """Returns the ENQ levels `[R, K]` of each row; an empty interval is represented by its midpoint.
 
     Args:
       rows: `[R, N]` finite values.
       num_levels: K, 1 to 256.
-      weights: `[R, N]` non-negative, or None for 1 each: an interval's mean is the weighted one.
+      weights: `[R, N]` non-negative, or None for 1 each; an interval's mean is weighted.
       mask: `[R, N]` bool, False where a value does not count, or None.
 
     >>> import jax.numpy as jnp
@@ -51,7 +51,7 @@ fit_enq = fit_by(enq_levels)
 
 
 def _interval_means(values, counted, importance, low, high, num_levels):
-    """`[R, K]` float64 means. Sums are of integers, so that no order of summation changes them.
+    """Returns the levels `[R, K]` float64. Sums are of integers, so the order of summation does not change them.
 
     Values are halved, so that the widest range does not overflow.
     """
@@ -62,7 +62,7 @@ def _interval_means(values, counted, importance, low, high, num_levels):
     inside = jnp.where(place < num_levels, lax.rem(jnp.maximum(place, 0), 1.0), 1)
 
     def relative(importance, interval):
-        """To the interval's heaviest value, so that an interval of light values is as exact as any."""
+        """Divides weights by the heaviest of the interval, so that an interval of light values is as exact as any."""
         heaviest = jnp.zeros(num_levels, jnp.float64).at[interval].max(importance, mode="promise_in_bounds")
         return importance / jnp.where(heaviest > 0, heaviest, 1)[interval]
 
@@ -76,15 +76,15 @@ def _interval_means(values, counted, importance, low, high, num_levels):
 
 
 def _levels_on_host(rows, num_levels, weights, mask):
-    """The same of NumPy's rows, block by block: whole numbers below 2⁵³ are summed in float64, and their sums in int64.
+    """Computes `enq_levels` of NumPy rows in blocks: integers below 2⁵³ are summed in float64, block sums in int64.
 
-    Subnormal weights are not seen here as zero: `fit` has made them so.
+    Subnormal weights are not treated as zero here: `fit` has set them to zero already.
     """
     count, length = rows.shape
     dtype = working_dtype(rows.dtype)
 
     def part(some, columns) -> tuple[Any, Any, Any]:
-        """Values, their weights or None, and whether they count or None."""
+        """Returns values, their weights or None, and whether they count, or None if all do."""
         values, weight = flushed(rows[some, columns].astype(dtype)), None
         counted = None if mask is None else mask[some, columns]
         if weights is not None:
@@ -104,8 +104,8 @@ def _levels_on_host(rows, num_levels, weights, mask):
     width = high - low
 
     def places(values, some):
-        """The interval of each value, numbered through all rows of the block, and its place inside."""
-        with np.errstate(over="ignore"):  # of values that do not count
+        """Returns the interval of each value, numbered through all rows of the block, and the value's place in it."""
+        with np.errstate(over="ignore"):  # values that do not count may overflow
             inside = (values.astype(np.float64) / 2 - low[some]) * _reciprocal(width[some]) * num_levels
         inside = np.clip(inside, 0, num_levels)
         interval = np.minimum(inside.astype(np.intp), num_levels - 1)
@@ -119,7 +119,7 @@ def _levels_on_host(rows, num_levels, weights, mask):
         np.maximum.at(most, places(values, some)[0], weight.reshape(-1))
         return some, most.reshape(-1, num_levels)
 
-    relative = np.zeros((count, num_levels))  # to the interval's heaviest value, as above
+    relative = np.zeros((count, num_levels))  # the heaviest weight of each interval
     if weights is not None:
         for some, most in over_blocks(heaviest, count, length):
             relative[some] = np.maximum(relative[some], most)
@@ -149,19 +149,19 @@ def _levels_on_host(rows, num_levels, weights, mask):
 
 
 def _reciprocal(width: Any) -> Any:
-    """What to multiply by, for a compiler may do so where we divide by one number many times, and NumPy does not."""
+    """Returns 1/width: a compiler may turn many divisions by one number into multiplications, and NumPy does not."""
     return 1 / namespace(width).where(width > 0, width, 1)
 
 
 def _quotient(mass: Any, moment: Any) -> Any:
-    """The mean place of whole masses and moments; the middle of an empty interval."""
+    """Returns the mean place, moment/mass, of integer sums; 0.5, the middle, for an empty interval."""
     xp = namespace(mass)
     mass, moment = mass.astype(np.float64), moment.astype(np.float64)
     return xp.where(mass > 0, moment / xp.where(mass > 0, mass, 1), 0.5)
 
 
 def _levels_at(means: Any, low: Any, width: Any) -> Any:
-    """`[R, K]` the levels at mean places in the intervals of ranges `[R, 1]`, which are given halved."""
+    """Returns `[R, K]` the levels at mean places in the intervals of ranges `[R, 1]`, whose ends are given halved."""
     xp, num_levels = namespace(means), means.shape[-1]
     offset = (xp.arange(num_levels, dtype=np.int32) + means) * (width * (1 / num_levels))
-    return 2 * (low + xp.minimum(offset, width))  # which also keeps the product out of a fused multiply-add
+    return 2 * (low + xp.minimum(offset, width))  # the minimum also prevents a fused multiply-add

@@ -1,7 +1,7 @@
-"""Levels on a given grid, of which at most a step or the largest magnitude is fitted: the baselines.
+"""The baselines: levels on a grid of given form, of which at most a step or the largest magnitude is fitted.
 
-`uniform`, `uniform_pow2` and `dfp` are K-level two's-complement grids `step · {−⌊K/2⌋ … K − 1 − ⌊K/2⌋}`; `pow2` has 0
-and signed powers of two; `normal` and `quantile` follow the normal distribution and the data's own.
+`uniform`, `uniform_pow2` and `dfp` are K-level two's-complement grids `step · {−⌊K/2⌋ … K − 1 − ⌊K/2⌋}`. `pow2` has 0
+and signed powers of two. `normal` follows the normal distribution, and `quantile` that of the data.
 """
 
 import math
@@ -20,21 +20,21 @@ from nuqjax._src.leaf.rows import namespace
 from nuqjax._src.platform.host import BLOCK, flushed, over_blocks, x64
 
 _BINS = 4096  # longer rows are searched as a histogram of so many bins
-_BATCH_VALUES = 2**20  # values searched at once: bounds memory
+_BATCH_VALUES = 2**20  # values searched at once: this bounds the memory
 _SEARCH_DEPTH = 8  # octaves of steps searched below the step whose grid just spans the values
-_SEARCH_DENSITY = 16  # steps an octave, each of which is improved
-_EQUAL = 2.0**-40  # relative difference of errors that are taken as equal
+_SEARCH_DENSITY = 16  # steps per octave, each of which is improved
+_EQUAL = 2.0**-40  # relative difference of errors up to which they count as equal
 _POW2_DEPTH = 20  # octaves of power-of-two steps and levels searched
 
 
 def _grid(num_levels: int) -> tuple[int, int]:
-    """The least and the largest multiple of the step in a two's-complement grid of K levels."""
+    """Returns the least and the largest multiple of the step in a two's-complement grid of K levels."""
     return -(num_levels // 2), num_levels - 1 - num_levels // 2
 
 
 def _grid_levels(step: Any, num_levels: int) -> Any:
     low, high = _grid(num_levels)
-    most = jnp.finfo(step.dtype).max  # a grid may reach beyond the largest value, and that beyond the dtype
+    most = jnp.finfo(step.dtype).max  # a grid may extend beyond the largest value, and so beyond the dtype
     xp = namespace(step)
     with np.errstate(over="ignore"):
         levels = xp.minimum(step, most)[:, None] * xp.arange(low, high + 1, dtype=step.dtype)[None]
@@ -42,15 +42,15 @@ def _grid_levels(step: Any, num_levels: int) -> Any:
 
 
 def _on_grid(levels: Any) -> Any:
-    """The levels, on the host too with zeros for subnormal ones."""
+    """Returns the levels; on the host subnormal ones become 0, as in XLA."""
     return flushed(levels) if isinstance(levels, np.ndarray) else levels
 
 
 def uniform_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """The K-level two's-complement grid at the step of least squared error.
+    """Returns the K-level two's-complement grid at the step of least squared error.
 
-    The step is found by search, down to a grid that spans 1/256 of the range; a row longer than 4096 is searched as a
-    histogram of 4096 bins and their means. Of steps that are equally good but for rounding the largest is taken.
+    Steps are searched down to a grid that spans 1/256 of the range. A row longer than 4096 is searched as a histogram
+    of 4096 bins and their means. Of steps that are equally good but for rounding, the largest is taken.
 
     >>> import jax.numpy as jnp
     >>> uniform_levels(jnp.array([[-2.0, -1.0, 0.0, 1.0]]), 4).round(6).tolist()
@@ -63,14 +63,14 @@ def uniform_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any
 
 @jax.jit
 def _uniform_steps(rows, num_levels, weights, mask) -> jax.Array:
-    """One executable serves every number of levels."""
+    """Returns the steps of `uniform_levels`; `num_levels` is traced, so that one executable serves every number."""
     return _per_row(partial(_best_step, num_levels=num_levels), rows, weights, mask)
 
 
 def uniform_pow2_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """The K-level two's-complement grid at the power-of-two step of least squared error.
+    """Returns the K-level two's-complement grid at the power-of-two step of least squared error.
 
-    The step is sought from the one whose grid holds every value, 20 octaves down; a row longer than 4096 is searched as
+    Steps are searched from the one whose grid holds every value, 20 octaves down. A row longer than 4096 is searched as
     a histogram of 4096 bins and their means.
 
     >>> import jax.numpy as jnp
@@ -82,13 +82,14 @@ def uniform_pow2_levels(rows: Any, num_levels: int, *, weights: Any = None, mask
 
 
 def dfp_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """Ristretto's dynamic fixed point: the power-of-two step whose integer part just holds the largest magnitude.
+    """Returns the grid of Ristretto's dynamic fixed point, whose integer part just holds the largest magnitude.
 
-    The integer part has ⌈log2(largest) + 1⌉ bits, sign included, and the word has log2 K, so a largest magnitude that
-    is itself a power of two saturates (Gysel et al., *Hardware-oriented Approximation of CNNs*, section 3).
+    Its step is a power of two. The integer part has ⌈log2(largest) + 1⌉ bits, sign included, and the word log2 K bits,
+    so a largest magnitude that is itself a power of two saturates (Gysel et al., *Hardware-oriented Approximation of
+    CNNs*, section 3).
 
     Raises:
-      ValueError: K is not a power of two, so there is no such word.
+      ValueError: K is not a power of two, so no word has K levels.
 
     >>> import jax.numpy as jnp
     >>> dfp_levels(jnp.array([[-3.0, 1.0]]), 8).tolist()
@@ -106,10 +107,10 @@ def dfp_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = N
 
 
 def pow2_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """The levels 0 and ±2^e for consecutive exponents e, the largest chosen by least squared error.
+    """Returns the levels 0 and ±2^e for consecutive exponents e, the largest chosen by least squared error.
 
-    There are ⌊K/2⌋ positive levels and ⌊(K − 1)/2⌋ negative ones. Exponents more than 100 below the largest repeat.
-    The largest is sought from twice the row's largest magnitude, 20 octaves down.
+    There are ⌊K/2⌋ positive levels and ⌊(K − 1)/2⌋ negative ones. No exponent is more than 100 below the largest: the
+    one at 100 repeats. The largest is searched from twice the row's largest magnitude, 20 octaves down.
 
     >>> import jax.numpy as jnp
     >>> pow2_levels(jnp.array([[-0.5, 0.0, 0.5, 1.0]]), 4).tolist()
@@ -136,10 +137,10 @@ def pow2_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = 
 
 
 def normal_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """Levels at the normal distribution's quantiles, times the row's largest magnitude; NF4's table for 16 levels.
+    """Returns the normal distribution's quantiles times the row's largest magnitude; NF4's table for 16 levels.
 
-    The construction is that of NF4 (Dettmers et al., *QLoRA*, section 3, and its released code) for any number of
-    levels: zero is a level, and one side has one level more.
+    The construction is that of NF4 (Dettmers et al., *QLoRA*, section 3, and its released code), for any number of
+    levels: zero is a level, and for even K the positive side has one level more.
 
     >>> import jax.numpy as jnp
     >>> normal_levels(jnp.array([[-2.0, 1.0]]), 3).tolist()
@@ -151,7 +152,7 @@ def normal_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any 
 
 
 def normal_table(num_levels: int) -> list[float]:
-    """The K ascending levels of `fit_normal` for a largest magnitude of 1.
+    """Returns the K ascending levels of `fit_normal` for a largest magnitude of 1.
 
     >>> [round(level, 4) for level in normal_table(4)]
     [-1.0, 0.0, 0.4358, 1.0]
@@ -169,9 +170,9 @@ def normal_table(num_levels: int) -> list[float]:
 
 
 def quantile_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = None) -> Any:
-    """The means of K groups of equal count (or equal weight), in ascending order of value.
+    """Returns the means of K groups of equal count (or equal weight), in ascending order of value.
 
-    A group that is empty, because one value outweighs it, repeats the level before it.
+    A group may be empty because one value outweighs it; its level repeats the level before.
 
     >>> import jax.numpy as jnp
     >>> quantile_levels(jnp.array([[5.0, 1.0, 3.0, 9.0]]), 2).tolist()
@@ -201,17 +202,18 @@ fit_pow2, fit_normal, fit_quantile = fit_by(pow2_levels), fit_by(normal_levels),
 
 
 def _mass(rows, weights, mask) -> Any:
-    """`[R, N]` the weight of each value, zero where it does not count."""
+    """Returns `[R, N]` the weight of each value, zero where it does not count."""
     xp = namespace(rows)
     mass = xp.ones(rows.shape, working_dtype(rows.dtype)) if weights is None else weights
     return mass if mask is None else xp.where(mask, mass, 0)
 
 
 def _per_row(best: Callable, rows, weights, mask) -> Any:
-    """`[R]` what `best(values, mass, largest)` finds for each row, searched in float64 in units of the row's scale.
+    """Returns `[R]` what `best(values, mass, largest)` finds for each row, in float64 in units of the row's scale.
 
-    Long rows are searched as histograms, their bins' means and weights; short ones are sorted, so that sums do not
-    depend on the order of the values. JAX asks for one row at a time, NumPy for `[r, n]`, with None for equal masses.
+    Long rows are searched as histograms, by the means and weights of their bins. Short rows are sorted, so that sums do
+    not depend on the order of values. With JAX `best` gets one row at a time, with NumPy `[r, n]`, and None for equal
+    masses.
     """
     if isinstance(rows, np.ndarray):
         return _per_row_on_host(best, rows, weights, mask)
@@ -238,17 +240,17 @@ def _per_row(best: Callable, rows, weights, mask) -> Any:
 
 
 def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
-    """`_per_row` of NumPy's rows."""
+    """Computes `_per_row` for NumPy rows."""
     dtype = working_dtype(rows.dtype)
     if not rows.shape[1]:
-        rows, weights, mask = np.zeros((len(rows), 1), dtype), None, None  # no values are as good as zeros
+        rows, weights, mask = np.zeros((len(rows), 1), dtype), None, None  # rows without values are fitted as zeros
     count, length = rows.shape
     scale = row_scale(rows, mask)
     heaviest: Any = None if weights is None else row_scale(weights, mask)
     found = np.empty(count, dtype)
 
     def part(some, columns):
-        """Values and masses in units of their scales, or None where all count the same."""
+        """Returns values and masses in units of their scales; None for the masses if all are equal."""
         values, mass = flushed(rows[some, columns].astype(dtype)), None
         if mask is not None:
             mass = mask[some, columns].astype(dtype)
@@ -272,12 +274,12 @@ def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
         found[some] = best(values, mass, np.abs(values).max(axis=-1, keepdims=True))
 
     over_blocks(search, count, length, length if length > _BINS else BLOCK)
-    with np.errstate(over="ignore"):  # a step may be larger than any value: `_grid_levels`
+    with np.errstate(over="ignore"):  # a step may exceed every value: see `_grid_levels`
         return flushed(found * scale)
 
 
 def _sorted_pairs(values, mass):
-    """Rows `[r, n]` in ascending order of value, and of equal values of mass."""
+    """Returns rows `[r, n]` sorted by value, and equal values by mass, in ascending order."""
     if values.dtype != np.float32:
         order = np.lexsort((mass, values), axis=-1)
         return tuple(np.take_along_axis(x, order, axis=-1) for x in (values, mass))
@@ -289,7 +291,7 @@ def _sorted_pairs(values, mass):
 
 
 def _histogram_on_host(part: Callable, length: int):
-    """`_histogram` of one of NumPy's rows, of which `part(columns)` gives some values and masses; and the largest."""
+    """Returns `_histogram` of one NumPy row, read by `part(columns) -> (values, mass)`, and the largest magnitude."""
     unit = 2.0**30
 
     def most(_, columns):
@@ -315,10 +317,10 @@ def _histogram_on_host(part: Callable, length: int):
 
 
 def _quantile_on_host(rows, num_levels, weights, mask) -> np.ndarray:
-    """`quantile_levels` of NumPy's rows."""
+    """Computes `quantile_levels` for NumPy rows."""
     dtype = working_dtype(rows.dtype)
     count, length = rows.shape
-    scale = row_scale(rows, mask).astype(np.float64)[:, None]  # in whose units no sum overflows
+    scale = row_scale(rows, mask).astype(np.float64)[:, None]  # in these units no sum overflows
     levels = np.zeros((count, num_levels), dtype)
 
     def search(some, columns):
@@ -349,7 +351,7 @@ def _quantile_on_host(rows, num_levels, weights, mask) -> np.ndarray:
 
 
 def _histogram(values, mass, largest):
-    """Values as bins' means and weights; summed as integers, so that no order of summation matters."""
+    """Returns means and weights of the bins; summed as integers, so that the order of summation does not matter."""
     unit = 2.0**30
     width = jnp.where(largest > 0, largest, 1) * (2 / _BINS)
     bins = jnp.clip((values * (1 / width)).astype(jnp.int32) + _BINS // 2 - (values < 0), 0, _BINS - 1)
@@ -361,14 +363,14 @@ def _histogram(values, mass, largest):
 
     weight, moment = total(mass), total(mass * values)
     edges = (jnp.arange(_BINS, dtype=jnp.int32) - _BINS // 2) * width
-    # The mean of values of very small weight is all rounding: it stays in the bin at least.
+    # The mean of values of very small weight may be rounding alone, so it is clipped to the bin.
     return jnp.clip(moment / jnp.where(weight > 0, weight, 1), edges, edges + width), weight
 
 
 def _of_least(option: Callable, begin, end, values) -> Any:
-    """What the first option of least error gives, of `option(i) -> (error, result)` for begin ≤ i < end.
+    """Returns the result of the first option of least error, of `option(i) -> (error, result)` for begin ≤ i < end.
 
-    Errors are equal if rounding, which depends on the order of a sum, may be all that tells them apart.
+    Errors count as equal if they may differ by rounding alone, which depends on the order of a sum.
     """
     xp = namespace(values)
 
@@ -392,9 +394,9 @@ def _squared_error(values, mass, nearest):
 
 
 def _multiples(values, step, num_levels):
-    """Which multiple of the step in the grid is nearest to each value.
+    """Returns which multiple of the step in the grid is nearest to each value.
 
-    Written as a multiplication, which a compiler makes of a division by one number for many, and NumPy does not.
+    It multiplies by 1/step: a compiler may turn many divisions by one number into multiplications, and NumPy does not.
     """
     low, high = _grid(num_levels)
     xp = namespace(values)
@@ -406,10 +408,10 @@ _RATIOS = np.exp2(np.append(np.linspace(-1, 1, _AROUND), -np.arange(16 * _SEARCH
 
 
 def _best_step(values, mass, largest, *, num_levels):
-    """The step of least squared error.
+    """Returns the step of least squared error.
 
-    Each of many steps assigns the values to multiples kᵢ; Σ wᵢ xᵢ kᵢ / Σ wᵢ kᵢ² is the best step for them, and takes
-    (Σ wᵢ xᵢ kᵢ)² / Σ wᵢ kᵢ² off the squared error of all zeros. The search is repeated, more finely, around the best.
+    Each of many steps assigns the values to multiples kᵢ. The best step for these is Σ wᵢ xᵢ kᵢ / Σ wᵢ kᵢ²; it lowers
+    the squared error of all zeros by (Σ wᵢ xᵢ kᵢ)² / Σ wᵢ kᵢ². A second search, with finer steps, is made around it.
     """
 
     def improve(step):
@@ -420,7 +422,7 @@ def _best_step(values, mass, largest, *, num_levels):
     ratios = jnp.array(_RATIOS, values.dtype)
 
     def search(number, center):
-        """One of the two searches, by one program for both: half the time to compile."""
+        """Makes one of the two searches; one program for both takes half the time to compile."""
         begin = jnp.where(number == 0, _AROUND, 0)
         end = jnp.where(number == 0, _AROUND + octaves * _SEARCH_DENSITY + 1, _AROUND)
         return _of_least(lambda i: improve(center * ratios[i]), begin, end, values)
@@ -429,19 +431,19 @@ def _best_step(values, mass, largest, *, num_levels):
 
 
 def _improved(moment, square, step):
-    """Minus what the best step for multiples takes off the squared error, and that step."""
+    """Returns minus what the best step for given multiples takes off the squared error, and that step."""
     xp = namespace(moment)
     square = xp.where(square > 0, square, 1)
     return -moment * moment / square, xp.where(moment > 0, moment / square, step)
 
 
 def _widest(largest):
-    """The step from where on every value is nearest to zero."""
+    """Returns the step at which, as at every larger one, zero is the nearest multiple of all values."""
     return 2 * namespace(largest).where(largest > 0, largest, 1)
 
 
 def _best_steps(values, mass, largest, *, num_levels):
-    """`_best_step` of each of NumPy's sorted rows `[r, n]`."""
+    """Returns `_best_step` of each of the sorted NumPy rows `[r, n]`."""
     octaves = (num_levels - 1).bit_length() + _SEARCH_DEPTH
     coarse, fine = _RATIOS[_AROUND : _AROUND + octaves * _SEARCH_DENSITY + 1], _RATIOS[:_AROUND]
     if values.shape[1] <= _DIRECT * num_levels:
@@ -472,15 +474,15 @@ def _best_steps(values, mass, largest, *, num_levels):
     return steps
 
 
-_DIRECT = 8  # values for each level, up to which finding each one's multiple is faster than finding the multiples' ends
+_DIRECT = 8  # values per level up to which finding each value's multiple is faster than finding each multiple's values
 
 
 def _places(row, mass, num_levels):
-    """A function of steps `[S]` that gives `Σ wᵢ xᵢ kᵢ` and `Σ wᵢ kᵢ²` of a sorted row.
+    """Returns a function of steps `[S]` that computes `Σ wᵢ xᵢ kᵢ` and `Σ wᵢ kᵢ²` of a sorted row.
 
     In a sorted row each multiple has a run of values, whose sums are differences of running sums. Multiples are added
-    one after another: those without values change no bit, so that a step and its half are equally good where they part
-    the values alike.
+    one after another, and those without values change no bit. So a step and its half are equally good where they split
+    the values in the same way.
     """
     low, high = _grid(num_levels)
     multiples = np.arange(low, high + 1, dtype=np.float64)[:, None]
@@ -496,7 +498,7 @@ def _places(row, mass, num_levels):
         ends[1:-1] = places = row.searchsorted(middle - close)
         after = row[np.minimum(places, len(row) - 1)]
         tied = (places < len(row)) & (after <= middle + close)
-        tied &= np.rint(after * (1 / steps)) <= multiples[:-1]  # as `_multiples` has it
+        tied &= np.rint(after * (1 / steps)) <= multiples[:-1]  # as `_multiples` rounds
         ends[1:-1][tied] = row.searchsorted(after[tied], "right")
         moment = np.diff(moments[ends], axis=0) * multiples
         weight = np.diff(ends if weights is None else weights[ends], axis=0) * (multiples * multiples)
@@ -506,7 +508,7 @@ def _places(row, mass, num_levels):
 
 
 def _best_pow2_step(values, mass, largest, *, num_levels):
-    """The power-of-two step of least squared error."""
+    """Returns the power-of-two step of least squared error."""
     del largest  # less than 4, in units of the row's scale
     steps = namespace(values).asarray(_powers(3 - (num_levels - 1).bit_length()))
 
@@ -517,5 +519,5 @@ def _best_pow2_step(values, mass, largest, *, num_levels):
 
 
 def _powers(top: int) -> np.ndarray:
-    """Powers of two from 2^top downwards."""
+    """Returns powers of two from 2^top downwards."""
     return 2.0 ** (top - np.arange(_POW2_DEPTH + 1))

@@ -1,4 +1,4 @@
-"""Levels of a leaf that is distributed over a mesh, fitted where its values are: no device sees the whole leaf."""
+"""Fits levels to a leaf that is distributed over a mesh, where its values are: no device receives the whole leaf."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ def fit_leaf_on_mesh(
     keep_zero: bool,
     tolerance: float | None,
 ) -> Fit:
-    """Fits `knq` levels to a leaf, one codebook for each slice or for each of its output channels.
+    """Fits `knq` levels to a leaf, one codebook for each slice or for each output channel of a slice.
 
-    Devices exchange counts and sums of their values (of rows shorter than 65,536 float values, the row), and the levels
-    are bit for bit those of the same leaf on one device. With a `tolerance`, rows that are short, or that one device
-    holds whole, come to the host a few at a time; of others it gets the same counts and sums (`run.mesh`).
+    Devices exchange counts and sums of their values, or whole rows if these have fewer than 65,536 float values. The
+    levels are bit for bit those of the same leaf on one device. With a `tolerance`, rows that are short, or that one
+    device holds whole, are copied to the host a few at a time; of other rows it gets counts and sums (`run.mesh`).
 
     Args:
       array: `[*S, …]` with a `NamedSharding`.
@@ -31,7 +31,7 @@ def fit_leaf_on_mesh(
       num_levels: K.
       stack_axes: number of leading axes S.
       axes: output axes of a slice.
-      by_channel: whether each output channel has levels of its own.
+      by_channel: whether each output channel has its own levels.
       keep_zero: as in `fit`.
       tolerance: as in `fit`.
 

@@ -1,4 +1,4 @@
-"""The table of methods, and `fit`: rows to levels by any of them."""
+"""The table of methods, and `fit`, which computes levels for rows by any of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,10 +43,10 @@ def fit(
     keep_zero: bool = False,
     tolerance: float | None = 1e-6,
 ) -> Fit:
-    """Fits `num_levels` levels to each row of values. Pure, and jittable with all but the arrays static.
+    """Fits `num_levels` levels to each row of values. Pure, and jittable with all arguments but the arrays static.
 
-    Arrays on the host, which NumPy holds or JAX on one CPU, are fitted by NumPy, and nothing is compiled: the levels
-    are those of traced arrays, of float64 rows but for their last bits.
+    Arrays on the host (NumPy arrays, or JAX arrays on one CPU) are fitted by NumPy, and nothing is compiled. The levels
+    equal those of traced arrays; for float64 rows the last bits may differ.
 
     Methods:
       - `"knq"`: the levels that minimise Σ wᵢ (xᵢ − level)² over all choices of levels: the global k-means optimum,
@@ -59,23 +59,23 @@ def fit(
       - `"pow2"`: 0 and ± powers of two.
 
     Args:
-      rows: `[R, N]` finite values of any floating dtype; a row is fitted by itself.
+      rows: `[R, N]` finite values of any floating dtype; each row is fitted by itself.
       num_levels: K, 1 to 256.
       method: a name from the list above.
       weights: `[R, N]` non-negative importances; a value of weight 0 does not count. None: 1 each.
       mask: `[R, N]` bool, False where a value does not count. None: all count.
-      keep_zero: one level is exactly 0.
-      tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
-        the proof out (`lower_bound` is 0), and with it the certainty, though of 22,440 rows of 300 to 10⁵ values, heavy
-        tails and outliers among them, the proof improved none (`python -m experiments.optimality`). A row of 10⁶ values
-        takes 0.03 s without and with the proof for 16 levels, 0.07 s and 0.26 s for 256
-        (`python -m experiments.benchmark_fit rows`). Levels are rounded to the rows' working dtype, and `sse` counts
-        what that costs: more than 10⁻⁶ in clusters 2 · 10⁴ deviations apart at 16 levels. In rows of thousands of
-        values, far ones that weigh 10⁻⁸ of the others and less cost more (10⁹ deviations away, up to 3 · 10⁻³ of the
-        error in 8,192 values and 10⁻¹ in 70,000), and `lower_bound` says so. No row that is distributed
-        over a mesh is gathered for its proof; rows on one device that is no CPU come to the host. Where arrays are
-        traced, or several processes hold them, rows with more than some hundred distinct values have a bound as coarse
-        as such cells.
+      keep_zero: whether one level is exactly 0.
+      tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None skips
+        the proof, and `lower_bound` is 0: the levels are then not certain, though the proof improved none of 22,440
+        rows of 300 to 10⁵ values, heavy tails and outliers included (`python -m experiments.optimality`). A row of 10⁶
+        values takes 0.03 s for 16 levels, with or without the proof, and for 256 levels 0.07 s without and 0.26 s with
+        it (`python -m experiments.benchmark_fit rows`). Levels are rounded to the rows' working dtype, and `sse`
+        includes what that costs: more than 10⁻⁶ in clusters 2 · 10⁴ deviations apart at 16 levels. In rows of thousands
+        of values, far values with at most 10⁻⁸ of the others' weight cost more (at 10⁹ deviations up to 3 · 10⁻³ of the
+        error in 8,192 values and 10⁻¹ in 70,000), and `lower_bound` shows it. A row distributed over a mesh is never
+        gathered for its proof; rows on one device that is not a CPU are copied to the host. Where arrays are traced, or
+        held by several processes, rows with more than some hundred distinct values have a coarser bound: it is computed
+        over some hundred cells.
 
     Returns:
       A `Fit`: `levels [R, K]` ascending, in the rows' units and float32 (float64 for float64 rows); `sse [R]` and
@@ -119,14 +119,14 @@ def _fit(rows, num_levels, method, weights, mask, keep_zero, tolerance) -> Fit:
 def levels_on_host(
     rows: np.ndarray, num_levels: int, method: str, *, weights: Any = None, mask: Any = None, keep_zero: bool = False
 ) -> np.ndarray:
-    """The levels of `fit` alone, of NumPy's rows by any method but `"knq"`: their error is not computed."""
+    """Returns only the levels of `fit`, for NumPy rows and any method but `"knq"`; their error is not computed."""
     weights, mask = _counted(weights, mask, host=True)
     levels = _LEVELS[method](rows, num_levels, weights=weights, mask=mask)
     return with_zero(levels) if keep_zero else levels
 
 
 def _counted(weights: Any, mask: Any, host: bool) -> tuple[Any, Any]:
-    """Weights and a mask without the values of weight 0: NumPy's if they are on the host."""
+    """Returns the weights, and the mask without values of weight 0; NumPy arrays if they are on the host."""
     asarray = (lambda array: row_by_row(to_numpy(array))) if host else jnp.asarray
     mask = None if mask is None else asarray(mask).astype(bool)
     if weights is None:

@@ -1,22 +1,25 @@
-"""KNQ: the levels of least squared error: one-dimensional k-means by dynamic programming.
+"""KNQ finds the levels of least squared error: one-dimensional k-means by dynamic programming.
 
-In one dimension the clusters of an optimal k-means are intervals of the sorted values, so the problem is to part a
-sorted row into K intervals (Wu 1991; Grønlund et al., arXiv 1701.07204). `rows.sorted` sorts a row into distinct
-values with exact running sums (`rows.long` a long one, `count_rows` one of 16-bit values), `search.search` finds a
-partition, `search.gaps` narrows gaps that would keep sums from resolving it, `proof.proof` bounds from below what
-any other could cost, and in `run.levels` it becomes levels: each the mean of its interval, rounded once. Where rows
-are decides who does it: `run.host`, `run.traced` or `run.mesh`. On the host the kernels are NumPy's
-(`search.priced_host`, `search.dense_host`, `search.windows_host`, `proof.path_host`), and nothing is compiled but
-for rows of 10⁶ values and more.
+In one dimension the clusters of an optimal k-means are intervals of the sorted values, so the problem is to split a
+sorted row into K intervals (Wu 1991; Grønlund et al., arXiv 1701.07204). The steps:
 
-A row with no more distinct values than the dense programme has cuts (512, or 1024 if it is no longer than that; 256
-where there are more than eight rows) is solved exactly, and so is one of up to 1280 where a price has a path of K
-intervals. Another is searched from coarse cells down to single values, wherever a best path may still pass;
-`python -m experiments.optimality` compares that with the proof. With a `tolerance` the proof follows, by a path through
-every cut or, in rows longer than 65,536 values, by branch and bound, until the levels are known to be within it of the
-optimum, and takes better ones where it comes upon them; of a row that is distributed over a mesh it asks the devices
-for what it needs. Under `jit` the levels are the same, but the bound of a long row is one round only, as coarse as some
-hundred cells.
+- `rows.sorted` sorts a row into distinct values with exact running sums; its `count_rows` counts 16-bit values
+  instead, and `rows.long` sorts long rows.
+- `search.search` finds a partition. `search.gaps` narrows gaps so wide that the sums could not resolve it.
+- `proof.proof` computes a lower bound on the cost of every other partition.
+- `run.levels` turns the partition into levels: each is the mean of its interval, rounded once.
+
+`run.host`, `run.traced` or `run.mesh` runs these steps, depending on where the rows are. On the host the kernels use
+NumPy (`search.priced_host`, `search.dense_host`, `search.windows_host`, `proof.path_host`), and only rows of 10⁶ values
+or more need compiled code.
+
+A row is solved exactly if it has no more distinct values than the dense programme has cuts (512; 1024 if the row is no
+longer than that; 256 if there are more than eight rows), or if it has up to 1280 and some price has a path of K
+intervals. Any other row is searched from coarse cells down to single values, wherever a best path may still pass;
+`python -m experiments.optimality` compares the result with the proof. With a `tolerance` the proof follows: a path
+through every cut or, in rows longer than 65,536 values, branch and bound, until the levels are within the tolerance of
+the optimum. It takes better levels if it finds some, and asks the devices for what it needs of a row on a mesh. Under
+`jit` the levels are the same, but the bound of a long row comes from one round over some hundred cells and is coarse.
 """
 
 from typing import Any
@@ -45,23 +48,23 @@ def fit_knq(
 ) -> Fit:
     """Fits to each row the levels that minimise Σ wᵢ (xᵢ − level)² over all choices of levels.
 
-    Concrete arrays on a CPU are fitted by NumPy, others by XLA; both ways give the same bits, except of `lower_bound`,
-    which is closer on the host. With a `tolerance` arrays on one other device come to the host, where the proof runs;
-    those on a mesh are left to `fit_on_mesh`.
+    NumPy fits concrete arrays on a CPU, XLA fits others. Both return the same bits except in `lower_bound`, which is
+    closer on the host. With a `tolerance`, arrays on one other device are copied to the host, where the proof runs;
+    arrays on a mesh go to `fit_on_mesh`.
 
     Args:
       rows: `[R, N]` finite values of any floating dtype; denormal values may count as zero.
       num_levels: K, 1 to 256.
       weights: `[R, N]` non-negative, or None for 1 each; a value of weight 0 does not count.
       mask: `[R, N]` bool, False where a value does not count, or None.
-      keep_zero: the optimum among levels of which one is exactly 0.
-      tolerance: the relative gap between `sse` and `lower_bound` at which the search may stop; None leaves
-        `lower_bound` at 0 and saves the time that the proof takes. Traced rows, and those that several processes hold,
-        have a coarser bound.
+      keep_zero: whether one level is exactly 0; the optimum is then the best among such levels.
+      tolerance: the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves
+        `lower_bound` at 0 and saves the time of the proof. Traced rows, and rows that several processes hold, have a
+        coarser bound.
 
     Returns:
-      A `Fit`. A row with no more distinct values than levels comes back exactly, subnormal ones as zero; spare levels
-      repeat the last.
+      A `Fit`. The levels of a row with no more distinct values than levels are these values exactly, subnormal ones as
+      zero; spare levels repeat the last.
 
     >>> import jax.numpy as jnp
     >>> fitted = fit_knq(jnp.array([[1.0, 2.0, 3.0, 10.0, 11.0]]), 2)
@@ -91,12 +94,12 @@ def _host(array: Any) -> np.ndarray | None:
 
 
 def _on_one_device(array: Any) -> bool:
-    """Whether an array is there, not traced, and not on several devices."""
+    """Returns whether an array is concrete and on at most one device."""
     return not isinstance(array, jax.core.Tracer) and (not isinstance(array, jax.Array) or len(array.devices()) == 1)
 
 
 def _elsewhere(array: Any) -> bool:
-    """Whether an array is traced, or not on one CPU."""
+    """Returns whether an array is traced, on several devices, or on a device that is not a CPU."""
     if isinstance(array, jax.core.Tracer):
         return True
     if not isinstance(array, jax.Array):

@@ -1,1 +1,1 @@
-"""Sorted rows."""
+"""Sorted rows with exact running sums: what the search and the proof read."""

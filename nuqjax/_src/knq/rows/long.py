@@ -1,8 +1,8 @@
-"""Long rows, sorted, with running sums at every 16th or 64th place only: little more memory than the values themselves.
+"""Long sorted rows with running sums at every 16th or 64th place: they take little more memory than the values.
 
-A *cut* is a place in the sorted row. As equal values belong together, the search keeps to cuts at which the values
-differ: `before_ties` and `after_ties` find them. Weights and sums below a cut are integers, as in `rows.sorted`, so no
-order of addition changes them.
+A *cut* is a place in the sorted row. Equal values belong to one interval, so the search uses only cuts between values
+that differ; `before_ties` and `after_ties` find them. Weights and sums below a cut are integers, as in `rows.sorted`,
+so the order of addition does not change them.
 """
 
 import os
@@ -18,24 +18,24 @@ from nuqjax._src.knq.rows.sorted import fraction_bits, places_of_rows, search, t
 from nuqjax._src.leaf.rows import namespace
 
 _BLOCK, _BLOCK_OF_LONGEST = 16, 64  # values between two running sums
-_LONGEST = 2**24  # from here on memory matters more than the time that the search takes
-_STRETCH = 2**16  # values that NumPy handles at a time: a multiple of the block, small enough to stay in the cache
+_LONGEST = 2**24  # in longer rows memory matters more than the time of the search
+_STRETCH = 2**16  # values that NumPy handles at once: a multiple of the block, small enough to stay in the cache
 
 
 class LongRows(NamedTuple):
     """Rows of ascending values.
 
     Attributes:
-      values: `[R, n]` ascending, infinite from `size` on, in the units and the dtype of the rows.
+      values: `[R, n]` ascending, infinite from place `size` on, in the units and the dtype of the rows.
       unit: `[R]` float64 powers of two, by which values are divided.
       shares: `[R, n]` float64 weight of each value over the row's largest; None where all weights are 1.
       masses: `[R, n / B + 1]` int64 weight below every B-th place, in units of 2^−frac; None where all are 1.
-      moments: `[R, n / B + 1]` int64 weight times value below it, in units of 2^−frac.
-      size: `[R]` int64 number of values that count: the last cut.
-      pinned: 1 if the first value zero was put there to hold a level, and weighs nothing, else 0.
+      moments: `[R, n / B + 1]` int64 sum of weight times value below the same places, in units of 2^−frac.
+      size: `[R]` int64 number of values that count, which is the last cut.
+      pinned: 1 if the first value zero is the held zero, which was added and has weight 0; else 0.
       zero: `[R]` int64 cut just below the value zero.
-      square: `[R]` float64 Σ weight · value², of JAX rows.
-      slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
+      square: `[R]` float64 Σ weight · value²; None for NumPy rows.
+      slack: `[R]` float64 the most by which rounding to units may change the squared error of any partition.
       frac: fraction bits of the sums.
     """
 
@@ -53,16 +53,16 @@ class LongRows(NamedTuple):
 
     @property
     def length(self) -> int:
-        """At least the last cut of every row."""
+        """The length of the arrays: no row's last cut is greater."""
         return self.values.shape[1]
 
     @property
     def nominal(self) -> int:
-        """The number of values of a row, counted or not."""
+        """The number of values of a row, counted or not, the held zero included."""
         return self.length
 
     def with_values(self, moved: Callable) -> "LongRows":
-        """The rows with other values over the unit, `moved` of these: ascending as well, and float64."""
+        """Returns the rows with `moved` applied to values over the unit: still ascending, float64, of unit 1."""
         xp = namespace(self.values)
         there = self.values < xp.inf
         scaled = moved(xp.where(there, self.values, 0).astype(xp.float64) / self.unit[:, None])
@@ -70,25 +70,25 @@ class LongRows(NamedTuple):
         return _summed(self._replace(values=values, unit=xp.ones_like(self.unit)))
 
     def value_at(self, places):
-        """The value above each cut `[R, …]`; above the last, the greatest."""
+        """Returns the value above each cut `[R, …]`, over the unit; for the last cut, the greatest value."""
         xp = namespace(self.values)
         last = xp.maximum(_beside(self.size, places) - 1, 0)
         found = take(self.values, xp.clip(places, 0, last)).astype(xp.float64)
         return xp.where(_beside(self.size, places) > 0, found / _beside(self.unit, places) + 0.0, 0.0)
 
     def sums_below(self, cuts):
-        """Of the values below each cut `[R, …]`, the weight and the sum of weight times value, in units of 2^−frac."""
+        """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         return self.in_units(self.exact_sums_below(cuts))
 
     def in_units(self, sums):
-        """Exact sums as `sums_below` gives them: floats where values have weights."""
+        """Converts exact sums to those of `sums_below`: floats where values have weights."""
         if self.shares is None:
             return sums
         mass, moment = (x.astype(namespace(x).float64) for x in sums)
         return mass * 2.0**-self.frac, moment
 
     def exact_sums_below(self, cuts):
-        """Weight and moment as integers; where values have weights, also the weight is in units of 2^−frac."""
+        """Returns weight and moment as integers; where values have weights, the weight is in units of 2^−frac too."""
         if self.shares is None:
             mass = cuts - (cuts > _beside(self.zero, cuts)) * self.pinned
         else:
@@ -106,47 +106,47 @@ class LongRows(NamedTuple):
         size = _block(self.length)
         block = cuts // size
         places = block[..., None] * size + xp.arange(size - 1, dtype=xp.int64)
-        counted = places < cuts[..., None]  # never one that does not count
+        counted = places < cuts[..., None]  # no cut is above `size`, so these values count
         here = amounts(xp.where(counted, places, 0))
         return take(sums, block) + xp.sum(xp.where(counted, here, 0), axis=-1)
 
     def cut_below(self, wanted):
-        """`[R, …]` the number of values below each of `wanted`."""
+        """Returns `[R, …]` the number of values below each of `wanted`."""
         if namespace(self.values) is np:
             return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "left")
         return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def cut_above(self, wanted):
-        """`[R, …]` the number of values not above each of `wanted`."""
+        """Returns `[R, …]` the number of values not above each of `wanted`."""
         if namespace(self.values) is np:
             return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "right")
         return search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts):
-        """The last cut, not above each of `cuts`, at which no two values are equal."""
+        """Returns for each of `cuts` the last cut, not above it, between values that differ."""
         return _untied(self, cuts, self.cut_below)
 
     def after_ties(self, cuts):
-        """The first such cut not below."""
+        """Returns for each of `cuts` the first cut, not below it, between values that differ."""
         return _untied(self, cuts, self.cut_above)
 
     def every_cut(self, limit: int):
-        """`[R, limit + 1]` ascending cuts at which values differ, repeating the last, and `[R]` whether that is all."""
+        """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         return every_cut(self, limit)
 
 
 class ShardedRows(NamedTuple):
-    """Rows of which each device of a mesh holds, and has sorted, a part; inside `jax.shard_map`.
+    """Rows distributed over a mesh: each device holds, sorted, a part of every row. Used inside `jax.shard_map`.
 
-    Cuts are those of the whole row, which nobody holds: the value above one is found by halving, and what devices
-    exchange are the numbers and sums of their values below a few cuts at a time, as exact integers.
+    Cuts count places in the whole row, which no device holds. The value above a cut is found by halving. Devices
+    exchange only counts and sums of their values below a few cuts at a time, as exact integers.
 
     Attributes:
-      part: `[R, n]` what this device holds.
-      size: `[R]` int64 number of values that count, on all devices: the last cut.
+      part: the rows `[R, n]` of the values that this device holds.
+      size: `[R]` int64 number of values that count on all devices, which is the last cut.
       zero: `[R]` int64 cut just below the value zero.
       square: `[R]` float64 Σ weight · value².
-      slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
+      slack: `[R]` float64 the most by which rounding to units may change the squared error of any partition.
       axes: names of the mesh axes.
     """
 
@@ -159,12 +159,12 @@ class ShardedRows(NamedTuple):
 
     @property
     def length(self) -> int:
-        """At least the last cut of every row."""
+        """The length of the arrays on all devices: no row's last cut is greater."""
         return self.part.length * lax.axis_size(self.axes)
 
     @property
     def nominal(self) -> int:
-        """The number of values of a row, counted or not."""
+        """The number of values of a row, counted or not, the held zero included."""
         return self.length
 
     @property
@@ -173,21 +173,22 @@ class ShardedRows(NamedTuple):
         return self.part.frac
 
     def with_values(self, moved: Callable) -> "ShardedRows":
-        """The rows with other values over the unit, `moved` of these: ascending as well, and float64."""
+        """Returns the rows with `moved` applied to values over the unit: still ascending, float64, of unit 1."""
         part = self.part.with_values(moved)
         square, slack = lax.psum((part.square, part.slack), self.axes)
         return self._replace(part=part, square=square, slack=slack)
 
     def value_at(self, places):
-        """The value above each cut `[R, …]`; above the last, the greatest."""
+        """Returns the value above each cut `[R, …]`, over the unit; for the last cut, the greatest value."""
         places = jnp.clip(places, 0, jnp.maximum(_beside(self.size, places) - 1, 0))
         found = self.value_of_rank(places).astype(jnp.float64)
         return jnp.where(_beside(self.size, places) > 0, found / _beside(self.part.unit, places) + 0.0, 0.0)
 
     def value_of_rank(self, places):
-        """The value above each cut below the last, in the units and the dtype of the rows.
+        """Returns the value above each cut, which is below the last, in the units and the dtype of the rows.
 
-        It is the greatest float below which there are no more than `places` values: floats ascend as their bits do.
+        It is the greatest float with no more than `places` values below it. Its bits are found one by one, as floats
+        ascend with their bit patterns.
         """
         dtype = self.part.values.dtype
         kind, bits = (jnp.int32, 32) if dtype == jnp.float32 else (jnp.int64, 64)
@@ -206,43 +207,43 @@ class ShardedRows(NamedTuple):
         return value(lax.fori_loop(jnp.int32(0), jnp.int32(bits - 1), halve, key))
 
     def held_below(self, wanted, equal: bool = False):
-        """The number of values of this device below each of `wanted`, of the dtype of the values; or not above."""
+        """Counts this device's values below each of `wanted`, or with `equal` those not above; of the values' dtype."""
         part = self.part
         before = jnp.less_equal if equal else jnp.less
         below = lambda middle: before(take(part.values, middle), wanted)  # noqa: E731
         return search(below, wanted.shape, part.size, part.length)
 
     def sums_below(self, cuts):
-        """Of the values below each cut `[R, …]`, the weight and the sum of weight times value, in units of 2^−frac."""
+        """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         inside = cuts < _beside(self.size, cuts)
         held = jnp.where(inside, self.held_below(self.value_of_rank(cuts)), _beside(self.part.size, cuts))
         return self.part.in_units(lax.psum(self.part.exact_sums_below(held), self.axes))
 
     def cut_below(self, wanted):
-        """`[R, …]` the number of values below each of `wanted`."""
+        """Returns `[R, …]` the number of values below each of `wanted`."""
         return lax.psum(self.part.cut_below(wanted), self.axes)
 
     def cut_above(self, wanted):
-        """`[R, …]` the number of values not above each of `wanted`."""
+        """Returns `[R, …]` the number of values not above each of `wanted`."""
         return lax.psum(self.part.cut_above(wanted), self.axes)
 
     def before_ties(self, cuts):
-        """The last cut, not above each of `cuts`, at which no two values are equal."""
+        """Returns for each of `cuts` the last cut, not above it, between values that differ."""
         return _untied(self, cuts, self.cut_below)
 
     def after_ties(self, cuts):
-        """The first such cut not below."""
+        """Returns for each of `cuts` the first cut, not below it, between values that differ."""
         return _untied(self, cuts, self.cut_above)
 
     def every_cut(self, limit: int):
-        """`[R, limit + 1]` ascending cuts at which values differ, repeating the last, and `[R]` whether that is all."""
+        """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         return every_cut(self, limit)
 
 
 def every_cut(rows, limit: int):
-    """`[R, limit + 1]` ascending cuts at which values differ, repeating the last, and `[R]` whether that is all.
+    """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` whether all fit.
 
-    Where a look at some values shows that it is not, the cuts are all the last.
+    Where a sample of 2 · `limit` values shows that they do not fit, all cuts but the first are the last.
     """
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -276,7 +277,7 @@ def every_cut(rows, limit: int):
 
 
 def _untied(rows, cuts, to_value):
-    """The cuts, or those `to_value` where the values beside them are equal."""
+    """Returns the cuts; where the values next to a cut are equal, `to_value` of that value instead."""
     xp = namespace(cuts)
     value = rows.value_at(cuts)
     tied = (value == rows.value_at(cuts - 1)) & (cuts > 0) & (cuts < _beside(rows.size, cuts))
@@ -289,7 +290,7 @@ def _untied(rows, cuts, to_value):
 
 
 def _beside(of_row, array):
-    """`[R]` beside `[R, …]`."""
+    """Reshapes `of_row [R]` so that it broadcasts against `array [R, …]`."""
     return of_row.reshape(-1, *[1] * (array.ndim - 1))
 
 
@@ -306,15 +307,15 @@ def _moments(values, shares, frac: int):
 def sort_long_rows(
     rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep_zero: bool, axes: tuple[str, ...] = ()
 ) -> LongRows | ShardedRows:
-    """Sorts rows `[R, N]`; to be called, or traced, where 64-bit types are enabled.
+    """Sorts rows `[R, N]`; call or trace it where 64-bit types are enabled.
 
     Args:
       rows: float32 or float64, NumPy (one row) or JAX.
       scale: `[R]` float64, powers of two near the rows' largest magnitudes.
       weights: `[R, N]` non-negative, or None for 1 each.
       mask: `[R, N]` bool, or None.
-      keep_zero: adds the value zero to each row, with weight 0.
-      axes: of a mesh, over whose devices the values of each row are distributed; `scale` is that of whole rows.
+      keep_zero: whether to add the value zero, with weight 0, to each row.
+      axes: names of the mesh axes over which the values of each row are distributed; `scale` is that of whole rows.
     """
     xp = namespace(rows)
     frac = fraction_bits(rows.shape[1] * (lax.axis_size(axes) if axes else 1))
@@ -329,7 +330,7 @@ def sort_long_rows(
     pinned = int(keep_zero)
     if keep_zero:
         pin = xp.zeros((rows.shape[0], 1), keys.dtype)
-        if axes:  # the first device holds it
+        if axes:  # the first device holds the added zero
             pinned = (lax.axis_index(axes) == 0).astype(jnp.int64)
             pin = jnp.where(pinned > 0, pin, jnp.inf)
         keys = xp.concatenate([pin, keys], axis=1)  # before the zeros of the row: the sort is stable
@@ -354,7 +355,7 @@ def sort_long_rows(
 
 
 def _summed(rows: LongRows) -> LongRows:
-    """The rows with their running sums, squares (of JAX rows) and slack."""
+    """Returns the rows with their running sums, slack and, for JAX rows, squares."""
     values, unit, shares, frac = rows.values, rows.unit, rows.shares, rows.frac
     if isinstance(values, np.ndarray):
         masses, moments, off = _sums_on_host(values[:, : int(rows.size[0])], unit, shares, frac)
@@ -380,13 +381,13 @@ def _sorted_on_host(keys, weights):
     processors = os.cpu_count() or 1
     bounds = [keys.shape[1] * part // processors for part in range(processors + 1)]
     values = np.partition(keys[0], bounds[1:-1]) if processors > 1 else keys[0].copy()
-    with ThreadPoolExecutor(processors) as threads:  # each sorts the values of a range
+    with ThreadPoolExecutor(processors) as threads:  # each thread sorts one range of values
         list(threads.map(lambda part: values[bounds[part] : bounds[part + 1]].sort(), range(processors)))
     return values[None], None
 
 
 def _sums_on_host(values, scale, shares, frac: int):
-    """Running sums of a NumPy row at every B-th place, and how far off what they sum was rounded."""
+    """Returns running sums of a NumPy row at every B-th place, and a bound on the rounding of their terms in all."""
     places = values.shape[1]
     block = _block(places)
     whole = places // block * block
@@ -404,7 +405,7 @@ def _sums_on_host(values, scale, shares, frac: int):
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(stretch, range(0, whole, _STRETCH)))
-    # Each rounding is off by half a unit at most, that of a weight by as much again.
+    # Rounding a moment is off by at most half a unit, and rounding a weight by as much again.
     off = np.full(1, places * 2.0**-frac)
     np.cumsum(moments, out=moments)
     if masses is None:
@@ -413,7 +414,7 @@ def _sums_on_host(values, scale, shares, frac: int):
 
 
 def _below_blocks(amounts):
-    """`[R, n / B + 1]` running sums of `amounts [R, n]` at every B-th place."""
+    """Returns `[R, n / B + 1]` running sums of `amounts [R, n]` at every B-th place."""
     count, places = amounts.shape
     block = _block(places)
     whole = amounts[:, : places // block * block]
@@ -422,5 +423,5 @@ def _below_blocks(amounts):
 
 
 def _block(places: int) -> int:
-    """B, the values between two running sums of a row of so many."""
+    """Returns B, the number of values between two running sums in a row of `places` values."""
     return _BLOCK if places <= _LONGEST else _BLOCK_OF_LONGEST

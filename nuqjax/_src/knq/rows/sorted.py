@@ -1,11 +1,11 @@
 """Rows sorted into distinct values with exact running sums: all that the optimum of 1-D k-means depends on.
 
-The values below any cut of a sorted row enter the cost of a partition only by their weight and their weighted sum.
-These are kept as integers (values in units of 2^−frac of the row's scale), so no order of addition changes a bit of
-them, and the difference of two running sums is exact.
+The cost of a partition depends on the values below a cut only through their weight and their weighted sum. Both are
+stored as integers (values in units of 2^−frac of the row's scale), so the order of addition changes no bit of them, and
+the difference of two running sums is exact.
 
-The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CPU, and on JAX's. Rows longer than
-`LONG` have a form of their own with the same methods (`rows.long`).
+The same code runs on NumPy arrays, whose sort is much faster than XLA's on a CPU, and on JAX arrays. Rows longer than
+`LONG` have another class with the same methods (`rows.long`).
 """
 
 import functools
@@ -20,13 +20,13 @@ from jax import lax
 from nuqjax._src.leaf.rows import namespace
 
 _STRETCH = 2**20  # 16-bit values counted at once: NumPy makes them 64 bits wide
-_FAR = np.int32(2**30)  # behind every place
-_BY_ROW = 1024  # longer rows on the host are sorted one after the other
-LONG = 2**16  # from here on rows are kept as `rows.long.LongRows`
+_FAR = np.int32(2**30)  # greater than every place
+_BY_ROW = 1024  # rows on the host of this length or more are sorted one after the other
+LONG = 2**16  # longer rows are stored as `rows.long.LongRows`
 
 
 def take(array, index):
-    """`array[r, index[r, …]]` for `array [R, D]` and `index [R, …]`."""
+    """Returns `array[r, index[r, …]]` for `array [R, D]` and `index [R, …]`."""
     flat = index.reshape(index.shape[0], -1)
     if namespace(array) is np:
         return np.take_along_axis(array, flat, 1).reshape(index.shape)
@@ -35,7 +35,7 @@ def take(array, index):
 
 
 def windows(arrays, start, size: int):
-    """`[R, size]` of each of some JAX arrays `[R, m]`, from a place `start [R]` of its own in each row."""
+    """Slices `[R, size]` from each of several JAX arrays `[R, m]`; row r starts at the place `start[r]`."""
     if start.shape[0] == 1:
         return tuple(lax.dynamic_slice_in_dim(x, start[0], size, axis=1) for x in arrays)
     own = jax.vmap(lambda row, place: lax.dynamic_slice_in_dim(row, place, size))
@@ -43,27 +43,27 @@ def windows(arrays, start, size: int):
 
 
 def first_least(costs, places, axis: int):
-    """The least of JAX `costs` along an axis, which stays, and the first of ascending int32 `places` that has it."""
+    """Returns the least of JAX `costs` along a kept axis, and the first of ascending int32 `places` that has it."""
     least = jnp.min(costs, axis=axis, keepdims=True)
     return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=axis, keepdims=True)
 
 
 class SortedRows(NamedTuple):
-    """Rows as ascending distinct values; a *cut* c parts the c smallest of them from the others.
+    """Rows as ascending distinct values; a *cut* c separates the c smallest of them from the others.
 
     Attributes:
       values: `[R, D]` the distinct values over the row's scale, then repetitions of the last; float64.
       count: `[R, D + 1]` weight below each cut: int64 where all weights are 1, else float64.
-      total: `[R, D + 1]` weight times value below each cut, in units of 2^−frac; of the same dtype.
+      total: `[R, D + 1]` sum of weight times value below each cut, in units of 2^−frac; of the same dtype.
       weight: `[R, D]` float64 weight of each distinct value, unrounded, over the row's largest weight; None where all
-        weights are 1, and of JAX rows.
-      mass: `[R, D]` int64 the same in units of 2^−frac; None where all weights are 1.
-      size: `[R]` int64 number of distinct values, so the last cut.
-      zero: `[R]` int64 cut just below the value zero, which is there (maybe of weight 0) where a level is pinned to it.
+        weights are 1, and for JAX rows.
+      mass: `[R, D]` int64 the same weight in units of 2^−frac; None where all weights are 1.
+      size: `[R]` int64 number of distinct values, which is the last cut.
+      zero: `[R]` int64 cut just below the value zero. With a held zero that value is in the row, maybe with weight 0.
       square: `[R]` float64 Σ weight · value².
-      slack: `[R]` float64 how much rounding to units may change the squared error of any partition.
+      slack: `[R]` float64 the most by which rounding to units may change the squared error of any partition.
       frac: fraction bits of `total`.
-      nominal: number of values of a row, counted or not: decisions hang on it where arrays may be shorter or longer.
+      nominal: number of values of a row, counted or not. Decisions depend on it, as the length of arrays may vary.
     """
 
     values: Any
@@ -80,11 +80,11 @@ class SortedRows(NamedTuple):
 
     @property
     def length(self) -> int:
-        """At least the last cut of every row."""
+        """The length of the arrays: no row's last cut is greater."""
         return self.values.shape[1]
 
     def with_values(self, moved: Callable) -> "SortedRows":
-        """The rows with other values, `moved` of these: ascending as well, and off by a few units in the last place."""
+        """Returns the rows with values `moved(values)`, which ascend and are off by a few units in the last place."""
         xp = namespace(self.values)
         values = moved(self.values)
         mass = self.count[:, 1:] - self.count[:, :-1] if self.mass is None else self.mass
@@ -93,43 +93,46 @@ class SortedRows(NamedTuple):
         square, slack = _square_and_slack(values, heavy, off)
         if self.mass is not None:
             total = total.astype(xp.float64)
-        slack = slack + 8 * self.nominal * 2.0**-self.frac  # of weights, and of what moved
+        slack = slack + 8 * self.nominal * 2.0**-self.frac  # the rounding of weights and of moved values
         return self._replace(values=values, total=total, square=square, slack=slack)
 
     def value_at(self, places):
-        """The value above each cut `[R, …]`; above the last, the greatest."""
+        """Returns the value above each cut `[R, …]`; for the last cut, the greatest value."""
         xp = namespace(self.values)
         last = (self.size - 1).reshape(-1, *[1] * (places.ndim - 1))
         return take(self.values, xp.clip(places, 0, xp.maximum(last, 0)))
 
     def sums_below(self, cuts):
-        """Of the values below each cut `[R, …]`, the weight and the sum of weight times value, in units of 2^−frac."""
+        """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         return take(self.count, cuts), take(self.total, cuts)
 
     def cut_below(self, wanted):
-        """`[R, m]` the number of distinct values below each of `wanted [R, m]`."""
+        """Returns `[R, m]` the number of distinct values below each of `wanted [R, m]`."""
         xp = namespace(self.values)
         if xp is np:
             return places_of_rows(self.values, self.size, wanted, "left")
         return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts):
-        """The last cut, not above each of `cuts`, at which no two values are equal: here every cut is one."""
+        """Returns `cuts`: values are distinct here, so no cut separates equal values."""
         return cuts
 
     def after_ties(self, cuts):
-        """The first such cut not below."""
+        """Returns `cuts`, for the same reason."""
         return cuts
 
     def every_cut(self, limit: int):
-        """`[R, limit + 1]` ascending cuts at which values differ, repeating the last, and `[R]` whether that is all."""
+        """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         xp = namespace(self.values)
         every = xp.minimum(xp.arange(limit + 1, dtype=xp.int64), self.size[:, None])
         return every, self.size <= limit
 
 
 def search(below, shape, size, length: int):
-    """`shape` the number of places, of the first `size [R]`, at which an ascending JAX row is `below(places)`."""
+    """Counts, by halving, the places among the first `size [R]` at which `below(places)` holds for ascending JAX rows.
+
+    The result has the given `shape`, `[R, …]`.
+    """
     low = jnp.zeros(shape, jnp.int64)
     high = jnp.broadcast_to(size.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
@@ -143,10 +146,10 @@ def search(below, shape, size, length: int):
 
 
 def places_of(row: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
-    """`[m]` how many values of an ascending NumPy `row [n]` are below each of `wanted [m]`.
+    """Returns `[m]` how many values of an ascending NumPy `row [n]` are below each of `wanted [m]`.
 
-    With side "right", how many are not above it. `wanted` is rounded to the dtype of the row first, to the side that
-    changes no count: NumPy would convert the whole row otherwise.
+    With side "right" it counts the values that are not above. `wanted` is first rounded to the dtype of the row, in the
+    direction that changes no count; otherwise NumPy would convert the whole row.
     """
     with np.errstate(over="ignore"):
         near = wanted.astype(row.dtype)
@@ -156,25 +159,25 @@ def places_of(row: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"
 
 
 def places_of_rows(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]):
-    """`wanted [R, …]` the same in the first `size [R]` of `values [R, n]`."""
+    """Returns `places_of` each of `wanted [R, …]` in the first `size [R]` values of each row of `values [R, n]`."""
     rows = zip(values, size, wanted, strict=True)
     return np.stack([places_of(row[:held], here, side) for row, held, here in rows]).astype(np.int64)
 
 
 def fraction_bits(length: int) -> int:
-    """Bits after the point so that twice a sum of `length` values below 2 stays inside int64; at most float64's own."""
+    """Returns the fraction bits, at most 50, with which twice a sum of `length` values below 2 fits int64."""
     return min(50, 58 - max(length, 1).bit_length())
 
 
 def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep_zero: bool) -> SortedRows:
-    """Sorts rows `[R, N]` and joins equal values; to be called, or traced, where 64-bit types are enabled.
+    """Sorts rows `[R, N]` and joins equal values; call or trace it where 64-bit types are enabled.
 
     Args:
       rows: float32 or float64, NumPy or JAX.
       scale: `[R]` float64, powers of two near the rows' largest magnitudes.
       weights: `[R, N]` non-negative, or None for 1 each.
       mask: `[R, N]` bool, or None.
-      keep_zero: adds the value zero to each row, with weight 0.
+      keep_zero: whether to add the value zero, with weight 0, to each row.
     """
     xp = namespace(rows)
     count, length = rows.shape
@@ -208,13 +211,13 @@ def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep
         assert shares is not None
         rounded = xp.rint(shares * 2.0**frac)
         masses, moments, heavy = rounded.astype(xp.int64), None, rounded * 2.0**-frac
-        off = 4 * xp.abs(shares - heavy)  # no value is further than 4 from a level
+        off = 4 * xp.abs(shares - heavy)  # no value is more than 4 from a level
     new = there & xp.concatenate([xp.ones_like(there[:, :1]), keys[:, 1:] != keys[:, :-1]], axis=1)
     return _joined(values, new, there, masses, moments, heavy, off, None if weights is None else shares, frac, length)
 
 
 def _sorted_by_row(rows, scale, mask, frac: int) -> SortedRows:
-    """As `sort_rows`, one unweighted NumPy row after the other: each stays in the processor's cache."""
+    """Does the work of `sort_rows` for unweighted NumPy rows, one at a time: each stays in the processor's cache."""
     number, length = rows.shape
     values, count = np.empty((number, length)), np.empty((number, length + 1), np.int64)
     total, size, square = np.empty_like(count), np.empty(number, np.int64), np.empty(number)
@@ -232,7 +235,7 @@ def _sorted_by_row(rows, scale, mask, frac: int) -> SortedRows:
         square[r] = np.dot(scaled, scaled)
     most = max(int(size.max()), 1)
     zero = np.array([np.searchsorted(values[r, : size[r]], 0.0) for r in range(number)])
-    slack = np.full(number, 2 * length * 2.0**-frac)  # each value is rounded by half a unit at most
+    slack = np.full(number, 2 * length * 2.0**-frac)  # each value is rounded by at most half a unit
     values, count, total = values[:, :most], count[:, : most + 1], total[:, : most + 1]
     return SortedRows(values, count, total, None, None, size, zero, square, slack, frac, length)
 
@@ -244,9 +247,9 @@ def count_rows(
     keep_zero: bool,
     axes: tuple[str, ...] = (),
 ) -> SortedRows:
-    """As `sort_rows` for unweighted bfloat16 or float16 values: these are counted, by bit pattern, not sorted.
+    """Returns what `sort_rows` returns for unweighted bfloat16 or float16 values, by counting their bit patterns.
 
-    With `axes`, those of a mesh over whose devices the values of a row are distributed, the counts are added up.
+    `axes` names the mesh axes over which the values of a row are distributed; their counts are added up.
     """
     counts = pattern_counts(rows, mask)
     counts = lax.psum(counts, axes) if axes else counts
@@ -255,7 +258,7 @@ def count_rows(
 
 
 def join_counts(counts: Any, dtype: Any, length: int, scale: Any, keep_zero: bool) -> SortedRows:
-    """Rows of `length` values of a 16-bit dtype from how many of them have each bit pattern, `[R, 2¹⁶]`."""
+    """Returns rows of `length` values of a 16-bit dtype, given the counts `[R, 2¹⁶]` of their bit patterns."""
     xp = namespace(counts)
     frac = fraction_bits(length)
     patterns, ordered = _ordered_patterns(dtype)
@@ -272,9 +275,9 @@ def join_counts(counts: Any, dtype: Any, length: int, scale: Any, keep_zero: boo
 
 @functools.cache
 def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The bit patterns of the finite values of a 16-bit dtype, and those values as float64, ascending; no −0."""
+    """Returns bit patterns and float64 values, ascending, of all finite values but −0 of a 16-bit dtype."""
     patterns = np.arange(2**16, dtype=np.uint16)
-    with np.errstate(invalid="ignore"):  # some are not numbers
+    with np.errstate(invalid="ignore"):  # some patterns are NaN
         values = patterns.view(dtype).astype(np.float64)
     patterns, values = patterns[np.isfinite(values)], values[np.isfinite(values)]
     keep = ~((values == 0) & np.signbit(values))
@@ -283,7 +286,7 @@ def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pattern_counts(rows, mask):
-    """`[R, 2¹⁶]` how many values have each bit pattern, those of −0 counted with 0."""
+    """Returns `[R, 2¹⁶]` how many values have each bit pattern; −0 is counted as 0."""
     if isinstance(rows, np.ndarray):
         patterns = rows.view(np.uint16)
         counts = np.zeros((len(rows), 2**16), np.int64)
@@ -301,11 +304,11 @@ def pattern_counts(rows, mask):
 
 
 def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, nominal: int) -> SortedRows:
-    """Rows of ascending values, joined where `new` does not say that one differs from that before it.
+    """Joins equal values of ascending rows; `new` marks each value that differs from the one before it.
 
-    All are `[R, N]`: `there` whether a value counts, the integers `masses` (None for 1 each) and `moments` (None for
-    those of weighted runs), the weight `heavy` that these stand for, what was rounded `off`, and the weights `shares`
-    before it, or None.
+    All arrays are `[R, N]`: `there` is whether a value counts; `masses` (None for 1 each) and `moments` (None where
+    values have weights) are integers; `heavy` is the weight that these stand for; `off` is by how much rounding changed
+    them; `shares` is the weight before rounding, or None.
     """
     xp = namespace(values)
     square, slack = _square_and_slack(values, heavy, off)
@@ -314,11 +317,11 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
     if xp is np:
         most = max(int(size.max()), 1)
     end = xp.sum(there, axis=1, dtype=xp.int64)
-    if masses is not None and shares is None:  # patterns that do not occur lie between those that do
+    if masses is not None and shares is None:  # patterns that do not occur lie between patterns that do
         end = xp.full_like(end, values.shape[1])
     first = _first_places(new, end, most)
 
-    def below(amounts):  # their running sums at the first of each distinct value
+    def below(amounts):  # running sums at the first of each distinct value
         return take(_from_nothing(xp.cumsum(amounts, axis=1)), xp.minimum(first, values.shape[1]))
 
     last = xp.maximum(size[:, None] - 1, 0)
@@ -339,22 +342,22 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
 
 
 def _from_nothing(sums):
-    """`[R, n + 1]` sums from 0 on."""
+    """Returns `[R, n + 1]`: running sums with a 0 in front."""
     xp = namespace(sums)
     return xp.concatenate([xp.zeros_like(sums[:, :1]), sums], axis=1)
 
 
 def _square_and_slack(values, heavy, off):
-    """`[R]` Σ weight · value², and how much what is rounded `off` may change the squared error of any partition."""
+    """Returns `[R]` Σ weight · value², and the most by which the rounding `off` may change any partition's error."""
     xp = namespace(values)
     square = xp.sum(_rounded(values * values * heavy), axis=1)
     return square, 4 * xp.sum(_rounded(off), axis=1)  # magnitudes are below 2, squares below 4
 
 
 def _in_units(values, masses, weighted: bool, frac: int):
-    """Moments in units of 2^−frac, the weights that integer masses stand for, and what the moments are rounded off."""
+    """Returns moments in units of 2^−frac, the weights of the integer masses, and how far each moment was rounded."""
     xp = namespace(values)
-    if weighted:  # masses are in such units too
+    if weighted:  # masses are in units of 2^−frac too
         rounded = masses.astype(xp.float64)
         moments, heavy = xp.rint(values * rounded).astype(xp.int64), rounded * 2.0**-frac
         return moments, heavy, xp.abs(values * heavy - moments.astype(xp.float64) * 2.0**-frac)
@@ -364,12 +367,12 @@ def _in_units(values, masses, weighted: bool, frac: int):
 
 
 def _rounded(terms):
-    """Terms that are rounded before they are added up."""
+    """Returns terms that are rounded before they are added up: XLA cannot contract a product and a sum."""
     return terms if isinstance(terms, np.ndarray) else lax.optimization_barrier(terms)
 
 
 def _sorted(keys, shares):
-    """Ascending keys, and the shares in their order."""
+    """Returns the keys in ascending order, and the shares in the same order."""
     if isinstance(keys, np.ndarray):
         if shares is None:
             return np.sort(keys, axis=1), None
@@ -381,7 +384,7 @@ def _sorted(keys, shares):
 
 
 def _first_places(new, end, most: int):
-    """`[R, most + 1]` the places at which distinct values begin, then the end of the row."""
+    """Returns `[R, most + 1]` the places at which distinct values begin, then the end of the row."""
     if isinstance(new, np.ndarray):
         places = np.broadcast_to(end[:, None], (len(end), most + 1)).copy()
         row, place = np.nonzero(new)
@@ -397,7 +400,7 @@ def _first_places(new, end, most: int):
 
 
 def _run_sums(amounts, new, most: int):
-    """`[R, most]` sums over runs of equal values."""
+    """Returns `[R, most]` sums over runs of equal values."""
     sums = np.zeros((len(new), most))
     row, place = np.nonzero(new)
     if len(row):

@@ -1,1 +1,1 @@
-"""The best partition of sorted rows."""
+"""The search for the best partition of sorted rows into K intervals."""

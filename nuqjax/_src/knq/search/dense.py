@@ -1,13 +1,14 @@
 """The dense programme: the optimal partition of many rows into K intervals, over every combination of their cuts.
 
 Layer l holds, for each cut, the least cost of l intervals that end there: best[l][p] = min over a of best[l − 1][a] +
-cost(a, p) (Bellman 1961). Rows come last, in the processor's lanes, and some at a time, so that costs are computed once
-and stay in its caches. Few cuts are taken tile by tile, a layer at a time; many in small blocks of begins, of which
-each is added to all later cuts and all layers at once. A least Σ −S²/n is reached with no interval empty, so boundary l
-of a row of M cells lies among the cuts l … M − K + l; only a lower bound's changed cost can make an empty one pay.
+cost(a, p) (Bellman 1961). Rows are on the last axis, in the processor's lanes, and a few are handled at a time, so that
+costs are computed once and stay in its caches. Few cuts are handled tile by tile, one layer at a time. Many cuts are
+handled in small blocks of begins, each of which is added to all later cuts and all layers at once. The least
+Σ −S²/n needs no empty interval, so boundary l of a row of M cells is one of the cuts l … M − K + l; empty intervals can
+only pay with the changed cost of a lower bound.
 
-Costs are those of begin and end alone, in float64, no product is followed by a sum that could be contracted, and
-equals are parted by the lowest cut: the result does not depend on how many rows there are, nor on what surrounds a row.
+A cost depends only on its begin and end, in float64; no product is followed by a sum that could be contracted; and of
+equal costs the lowest cut wins. So the result does not depend on the number of rows, nor on the rows next to one.
 """
 
 import functools
@@ -19,34 +20,34 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_LANES = 16  # rows at once
-_UNROLLED = 64  # places up to which the programme is written out
-_TILE = 16  # cuts at once where it is
-_BLOCK = 8  # begins at once where it is not
-_STAGES = 4  # parts of a longer row, each with its later cuts only: half of the work, a bounded program
+_LANES = 16  # rows handled at once
+_UNROLLED = 64  # for up to so many inner cuts the programme is unrolled
+_TILE = 16  # cuts handled at once if it is
+_BLOCK = 8  # begins handled at once if it is not
+_STAGES = 4  # parts of a longer row, each with its later cuts only: half the work, and a program of bounded size
 
 
 @functools.partial(jax.jit, static_argnames="num_levels")
 def dense_rows(
     count: Any, total: Any, above: Any, penalty: Any | None, reach: Sequence[Any] | None, *, num_levels: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Finds the partition of each row into K intervals, some maybe empty, that makes Σ S²/n greatest.
+    """Finds the partition of each row into K intervals that makes Σ S²/n greatest; intervals may be empty.
 
-    To be called, or traced, where 64-bit types are enabled. An interval that contains the pinned zero gains nothing.
-    For a lower bound, each interval gains besides its extent times the penalties at its first and its last cut.
+    Call or trace it where 64-bit types are enabled. An interval that contains the held zero gains nothing. For a lower
+    bound each interval also gains its extent times the penalties at its first and at its last cut.
 
     Args:
       count: `[R, M + 1]` running weights at ascending cuts; float64 or int64. Cuts may repeat.
       total: `[R, M + 1]` running sums of weight times value; float64 or int64.
-      above: `[R, M + 1]` bool, whether a cut lies above the pinned zero.
-      penalty: `[R, M + 1]` float64, what a boundary at a cut can save per unit of the extent of the intervals beside
+      above: `[R, M + 1]` bool, whether a cut lies above the held zero.
+      penalty: `[R, M + 1]` float64, what a boundary at a cut can save per unit of the extent of the intervals next to
         it, or None.
-      reach: with `penalty`, two `[R, M + 1]` float64: how high an interval that ends at a cut and how low one that
-        begins there extends.
+      reach: with `penalty`, two arrays `[R, M + 1]` float64: the highest value that an interval ending at a cut can
+        reach, and the lowest that one beginning there can reach.
       num_levels: K, at least 1.
 
     Returns:
-      `[R, K − 1]` int32 ascending indices of the cuts between the intervals, and `[R]` float64 minus their gain.
+      `[R, K − 1]` int32 ascending places of the boundaries among the cuts, and `[R]` float64 minus the gain.
 
     >>> import numpy as np
     >>> from nuqjax._src.platform.host import x64
@@ -59,7 +60,7 @@ def dense_rows(
     """
     given = [x for x in (count, total, above, penalty, *(reach or ())) if x is not None]
     number, size = given[0].shape
-    if penalty is None and num_levels > size - 1:  # a window of one place each
+    if penalty is None and num_levels > size - 1:  # each window has one place
         given = [_extended(x, num_levels + 1, axis=1) for x in given]
     lanes = min(_LANES, number)
     whole = -(-number // lanes) * lanes
@@ -72,7 +73,7 @@ def dense_rows(
 
 
 def _extended(array, size: int, axis: int):
-    """With the last entry repeated."""
+    """Returns an array extended to `size` along an axis by repeating its last entry."""
     array = jnp.asarray(array)
     missing = size - array.shape[axis]
     if missing <= 0:
@@ -82,28 +83,28 @@ def _extended(array, size: int, axis: int):
 
 
 def _lesser(a, b):
-    """Their minimum, for numbers: one instruction where `minimum`, which heeds NaN, takes several."""
+    """Returns the minimum of two numbers in one instruction; `minimum` propagates NaN and takes several."""
     return jnp.where(a < b, a, b)
 
 
 def _cost(begin, end):
-    """Minus the gain of intervals from the cuts `begin` to the cuts `end`."""
+    """Returns minus the gain of intervals from the cuts `begin` to the cuts `end`."""
     weight, moment = (end[0] - begin[0]).astype(jnp.float64), (end[1] - begin[1]).astype(jnp.float64)
     pinned = ~begin[2] & end[2]
     gain = jnp.where(pinned, 0.0, moment * moment / jnp.where(weight > 0, weight, 1.0))
     if len(begin) > 3:
         least, most = begin[5], end[4]
         extent = jnp.where(pinned, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
-        gain = gain + jnp.where(extent > 0, extent * (begin[3] + end[3]), 0.0)  # a select between product and sum
+        gain = gain + jnp.where(extent > 0, extent * (begin[3] + end[3]), 0.0)  # a select separates product and sum
     return -gain
 
 
 def _partition(arrays, num_levels: int):
-    """As `dense_rows` for one group of rows: arrays `[M + 1, N]`, cuts `[K − 1, N]` and costs `[N]`."""
+    """Computes `dense_rows` for one group of rows: arrays `[M + 1, N]`, cuts `[K − 1, N]` and costs `[N]`."""
     size, lanes = arrays[0].shape
     if num_levels == 1:
         return jnp.zeros((0, lanes), jnp.int32), _cost([x[0] for x in arrays], [x[-1] for x in arrays])
-    empty = len(arrays) > 3  # may intervals be
+    empty = len(arrays) > 3  # whether intervals may be empty
     window = size if empty else size - num_levels
     if empty or size - 2 > _UNROLLED:
         layers = _in_blocks(arrays, num_levels - 1, window, empty)
@@ -111,7 +112,7 @@ def _partition(arrays, num_levels: int):
         layers = _in_tiles(arrays, num_levels - 1, window)
     place = jnp.arange(window, dtype=jnp.int32)[:, None]
 
-    def back(end_place, layer):  # the boundary before one, in a window that begins at `start`
+    def back(end_place, layer):  # finds the boundary before `end_place`, in a window from `start` on
         start = jnp.int32(0) if empty else layer + 1
         end = [jnp.take_along_axis(x, end_place[None], axis=0) for x in arrays]
         begin = [lax.dynamic_slice_in_dim(x, start, window) for x in arrays]
@@ -127,9 +128,9 @@ def _partition(arrays, num_levels: int):
 
 
 def _in_tiles(arrays, number: int, window: int):
-    """`[M − 1, number, N]` the least costs of 1 … `number` intervals up to the cuts 1 … M − 1, none of them empty.
+    """Returns `[M − 1, number, N]` the least costs of 1 … `number` non-empty intervals up to the cuts 1 … M − 1.
 
-    A tile of cuts and all begins before it, written out: nothing is stored between the terms.
+    Each tile of cuts is unrolled with all begins before it, so that nothing is stored between the terms.
     """
     places, lanes = len(arrays[0]) - 2, arrays[0].shape[1]
     tiles = max(1, places // _TILE)
@@ -155,9 +156,10 @@ def _in_tiles(arrays, number: int, window: int):
 
 
 def _in_blocks(arrays, number: int, window: int, empty: bool):
-    """As `_in_tiles`, and with empty intervals if `empty`, then from cut 0 to M; what lies past M is of no meaning.
+    """Returns what `_in_tiles` returns; with `empty` intervals may be empty, and cuts run from 0 to M.
 
-    A block's begins are settled one after the other; then they reach all later cuts and layers at once.
+    The begins of a block are settled one after the other; then they are added to all later cuts and layers at once.
+    Entries past the last cut have no meaning.
     """
     base = 0 if empty else 1
     size, lanes = arrays[0].shape
@@ -173,7 +175,7 @@ def _in_blocks(arrays, number: int, window: int, empty: bool):
     for stage in range(stages if number > 1 else 0):
         start = stage * span
         low, high, later = 0, number - 1, len(rest)
-        if not empty:  # layers and cuts that the windows of this stage's begins lead to
+        if not empty:  # layers and cuts that the begins of this stage can reach
             high, later = min(high, start + span), min(later, span + window)
             low = min(max(0, start - window + 1), high - 1)
         below = first[start : start + later] if low == 0 else rest[:later, low - 1]
@@ -185,7 +187,10 @@ def _in_blocks(arrays, number: int, window: int, empty: bool):
 
 
 def _stage(ends, below, targets, blocks: int, empty: bool):
-    """`targets [P, n, N]` with what begins in the first `blocks` blocks give; `below [P, N]` is the layer before."""
+    """Returns `targets [P, n, N]` lowered by intervals that begin in the first `blocks` blocks.
+
+    `below [P, N]` is the layer before the targets.
+    """
     place = jnp.arange(len(below), dtype=jnp.int32)
     starts = jnp.arange(blocks, dtype=jnp.int32) * _BLOCK
 
@@ -221,7 +226,7 @@ def _stage(ends, below, targets, blocks: int, empty: bool):
 
 
 def _with_empty(best, alone):
-    """Costs `[n, N]` by the layer, where empty intervals of the cost `alone [N]` may follow: 1, 2, 4 … at a time."""
+    """Returns layers of costs `[n, N]` that may end in empty intervals of cost `alone [N]`: 1, 2, 4 … at a time."""
     step = 1
     while step < len(best):
         best = jnp.concatenate([best[:step], _lesser(best[:-step] + step * alone, best[step:])])

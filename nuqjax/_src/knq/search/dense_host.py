@@ -1,34 +1,35 @@
-"""`search.dense` for rows on the host: nothing is compiled, and the cuts have the same places, ties among them.
+"""`search.dense` for rows on the host: nothing is compiled, and the cuts are the same, also where partitions tie.
 
-The shortest paths at a price (`search.priced_host`) say through which cuts a best partition may pass. Mostly these are
-its own; where they are more, because partitions tie or no price has a path of K intervals, the programme with a layer
-for each boundary passes over those few. No interval is empty here: only a lower bound over cells asks for that.
+The shortest paths at a price (`search.priced_host`) show which cuts may be boundaries of a best partition. Mostly these
+are its K − 1 boundaries. Where they are more, because partitions tie or no price has a path of K intervals, the
+programme with a layer for each boundary runs over those few cuts. No interval is empty here: only a lower bound over
+cells needs empty ones.
 """
 
 import numpy as np
 
 from nuqjax._src.knq.search.priced_host import priced_paths
 
-_TRIALS = 24  # of a price
-_TABLE = 2**20  # costs held at once
-_TILE = 16  # cuts at once
-_MOST = 64  # rows at once
-_EXACT = 2.0**52  # the differences of smaller whole numbers are exact in float64
+_TRIALS = 24  # prices to try, at most
+_TABLE = 2**20  # costs stored at once
+_TILE = 16  # cuts handled at once
+_MOST = 64  # rows handled at once
+_EXACT = 2.0**52  # differences of integers below this are exact in float64
 
 
 def dense_rows(count, total, size, zero, price, *, num_levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the partition of each row into K intervals that makes Σ S²/n greatest: as `search.dense.dense_rows`.
+    """Finds the partition of each row into K intervals that makes Σ S²/n greatest, like `search.dense.dense_rows`.
 
     Args:
       count: `[R, M + 1]` running weights at ascending cuts; float64 or int64. Cuts may repeat after the last.
       total: `[R, M + 1]` running sums of weight times value; float64 or int64.
       size: `[R]` the last cut of each row.
-      zero: `[R]` the cut below the value zero, where the interval from there to the next cut gains nothing, or None.
-      price: `[R]` float64 positive, to begin with.
+      zero: `[R]` the cut below the held zero: an interval from a cut not above it to one above it gains 0; or None.
+      price: `[R]` float64 positive, the first price to try.
       num_levels: K, from 2 to M.
 
     Returns:
-      `[R, K − 1]` ascending cuts between the intervals, and `[R]` float64 minus their gain.
+      `[R, K − 1]` ascending cuts between the intervals, and `[R]` float64 minus the gain.
 
     >>> values = np.array([[1.0, 2.0, 3.0, 10.0, 11.0]])
     >>> running = np.concatenate([[[0.0]], np.cumsum(values, axis=1)], axis=1)
@@ -46,13 +47,13 @@ def dense_rows(count, total, size, zero, price, *, num_levels: int) -> tuple[np.
             n, s, last, pins, price[several], _TRIALS, True, num_levels=num_levels, pin=zero is not None
         )
         found = np.minimum(found, size[several, None])
-        # What is added up is rounded, each time in proportion to all that is there.
+        # Every addition is rounded in proportion to its sum.
         free = num_levels - (zero is not None)
         gain = -_cost_of(n, s, found, pins)
         off = (np.abs(cost) + np.abs(gain) + free * price) * ((last + 64) * 2.0**-50)
         most = np.maximum((free * price - gain) - cost, 0.0) + off
         near = excess - cost[:, None] <= most[:, None]
-        near[np.arange(last + 1) >= size[several, None]] = False  # the ends are cuts anyhow
+        near[np.arange(last + 1) >= size[several, None]] = False  # the ends of a row are always cuts
         near[:, 0] = False
         number = near.sum(axis=1)
         left = np.flatnonzero((number > num_levels - 1) | ~exact)
@@ -68,7 +69,7 @@ def dense_rows(count, total, size, zero, price, *, num_levels: int) -> tuple[np.
 
 
 def _cost_of(count, total, cuts, zero) -> np.ndarray:
-    """`[R]` minus the gain of partitions, added up from the left."""
+    """Returns `[R]` minus the gain of partitions, added up from the left."""
     whole = np.pad(cuts, ((0, 0), (1, 1)))
     whole[:, -1] = count.shape[1] - 1
     n, s = (np.diff(np.take_along_axis(x, whole, axis=1), axis=1).astype(np.float64) for x in (count, total))
@@ -79,7 +80,7 @@ def _cost_of(count, total, cuts, zero) -> np.ndarray:
 
 
 def _among(count, total, near, size, zero, num_levels: int) -> np.ndarray:
-    """As `dense_rows`, of partitions at those cuts alone that are `near [R, M + 1]` a best path."""
+    """Finds the best partition as `dense_rows` does, only at cuts that are `near [R, M + 1]` a best path."""
     row, cut = np.nonzero(near)
     number = near.sum(axis=1)
     most = max(int(number.max()) + 1, num_levels)
@@ -92,7 +93,7 @@ def _among(count, total, near, size, zero, num_levels: int) -> np.ndarray:
 
 
 def _partition(count, total, above, num_levels: int) -> np.ndarray:
-    """`[R, K − 1]` the places among cuts `[M + 1, R]` of the best partition; of equals the one with the lowest cuts."""
+    """Returns `[R, K − 1]` places among cuts `[M + 1, R]` of the best partition; of equal ones, that of lowest cuts."""
     size, lanes = count.shape
     count = count.astype(np.float64)
     if total.dtype == np.int64 and max(int(total.max()), -int(total.min())) < _EXACT:
@@ -110,7 +111,7 @@ def _partition(count, total, above, num_levels: int) -> np.ndarray:
 
     window = size - num_levels  # places of a boundary: no interval is empty
     places = np.arange(window)
-    # From each cut but the first to each but the last, and none back.
+    # Costs from each inner cut to the later inner cuts in its window; elsewhere they are infinite.
     costs = np.full((size - 1, size - 1, lanes), np.inf)
     for begin in range(1, size - 2):
         end = slice(begin + 1, min(begin + window, size - 2) + 1)
@@ -119,7 +120,7 @@ def _partition(count, total, above, num_levels: int) -> np.ndarray:
     layers[0] = cost(0, slice(1, window + 1))
     for layer in range(1, num_levels - 1):
         earlier, later = layers[layer - 1], layers[layer]
-        # The cuts before lie among layer … layer + window − 1, the ends among one more.
+        # The cuts before lie in layer … layer + window − 1, and the ends one higher.
         for low in range(0, window, _TILE):
             high = min(low + _TILE, window)
             reached = costs[layer : layer + high, layer + 1 + low : layer + 1 + high] + earlier[:high, None]

@@ -1,14 +1,14 @@
-"""Gaps too wide for an interval of the best partition to reach over are narrowed before rows are searched.
+"""Narrows gaps that no interval of the best partition can cross, before rows are searched.
 
-Beside an outlier of 10⁶ deviations, or in clusters as far apart, what decides between partitions is smaller than what
-float64 rounds off the sums. But let U be the error of some partition, and g the gap between two neighbouring values of
-weights v and w. If g² v w/(v + w) > U, the best partition has a boundary in the gap (and so has that of error U), and
-then its error does not depend on g. So the gap may shrink as long as the line holds: the row with all such gaps
-narrowed has the same best partition, of the same error. It is searched and proven in place of the row, and its levels
-are moved back. This is repeated while it helps: the better the partition known, the narrower the gaps.
+Next to an outlier of 10⁶ deviations, or in clusters as far apart, the costs of partitions differ by less than float64
+rounds off the sums. But let U be the error of some partition, and g the gap between two neighbouring values of weights
+v and w. If g² v w/(v + w) > U, the best partition has a boundary in the gap, and so has that of error U. Then its error
+does not depend on g, and the gap may shrink as long as the inequality holds: the row with all such gaps narrowed has
+the same best partition, of the same error. That row is searched and proven instead, and its levels are moved back. This
+is repeated while it helps: the better the known partition, the narrower the gaps.
 
-What is moved keeps its own distances to a unit in the last place, and where to is computed in integers, so that all
-ways to run this agree.
+Values that move together keep their distances to a unit in the last place. The places to which they move are computed
+in integers, so the result does not depend on how this is run.
 """
 
 import functools
@@ -24,24 +24,24 @@ from nuqjax._src.knq.rows.sorted import SortedRows, take
 from nuqjax._src.knq.search.search import Partition, Rows, coarse_cuts, partition
 from nuqjax._src.leaf.rows import namespace
 
-_RESOLVED = 2.0**-26  # of the largest square, times the number of values: rounding is 2⁻²⁶ of an error as large
-_LOST = 2.0**-40  # of the largest square, times the number of values: a price below may be rounding alone
-_SPREAD = 12  # cuts among which the widest gaps are looked for, a level
-_GAIN = 8.0  # by which the row must shrink for another search to be worth it
-SEARCHES = 8  # of a row, at most
-_STEPS = 2.0**45  # in which the place of a stretch is counted from the last
-_FINEST = 2.0**-30  # of the longest step, a narrowed gap: all 256 stretches may be joined to one over such gaps
+_RESOLVED = 2.0**-26  # times the largest square and the number of values: of an error of this size rounding is 2⁻²⁶
+_LOST = 2.0**-40  # times the largest square and the number of values: a price below this may be rounding alone
+_SPREAD = 12  # cuts for each level, among which the widest gaps are sought
+_GAIN = 8.0  # factor by which the row must shrink to make another search worth it
+SEARCHES = 8  # searches of a row, at most
+_STEPS = 2.0**45  # units in the longest step between stretches, at most: the places of stretches are counted in these
+_FINEST = 2.0**-30  # least width of a narrowed gap, over the longest step: smaller gaps may join all 256 stretches
 _POWERS = np.ldexp(1.0, np.arange(-1022, 1024))
 
 
 class Gaps(NamedTuple):
-    """Where values are moved to: those from each of `first` to the next from `origin` to `place`.
+    """Where values move: those from each of `first` up to the next move as `origin` moves to `place`.
 
     Attributes:
-      first: `[R, K]` ascending values.
-      origin: `[R, K]`.
-      place: `[R, K]`.
-      factor: `[R]` a power of two by which all is multiplied in the end.
+      first: `[R, K]` ascending values, at which the intervals begin.
+      origin: `[R, K]` first value of the stretch to which each interval belongs.
+      place: `[R, K]` where that value moves.
+      factor: `[R]` a power of two by which all moved values are multiplied.
     """
 
     first: Any
@@ -50,18 +50,18 @@ class Gaps(NamedTuple):
     factor: Any
 
     def narrow(self, values):
-        """`[R, m]` where values are moved to."""
+        """Returns `[R, m]` the places to which values of the row move."""
         piece = _last_not_above(self.first, values)
         return ((values - take(self.origin, piece)) + take(self.place, piece)) * self.factor[:, None]
 
     def widen(self, levels):
-        """The inverse."""
+        """Returns `[R, m]` levels of the narrowed row moved back to the row: the inverse of `narrow`."""
         piece = _last_not_above(self.narrow(self.first), levels)
         return (levels / self.factor[:, None] - take(self.place, piece)) + take(self.origin, piece)
 
 
 class Searched(NamedTuple):
-    """The rows that were searched last, their gaps narrowed by `gaps`, None if none is, and their partition."""
+    """The rows that were searched last, the `gaps` narrowed in them (None if there are none), and their partition."""
 
     rows: Rows
     gaps: Gaps | None
@@ -69,9 +69,9 @@ class Searched(NamedTuple):
 
 
 def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Searched:
-    """Searches the best partition of rows, with their wide gaps narrowed where that changes what can be resolved.
+    """Searches the best partition of rows, with their wide gaps narrowed where rounding would hide differences.
 
-    Not of `ShardedRows`: `run.mesh` decides about these on the host, if that may ask all devices.
+    In `ShardedRows` no gaps are narrowed here: `run.mesh` does that from the host, if it may ask all devices.
     """
     if num_levels == 1 or rows.length <= num_levels or isinstance(rows, ShardedRows):
         return Searched(rows, None, partition(rows, num_levels, keep_zero, dense_cuts))
@@ -114,7 +114,7 @@ def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Sea
 
 
 def _moved(rows: Rows, gaps: Gaps) -> Rows:
-    """The rows with narrowed gaps; those without any as they were, also in how their sums were rounded."""
+    """Returns the rows with narrowed gaps; rows without any keep their values and the rounding of their sums."""
     moved = rows.with_values(gaps.narrow)
     if not isinstance(rows, SortedRows):
         return moved
@@ -124,23 +124,23 @@ def _moved(rows: Rows, gaps: Gaps) -> Rows:
 
 
 def no_gaps(rows: Rows, num_levels: int) -> Gaps:
-    """Values stay where they are."""
+    """Returns the `Gaps` that move no value."""
     xp = namespace(rows.size)
     nothing = xp.zeros((rows.size.shape[0], num_levels))
     return Gaps(nothing, nothing, nothing, xp.ones(rows.size.shape[0]))
 
 
 def chosen(which, one, other):
-    """The rows of one tree of arrays where `which [R]`, else those of another."""
+    """Returns a tree of arrays with the rows of `one` where `which [R]` is true, and those of `other` elsewhere."""
     xp = namespace(which)
     return jax.tree.map(lambda a, b: xp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
 
 
 def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool):
-    """The gaps to narrow, and `[R]` whether it is worth to search again with these.
+    """Returns the gaps to narrow, and `[R]` whether another search with them is worth it.
 
-    They are those that a partition leaves: the one found, or, where its price may be no more than rounding, one at the
-    widest gaps of cuts spread over the row, if that is better.
+    They are the gaps at the boundaries of the partition found. Where its price may be rounding alone, a partition at
+    the widest gaps among cuts spread over the row is taken instead, if it is better.
     """
     xp = namespace(rows.size)
     cuts, most = found.cuts, _most(rows, found.cuts, keep_zero)
@@ -159,14 +159,14 @@ def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool):
 
 
 def _count(rows: Rows, keep_zero: bool) -> int:
-    """The number of values of a row, counted or not, without the zeros that were put there to be held."""
+    """Returns the number of values of a row, counted or not, without the zeros added for `keep_zero`."""
     if not keep_zero or isinstance(rows, SortedRows):
         return rows.nominal
     return rows.nominal - (lax.axis_size(rows.axes) if isinstance(rows, ShardedRows) else 1)
 
 
 def _cuts_at_wide_gaps(rows: Rows, count: int):
-    """`[R, count]` ascending cuts: of some spread over the row those with the widest gaps."""
+    """Returns `[R, count]` ascending cuts: those with the widest gaps among cuts spread over the row."""
     xp = namespace(rows.size)
     cuts = coarse_cuts(rows, _SPREAD * (count + 1))
     gap = rows.value_at(cuts) - rows.value_at(cuts - 1)
@@ -176,7 +176,7 @@ def _cuts_at_wide_gaps(rows: Rows, count: int):
 
 
 def _intervals(rows: Rows, cuts):
-    """`[R, K]` the first and the last cut of each interval, and the first and the last value."""
+    """Returns the first and the last cut of each interval, and its first and last value; each `[R, K]`."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
     begin = xp.concatenate([xp.zeros_like(size), cuts], axis=1)
@@ -186,7 +186,7 @@ def _intervals(rows: Rows, cuts):
 
 
 def _most(rows: Rows, cuts, keep_zero: bool):
-    """`[R]` four times as much as any interval between the cuts costs, at least: its weight times its width squared."""
+    """Returns `[R]` the greatest weight · width² of the intervals between cuts: at least four times the cost of any."""
     xp = namespace(rows.size)
     begin, end, first, last = _intervals(rows, cuts)
     width = xp.where(end > begin, last - first, 0.0)
@@ -197,12 +197,15 @@ def _most(rows: Rows, cuts, keep_zero: bool):
     below, through = (rows.sums_below(cuts)[0] for cuts in (begin, end))
     weight = (through - below).astype(xp.float64)
     if below.dtype != xp.int64:
-        weight = weight + _count(rows, keep_zero) * 2.0**-rows.frac  # what rounding may have taken
+        weight = weight + _count(rows, keep_zero) * 2.0**-rows.frac  # what rounding may have taken off
     return xp.max(weight * width * width, axis=1)
 
 
 def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
-    """The gaps at cuts, those narrowed over which no interval reaches that costs less than `error [R]` / 4."""
+    """Returns the gaps at cuts; those that no interval cheaper than `error [R]` can cross are narrowed until one could.
+
+    `error` is at least four times the error of the partition at the cuts.
+    """
     xp = namespace(rows.size)
     begin, end, first, last = _intervals(rows, cuts)
     beside = _weights_beside(rows, begin, keep_zero)
@@ -212,16 +215,16 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
     every = xp.broadcast_to(xp.arange(begin.shape[1], dtype=xp.int64), begin.shape)
 
     def stretches(wide):
-        """Where stretches start, the first value of that to which each interval belongs, and the steps between."""
+        """Returns the first value of the stretch to which each interval belongs, and the steps between stretches."""
         starts = (beside > 0) & (gap > wide) & (end > begin)
         origin = take(first, _running_max(xp.where(starts, every, 0)))
         before = xp.concatenate([origin[:, :1], origin[:, :-1]], axis=1)
         return origin, xp.where(starts, wide + (below - before), 0.0)
 
     _, step = stretches(wide)
-    wide = xp.maximum(wide, xp.max(step, axis=1, keepdims=True) * _FINEST)  # not lost beside the longest stretch
+    wide = xp.maximum(wide, xp.max(step, axis=1, keepdims=True) * _FINEST)  # not lost next to the longest stretch
     origin, step = stretches(wide)
-    # Each stretch begins a narrowed gap behind the last one's end, in integers of a fine unit.
+    # Each stretch begins one narrowed gap after the end of the stretch before it, in integers of a fine unit.
     unit = _power_of_two(xp.max(step, axis=1)) * (2.0 / _STEPS)
     unit = xp.where(unit > 0, unit, 1.0)[:, None]
     steps = xp.cumsum(xp.ceil(step / unit).astype(xp.int64), axis=1)
@@ -236,7 +239,7 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
 
 
 def _weights_beside(rows: Rows, cuts, keep_zero: bool):
-    """At least v w/(v + w) of the values of weights v and w beside each cut; a pinned zero weighs infinitely much."""
+    """Returns a lower bound on v w/(v + w) of the weights v and w next to each cut; a held zero is infinitely heavy."""
     xp = namespace(rows.size)
     here = rows.sums_below(cuts)[0]
     if here.dtype == xp.int64:
@@ -244,7 +247,7 @@ def _weights_beside(rows: Rows, cuts, keep_zero: bool):
     else:
         below = here - rows.sums_below(rows.before_ties(xp.maximum(cuts - 1, 0)))[0]
         above = rows.sums_below(rows.after_ties(xp.minimum(cuts + 1, rows.size[:, None])))[0] - here
-        off = _count(rows, keep_zero) * (2.0**-rows.frac + 2.0**-52)  # at most, by rounding
+        off = _count(rows, keep_zero) * (2.0**-rows.frac + 2.0**-52)  # by rounding, at most
         below, above = (xp.maximum(x - off, 0.0) for x in (below, above))
     both = above + below
     harmonic = above * below / xp.where(both > 0, both, 1.0)
@@ -255,7 +258,7 @@ def _weights_beside(rows: Rows, cuts, keep_zero: bool):
 
 
 def _power_of_two(x):
-    """The largest power of two not above a number; 0 of 0. By comparisons, as TPUs have no bits of float64."""
+    """Returns the largest power of two not above x, 0 for 0; by comparisons, as TPUs do not expose float64's bits."""
     xp = namespace(x)
     place = xp.searchsorted(xp.asarray(_POWERS), x, side="right")
     return xp.where(x > 0, xp.asarray(_POWERS)[xp.maximum(place - 1, 0)], 0.0)
@@ -268,7 +271,7 @@ def _running_max(array):
 
 
 def _last_not_above(ascending, wanted):
-    """`[R, m]` the place of the last of `ascending [R, K]` not above each of `wanted [R, m]`; 0 if all are."""
+    """Returns `[R, m]` the place of the last of `ascending [R, K]` not above each of `wanted [R, m]`, else 0."""
     inner = ascending[:, 1:]
     if isinstance(ascending, np.ndarray):
         found = [np.searchsorted(row, x, side="right") for row, x in zip(inner, wanted, strict=True)]

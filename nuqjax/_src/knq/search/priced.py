@@ -1,14 +1,14 @@
-"""The best partition into K intervals as a shortest path: every interval costs its squared error and a price.
+"""The best partition into K intervals as a shortest path: every interval costs its squared error plus a price.
 
-One pass over some cuts serves any number of levels, where the programme with a fixed number needs a layer for each
-(Aggarwal, Schieber and Tokuyama 1994): as the least error is a convex function of K, there is a price at which the
-best path has K intervals, and it is the best partition into K. The price is searched; an interval of weight n and
-weighted sum S costs −S²/n, which is its squared error but for what all partitions have in common.
+One pass over the cuts serves any number of levels, where the programme with a fixed number needs a layer for each
+(Aggarwal, Schieber and Tokuyama 1994). The least error is a convex function of K, so there is a price at which the best
+path has K intervals, and that path is the best partition into K. The price is searched. An interval of weight n and
+weighted sum S costs −S²/n, which is its squared error minus a term that all partitions share.
 
-The cut at which the best last interval begins never moves back (the error is a Monge cost). So a pass takes a block of
-cuts at a time: of the last one the best beginning is searched from that of the block before's last on, and those of the
-others lie between the two. Beginnings inside the block are looked at where one is better for its last cut: one that is
-better for any end in it is so for that one too.
+The cut at which the best last interval begins never moves back, because the error is a Monge cost. So a pass handles a
+block of cuts at a time. For the block's last cut the best beginning is sought no earlier than that for the last cut of
+the block before; for the block's other cuts it lies between these two. Beginnings inside the block are considered only
+if one of them is better for its last cut: if one is better for any cut of the block, it is better for the last too.
 """
 
 import functools
@@ -23,28 +23,28 @@ from nuqjax._src.knq.rows.sorted import first_least, windows
 
 _LANES = 16  # rows handled at once
 _BLOCK = 16  # cuts settled at once
-_WIDTH = 32  # beginnings looked at together, for one end
+_WIDTH = 32  # beginnings compared at once for one end
 _NEAR = 8  # and for a block of ends
 
 
 @functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
 def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool):
-    """The shortest paths with `num_levels` intervals through cuts.
+    """Searches the shortest paths with `num_levels` intervals through cuts.
 
     Args:
-      count: `[R, M + 1]` weight below each cut; those after cut number `size` do not count.
-      total: `[R, M + 1]` weighted sum below it, of the same dtype.
-      size: int32.
-      zero: `[R]` int32 with `pin`: the interval from a cut up to `zero` to one above it has the level 0, and no price.
-      price: `[R]` float64, to begin with.
-      trials: int32, of a price. If none of them gives K intervals, K of those that there are come back.
-      through: bool, whether `excess` is wanted.
+      count: `[R, M + 1]` weight below each cut; entries after cut number `size` do not count.
+      total: `[R, M + 1]` weighted sum below each cut, of the same dtype.
+      size: int32 number of the last cut.
+      zero: `[R]` int32, read with `pin`: an interval from a cut not above it to one above it has level 0 and no price.
+      price: `[R]` float64, the first price to try.
+      trials: int32, the most prices to try. If none has a path of K intervals, K − 1 cuts are taken from the last path.
+      through: bool, whether to compute paths through each cut.
       num_levels: K.
-      pin: whether a level is held at 0.
+      pin: whether there is a held zero.
 
     Returns:
-      `[R, K − 1]` int32 places among the cuts, `[R]` the price, `[R]` whether a path at it has K intervals, and
-      `[R, M + 1]` by how much the best path through each cut exceeds the best (0 without `through`).
+      `[R, K − 1]` int32 places of the boundaries among the cuts, `[R]` the price, `[R]` whether a path at this price
+      has K intervals, and `[R, M + 1]` the cost of the best path through each cut (0 without `through`).
     """
     number = count.shape[0]
     lanes = min(_LANES, number)
@@ -72,7 +72,7 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
 
 
 class _Problem(NamedTuple):
-    """As the arguments of `priced_paths`, with room for a window behind the cuts; `zero` only where one is held."""
+    """Arguments of `priced_paths`, padded by a window after the cuts; `zero` is None without a held zero."""
 
     count: jax.Array
     total: jax.Array
@@ -81,24 +81,24 @@ class _Problem(NamedTuple):
 
 
 def _to_size(x, size):
-    """`[R, M + 1]` with the entries up to `size` in reverse order."""
+    """Returns `x [R, M + 1]` with its entries up to `size` in reverse order."""
     last = x.shape[1] - 1
     return lax.dynamic_slice_in_dim(jnp.pad(x[:, ::-1], ((0, 0), (0, last))), last - size, last + 1, 1)
 
 
 def _backwards(problem: _Problem) -> _Problem:
-    """The problem of the row from its end."""
+    """Returns the problem of the reversed row."""
     count, total, size, zero = problem
     count, total = (x[:, -1:] - _to_size(x, size) for x in (count, total))
     return _Problem(count, total, size, None if zero is None else size - 1 - zero)
 
 
 def _search(problem: _Problem, price, trials, num_levels: int):
-    """The price, whether it is one of K intervals, the potentials, and the places."""
+    """Returns the price, whether its path has K intervals, the potentials, and the places of the boundaries."""
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
-    # By how much more a price should be that has so many intervals (Panter and Dite 1951); XLA does not divide by
-    # constants alike for one row and for many.
+    # Factors for a price whose path has so many intervals (Panter and Dite 1951). A table, as XLA's division by a
+    # constant differs between one row and many.
     ratios = jnp.asarray((np.maximum(np.arange(steps + 2), 0.5) / free) ** 3)
 
     def attempt(price):
@@ -106,7 +106,7 @@ def _search(problem: _Problem, price, trials, num_levels: int):
         return potential, *_traced_back(problem, price, potential, firsts, steps)
 
     def error(price, potential, intervals):
-        paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select between product and sum
+        paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select separates product and sum
         return lax.dynamic_index_in_dim(potential, problem.size, axis=1, keepdims=False) - paid
 
     def wrong(state):
@@ -120,9 +120,9 @@ def _search(problem: _Problem, price, trials, num_levels: int):
         high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
         guess = price * _steeper(ratios[intervals], trial - 2)
         bracketed = (low[0] > 0) & (high[0] < jnp.inf)
-        # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
+        # At this price the paths of both sides cost the same. If K intervals are best at any price, they are here.
         equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)
-        # A path that was not followed to its end has no error, and rounding may leave none between two.
+        # The error of a path that was not traced to its start is unknown, and rounding may put this price outside.
         known = (low[2] <= steps) & (equal > low[0]) & (equal < high[0])
         between = jnp.where(known, equal, jnp.sqrt(low[0]) * jnp.sqrt(high[0]))
         price = jnp.where(intervals == free, price, jnp.where(bracketed, between, guess))
@@ -137,21 +137,21 @@ def _search(problem: _Problem, price, trials, num_levels: int):
 
 
 def _steeper(ratio, times):
-    """The ratio, squared some times: where values are sparse the price changes faster than with the cube."""
+    """Returns the ratio squared `times` times, at most 4: in sparse values the price changes faster than the cube."""
     for time in range(4):
         ratio = jnp.where(time < times, ratio * ratio, ratio)
     return ratio
 
 
 def _cost(potential, n, s, price, pinned):
-    """Of a path that goes on by an interval of weight n and sum s."""
+    """Returns the cost of a path of cost `potential` that is continued by an interval of weight n and sum s."""
     n, s = n.astype(jnp.float64), s.astype(jnp.float64)
     reached = potential - s * s / jnp.where(n > 0, n, 1.0) + price
     return reached if pinned is None else jnp.where(pinned, potential, reached)
 
 
 def _pinned(problem: _Problem, begin, end):
-    """Whether intervals `[R, …]` hold the pinned zero; None without one."""
+    """Returns whether intervals `[R, …]` contain the held zero; None if there is none."""
     if problem.zero is None:
         return None
     zero = problem.zero.reshape(-1, *[1] * (begin.ndim - 1))
@@ -159,9 +159,9 @@ def _pinned(problem: _Problem, begin, end):
 
 
 def _best_beginning(problem: _Problem, price, potential, first, end, last):
-    """`[R, 1]` where the best last interval to the cuts `end` begins, from `first` to `last`, all `[R, 1]`.
+    """Returns where the best last interval to the cuts `end` begins, from `first` to `last`; all are `[R, 1]`.
 
-    Of equals the first: the next block's beginnings are not before it.
+    Of equal beginnings it is the first, as beginnings for the next block are not sought before it.
     """
     n_end, s_end = (jnp.take_along_axis(x, end, axis=1) for x in problem[:2])
 
@@ -179,7 +179,7 @@ def _best_beginning(problem: _Problem, price, potential, first, end, last):
 
 
 def _potentials(problem: _Problem, price):
-    """The cost `[R, m]` of the shortest path to each cut, and `[R, blocks + 1]` the first beginning for each block."""
+    """Returns the cost `[R, m]` of the shortest path to each cut, and `[R, blocks + 1]` the first begin per block."""
     count, total, size, _ = problem
     lane = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
     paid = price[:, None]
@@ -208,7 +208,7 @@ def _potentials(problem: _Problem, price):
         def to_last(best):
             return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _pinned(problem, end, last))
 
-        # A beginning in the block that is better for any end in it than all before is so for the block's last too.
+        # If a beginning inside the block is better for any cut in it than all before, it is better for the last too.
         within = jnp.any(to_last(best) < best[:, -1:], axis=1, keepdims=True)
 
         def from_within():
@@ -232,7 +232,7 @@ def _potentials(problem: _Problem, price):
 
 
 def _traced_back(problem: _Problem, price, potential, firsts, steps: int):
-    """The cuts of each path from its end, and how many intervals are priced."""
+    """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
 
     def back(end, _):
         last = jnp.maximum(end - 1, 0)
@@ -245,5 +245,5 @@ def _traced_back(problem: _Problem, price, potential, firsts, steps: int):
     end = jnp.full((price.shape[0], 1), problem.size, jnp.int32)
     at, (chain, free) = lax.scan(back, end, length=steps)
     intervals = jnp.sum(free, axis=0, dtype=jnp.int32)
-    intervals = jnp.where(at[:, 0] > 0, steps + 1, intervals)  # more than were followed
+    intervals = jnp.where(at[:, 0] > 0, steps + 1, intervals)  # more than were traced
     return jnp.concatenate([end, chain.T], axis=1), intervals

@@ -1,9 +1,9 @@
 """`search.priced` in NumPy, for rows on the host: nothing is compiled, and places and prices are bit for bit the same.
 
-Rows come last, some dozens at a time, so that one operation serves all of them. Where intervals hold few cells, the
-gains of all up to a width are made once for all prices (`_narrow_path`). Where they hold many, a block of cuts is
-settled at once: each row has a window of its own of the cuts at which a best interval may begin, and what is gathered
-of it serves all cuts of the block (`_wide_path`).
+Rows are on the last axis, some dozens at a time, so that one operation serves all of them. Where intervals hold few
+cells, the gains of all intervals up to a width are computed once for all prices (`_narrow_path`). Where they hold many,
+a block of cuts is settled at once (`_wide_path`): each row has its own window of cuts at which a best interval may
+begin, and the sums gathered from it serve all cuts of the block.
 """
 
 import itertools
@@ -12,32 +12,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _LANES = 128  # rows handled at once
-_GROUP = 16  # of which those with windows of similar widths are handled together
-_NARROW = 12  # cells of an interval, on average, up to which the gains of all are kept
-_BAND = 2.5  # times as wide an interval is looked at first
-_HELD = 2**21  # gains kept at once
+_GROUP = 16  # rows with windows of similar widths, handled together
+_NARROW = 12  # cells per interval, on average, up to which the gains of all intervals are stored
+_BAND = 2.5  # width of the widest intervals tried first, over the average
+_HELD = 2**21  # gains stored at once
 LEAST_BLOCK, _BLOCK, _MOST_BLOCK = 4, 32, 128  # cuts settled at once: at the ends of a row, with one window, at most
-_PER_BLOCK = 4  # times as many cuts lie between an end and a block
-_EXACT = 2.0**52  # the sums and differences of smaller whole numbers are exact in float64
+_PER_BLOCK = 4  # a block has at most one cut for every so many between it and the nearer end of the row
+_EXACT = 2.0**52  # sums and differences of integers below this are exact in float64
 
 
 def priced_paths(count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, pin: bool):
-    """The shortest paths with `num_levels` intervals through cuts: as `search.priced.priced_paths`, in NumPy.
+    """Searches the shortest paths with `num_levels` intervals through cuts, like `search.priced.priced_paths`.
 
     Args:
-      count: `[R, M + 1]` weight below each cut; those after cut number `size` do not count.
-      total: `[R, M + 1]` weighted sum below it, of the same dtype.
+      count: `[R, M + 1]` weight below each cut; entries after cut number `size` do not count.
+      total: `[R, M + 1]` weighted sum below each cut, of the same dtype.
       size: number of the last cut.
-      zero: `[R]` with `pin`: the interval from a cut up to `zero` to one above it has the level 0, and no price.
-      price: `[R]` float64, to begin with.
-      trials: of a price. If none of them gives K intervals, K of those that there are come back.
-      through: whether `excess` is wanted.
+      zero: `[R]`, read with `pin`: an interval from a cut not above it to one above it has level 0 and no price.
+      price: `[R]` float64, the first price to try.
+      trials: the most prices to try. If none has a path of K intervals, K − 1 cuts are taken from the last path.
+      through: whether to compute paths through each cut.
       num_levels: K.
-      pin: whether a level is held at 0.
+      pin: whether there is a held zero.
 
     Returns:
-      `[R, K − 1]` places among the cuts, `[R]` the price, `[R]` whether a path at it has K intervals, `[R, size + 1]`
-      the cost of the best path through each cut (0 without `through`), and `[R]` the cost of the path.
+      `[R, K − 1]` places of the boundaries among the cuts, `[R]` the price, `[R]` whether a path at this price has K
+      intervals, `[R, size + 1]` the cost of the best path through each cut (0 without `through`), and `[R]` the cost of
+      the path.
     """
     width, lanes = None, _LANES
     if size <= _NARROW * num_levels:
@@ -58,9 +59,10 @@ def priced_paths(count, total, size: int, zero, price, trials: int, through: boo
 
 
 class _Problem(NamedTuple):
-    """Rows last: `count` and `total` `[m + 1, R]`, `zero [R]` only where a level is held there.
+    """Arguments of `priced_paths` with rows on the last axis: `count`, `total` `[m + 1, R]`; `zero [R]` or None.
 
-    `gains [W, m + 1, R]` of the intervals of W − w cells that end at each cut, where they are few; else None.
+    `gains [W, m + 1, R]` has at w the gains of the intervals of W − w cells that end at each cut. It is None where
+    intervals hold too many cells to store them.
     """
 
     count: np.ndarray
@@ -76,8 +78,8 @@ class _Path(NamedTuple):
 
     Attributes:
       potential: `[m + 1, R]` its cost.
-      block: `[m + 1]` the block to which each cut belongs; None where gains are kept.
-      firsts: `[blocks, R]` the first cut at which a best interval to a cut of each block may begin.
+      block: `[m + 1]` the block to which each cut belongs; None where gains are stored.
+      firsts: `[blocks, R]` the first cut at which a best interval to a cut of each block may begin; None likewise.
     """
 
     potential: np.ndarray
@@ -86,7 +88,7 @@ class _Path(NamedTuple):
 
 
 def _problem(count, total, size: int, zero, width: int | None, num_levels: int) -> _Problem:
-    """With the gains of intervals of up to `width` cells, if that is known."""
+    """Returns the problem, with the gains of intervals of up to `width` cells if that is not None."""
     count, total = (np.ascontiguousarray(x[:, : size + 1].T) for x in (count, total))
     count = count.astype(np.float64, copy=False)
     block = 1 << max(size // (2 * num_levels), 1).bit_length() - 1
@@ -106,9 +108,9 @@ def _with_gains(problem: _Problem, width: int) -> _Problem:
 
 
 def _backwards(problem: _Problem) -> _Problem:
-    """The problem of the row from its end."""
+    """Returns the problem of the reversed rows."""
     count, total, zero, gains, weighty, block = problem
-    if gains is not None:  # the interval that begins at a cut and has W − w cells ends as many cuts later
+    if gains is not None:  # an interval of W − w cells ends as many cuts after its begin
         width, length, number = gains.shape
         padded = np.concatenate([gains, np.zeros((width, width, number))], axis=1)
         w, cut, row = padded.strides
@@ -119,13 +121,13 @@ def _backwards(problem: _Problem) -> _Problem:
 
 
 def _search(problem: _Problem, price, trials: int, num_levels: int):
-    """The problem, prices, whether they are of K intervals, potentials and places; each row is searched until it has K.
+    """Returns the problem, prices, whether their paths have K intervals, potentials, and places of the boundaries.
 
-    The problem that comes back may keep the gains of wider intervals.
+    A row is no longer searched once it has K intervals. The problem returned may store the gains of wider intervals.
     """
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
-    # By how much more a price should be that has so many intervals (Panter and Dite 1951).
+    # Factors for a price whose path has so many intervals (Panter and Dite 1951).
     ratios = (np.maximum(np.arange(steps + 2), 0.5) / free) ** 3
     found, number = price.copy(), len(price)
     problem, path = _path(problem, price)
@@ -133,7 +135,7 @@ def _search(problem: _Problem, price, trials: int, num_levels: int):
     chain, intervals = _traced_back(problem, price, path, steps)
     low = np.zeros(number), np.zeros(number), np.zeros(number, np.int64)
     high = np.full(number, np.inf), np.zeros(number), np.zeros(number, np.int64)
-    held, some = np.arange(number), problem  # the rows that are still searched, with some that are not any more
+    held, some = np.arange(number), problem  # rows still searched, and some that are done
     for trial in range(1, trials):
         wrong = np.flatnonzero(intervals != free)
         if not len(wrong):
@@ -146,9 +148,9 @@ def _search(problem: _Problem, price, trials: int, num_levels: int):
         below, above = (tuple(x[wrong] for x in bounds) for bounds in (low, high))
         guess = here * _steeper(ratios[counts], trial - 2)
         bracketed = (below[0] > 0) & (above[0] < np.inf)
-        # At this price the paths of either side cost the same: there K intervals are best, if they are anywhere.
+        # At this price the paths of both sides cost the same. If K intervals are best at any price, they are here.
         equal = (above[1] - below[1]) / np.maximum(below[2] - above[2], 1)
-        # A path that was not followed to its end has no error, and rounding may leave none between two.
+        # The error of a path that was not traced to its start is unknown, and rounding may put this price outside.
         known = (below[2] <= steps) & (equal > below[0]) & (equal < above[0])
         between = np.where(known, equal, np.sqrt(below[0]) * np.sqrt(above[0]))
         found[wrong] = np.where(bracketed, between, guess)
@@ -173,7 +175,7 @@ def _of_rows(problem: _Problem, rows: np.ndarray) -> _Problem:
 
 
 def _path(problem: _Problem, price) -> tuple[_Problem, _Path]:
-    """The shortest paths, and the problem, with the gains of wider intervals if that is what they took."""
+    """Returns the problem, with the gains of wider intervals if the paths needed them, and the shortest paths."""
     if problem.gains is None:
         return problem, (_path_of_one if problem.count.shape[1] == 1 else _wide_path)(problem, price)
     while True:
@@ -184,14 +186,14 @@ def _path(problem: _Problem, price) -> tuple[_Problem, _Path]:
 
 
 def _steeper(ratio, times: int):
-    """The ratio, squared some times: where values are sparse the price changes faster than with the cube."""
+    """Returns the ratio squared `times` times, at most 4: in sparse values the price changes faster than the cube."""
     for _ in range(max(min(times, 4), 0)):
         ratio = ratio * ratio
     return ratio
 
 
 def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
-    """S²/n of intervals, 0 of those that weigh nothing."""
+    """Returns S²/n of intervals, 0 for those of weight 0."""
     n, s = end_count - begin_count, end_total - begin_total
     s = s.astype(np.float64, copy=False)
     np.multiply(s, s, out=s)
@@ -201,7 +203,7 @@ def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
 
 
 def _reached(begun, gain, price, pinned):
-    """The cost of paths that go on by intervals of such gains, which are overwritten."""
+    """Returns the costs of paths of cost `begun` continued by intervals of these gains; `gain` is overwritten."""
     np.subtract(begun, gain, out=gain)
     np.add(gain, price, out=gain)
     if pinned is not None:
@@ -210,21 +212,22 @@ def _reached(begun, gain, price, pinned):
 
 
 def _least(begun, gain, price, pinned):
-    """The least of these costs over the first axis; a price is added to the least, or to all, with the same result."""
+    """Returns the least costs of `_reached` over the first axis; adding the price after the minimum changes no bit."""
     if pinned is not None:
         return _reached(begun, gain, price, pinned).min(axis=0)
     return np.subtract(begun, gain, out=gain).min(axis=0) + price
 
 
 def _narrow_path(problem: _Problem, price) -> _Path | None:
-    """The shortest path to each cut from the gains of all intervals up to a width; None if that may be too narrow.
+    """Returns the shortest path to each cut from the gains of intervals up to a width; None if that may be too narrow.
 
-    As the best beginning never moves back, no best interval is wider if none to the cut before is as wide.
+    The best beginning never moves back. So the best interval to a cut is within the width if that to the cut before is
+    narrower than the width.
     """
     zero, gains = problem.zero, problem.gains
     width, length, number = gains.shape
     lag = np.arange(width, 0, -1)[:, None]
-    potential = np.full((width + length, number), np.inf)  # behind what stands for cuts before the first
+    potential = np.full((width + length, number), np.inf)  # padded for cuts before the first
     potential[width] = 0.0
     widest = np.empty((length, number))
     zero = np.zeros(0, np.int64) if zero is None else zero
@@ -249,7 +252,7 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
 
 
 def schedule(cuts: int, most: int) -> list[int]:
-    """Where blocks end: the nearer to an end of the row, the smaller, as intervals are there."""
+    """Returns where blocks end; blocks are smaller near the ends of the row, as intervals are."""
     ends = [0]
     while ends[-1] < cuts:
         near = min(ends[-1], cuts - ends[-1]) // _PER_BLOCK
@@ -259,19 +262,19 @@ def schedule(cuts: int, most: int) -> list[int]:
 
 
 class _Window(NamedTuple):
-    """Of the cuts from which intervals may begin, `[w, R]`, what paths to them cost, and their sums."""
+    """Costs of the paths to the cuts at which intervals may begin, and the sums below these cuts; all `[w, R]`."""
 
     begun: np.ndarray
     count: np.ndarray
     total: np.ndarray
 
     def part(self, index) -> "_Window":
-        """Some of the rows of the arrays."""
+        """Returns the window with its arrays indexed along the first axis."""
         return _Window(*(x[index] for x in self))
 
 
 class _Sums(NamedTuple):
-    """Running sums, flat, relative to those at a cut: where they are small enough they are exact in float64."""
+    """Costs and running sums, flat; a window takes its sums relative to a cut, as small ones are exact in float64."""
 
     potential: np.ndarray
     count: np.ndarray
@@ -279,7 +282,7 @@ class _Sums(NamedTuple):
     number: int
 
     def window(self, begin, lanes, reference) -> _Window:
-        """Those at cuts `begin [w, L]` of the rows `lanes [L]`."""
+        """Returns the window of the cuts `begin [w, L]` of the rows `lanes [L]`."""
         place = begin * self.number + lanes
         total = self.total.take(place)
         if total.dtype != np.float64:
@@ -288,14 +291,14 @@ class _Sums(NamedTuple):
 
 
 def _floats(*totals):
-    """Whole numbers as float64 where that is exact, elsewhere as they are: differences are those of the numbers."""
+    """Returns integers as float64 if their differences stay exact, else unchanged."""
     if totals[0].dtype == np.float64 or any(max(int(x.max()), -int(x.min())) >= _EXACT for x in totals):
         return totals
     return tuple(x.astype(np.float64) for x in totals)
 
 
 def _wide_path(problem: _Problem, price) -> _Path:
-    """The shortest path to each cut, a block of cuts at a time."""
+    """Returns the shortest path to each cut, computed a block of cuts at a time."""
     count, total, zero, _, weighty, most = problem
     length, number = count.shape
     every = np.arange(number)
@@ -319,7 +322,7 @@ def _wide_path(problem: _Problem, price) -> _Path:
         begun_totals, here = _floats(window.total, here)
         window = window._replace(total=begun_totals)
         n_end = count[below + 1 : last + 1]
-        # Where the best last intervals to the last cut begin; then those to the other stops, up to there.
+        # Find where the best interval to the last cut begins, then those to the other stops, which begin no later.
         gain = _gain(window.count, window.total, n_end[-1], here[-1], weighty)
         at = np.argmin(_reached(window.begun, gain, price, held(begin, last)), axis=0)
         begins = [np.zeros_like(at)]
@@ -335,7 +338,7 @@ def _wide_path(problem: _Problem, price) -> _Path:
             low, high = begins[number_], begins[number_ + 1]
             _settle(problem, price, window, begin, low, high, start, stop, below, n_end, here, potential)
         if last - below > 1:
-            # A beginning in the block that is better for any end in it than all before is so for its last too.
+            # A beginning inside the block that beats all before it for any cut of the block does so for the last too.
             best = potential[below + 1 : last + 1]
             within = np.flatnonzero((_on_to(problem, price, below, last, best, every) < best[-1]).any(axis=0))
             if len(within):
@@ -346,9 +349,10 @@ def _wide_path(problem: _Problem, price) -> _Path:
 
 
 def _settle(problem: _Problem, price, window, begin, low, high, start, stop, below, n_end, here, potential) -> None:
-    """Paths to the cuts after `start`, up to `stop`, whose last interval begins from `low` to `high` in the window.
+    """Computes paths to the cuts after `start`, up to `stop`, that begin their last interval in `low` to `high`.
 
-    Rows are taken in groups with ranges of similar widths.
+    `low` and `high` are places in the window. The costs are written to `potential`. Rows are handled in groups whose
+    ranges have similar widths.
     """
     zero = problem.zero
     ends = slice(start - below, stop - below)
@@ -371,7 +375,7 @@ def _settle(problem: _Problem, price, window, begin, low, high, start, stop, bel
 
 
 def _path_of_one(problem: _Problem, price) -> _Path:
-    """As `_wide_path` for one row, of which windows are slices."""
+    """Computes `_wide_path` for one row, in which windows are slices."""
     count, total, zero = problem.count[:, 0], problem.total[:, 0], -1 if problem.zero is None else int(problem.zero[0])
     weighty, length, paid = problem.weighty, len(count), price[0]
     potential = np.full(length, np.inf)
@@ -384,7 +388,7 @@ def _path_of_one(problem: _Problem, price) -> _Path:
         if s.dtype != np.float64:
             (s,) = _floats(s - s[below - first])
         begins = below - first + 1
-        crossed = first <= zero < last  # by intervals that hold the pinned zero
+        crossed = first <= zero < last  # by intervals that contain the held zero
         begin = np.arange(first, below + 1)
         held: Any = begin <= zero if crossed else None
         gain = _gain(n[:begins], s[:begins], n[-1], s[-1], weighty)
@@ -409,7 +413,7 @@ def _path_of_one(problem: _Problem, price) -> _Path:
 
 
 def _on_to(problem: _Problem, price, below: int, last: int, best, lanes):
-    """The cost of paths to `last` that go on by one interval from the cuts between `below` and `last`."""
+    """Returns the costs of paths to `last` whose last interval begins at a cut between `below` and `last`."""
     count, total, zero, _, weighty, _ = problem
     begin = slice(below + 1, last)
     pinned = None
@@ -420,7 +424,7 @@ def _on_to(problem: _Problem, price, below: int, last: int, best, lanes):
 
 
 def _settle_within(problem: _Problem, price, below: int, last: int, potential, first, lanes) -> None:
-    """Lets intervals of some rows begin inside a block too, cut by cut; in place."""
+    """Updates, in place and cut by cut, the paths of some rows whose last interval may begin inside the block too."""
     count, total, zero, _, weighty, _ = problem
     rows = slice(below + 1, last + 1)
     n, s, best, paid = count[rows, lanes], total[rows, lanes], potential[rows, lanes], price[lanes]
@@ -435,7 +439,7 @@ def _settle_within(problem: _Problem, price, below: int, last: int, potential, f
 
 
 def _traced_back(problem: _Problem, price, path: _Path, steps: int):
-    """The cuts of each path from its end, and how many intervals are priced."""
+    """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
     count, total, zero, gains, weighty, _ = problem
     length, number = count.shape
     lane = np.arange(number)
@@ -470,4 +474,4 @@ def _traced_back(problem: _Problem, price, path: _Path, steps: int):
     priced = chain[:, :-1] > 0
     if zero is not None:
         priced &= (chain[:, 1:] > zero[:, None]) | (chain[:, :-1] <= zero[:, None])
-    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were followed
+    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were traced

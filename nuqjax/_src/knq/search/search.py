@@ -1,14 +1,15 @@
-"""The optimal partition of sorted rows into K intervals, by dynamic programmes over few cuts.
+"""The search for the optimal partition of sorted rows into K intervals, by dynamic programmes over few cuts.
 
 An interval's squared error is Σ w x² − S²/n, with n its weight and S its weighted sum, so a partition is optimal if it
-makes Σ S²/n greatest. Programmes find it over the cuts that the one before leaves open:
+makes Σ S²/n greatest. Three programmes search for it, each over the cuts that the one before leaves possible:
 
-1. *dense* (rows of few distinct values): every partition of them (`search.dense`). This is all, and exact.
-2. *priced* (other rows): the shortest path through cuts at a price per interval at which it has K of them
-   (`search.priced`): over cuts spread over the whole row by rank, value and density, then over the intervals found,
-   parted evenly into cells, then over the cells by which the best paths pass, parted further, the others joined.
-3. *windows*: each boundary may move by a few steps of its own, at first over the cells beside it; every combination.
-   Steps shrink to single values, and a boundary at the end of its window moves on, until nothing moves.
+1. *dense*, for rows of few distinct values, compares every partition (`search.dense`). It is exact, and 2 and 3 are
+   not needed.
+2. *priced*, for other rows, finds the shortest path through cuts at a price per interval at which it has K intervals
+   (`search.priced`). The cuts are first spread over the whole row by rank, value and density. Next each interval found
+   is split evenly into cells. Then the cells that the best paths pass are split further and the others are joined.
+3. *windows* compares every combination in which each boundary moves by a few steps, at first as far as the cells next
+   to it reach. Steps shrink to single values, and a boundary at the end of its window moves on, until none moves.
 
 No product is followed by a sum that XLA could contract, so host and device, eager and jitted, decide alike.
 """
@@ -29,35 +30,35 @@ from nuqjax._src.knq.search.priced import priced_paths
 from nuqjax._src.knq.search.windows_host import windows_rows
 from nuqjax._src.leaf.rows import namespace
 
-_FEW_LEVELS = 12  # fewer have as many cells as these
-_SPREAD = 12  # cells of an interval, on average, when nothing is known
-_CELLS, _CELLS_OF_LONG = 48, 32  # when a partition is; of a long row every cell is narrow
-_PARTS = 8  # of a cell that the best paths pass by
+_FEW_LEVELS = 12  # for fewer levels there are as many cells as for these
+_SPREAD = 12  # cells per interval, on average, before a partition is known
+_CELLS, _CELLS_OF_LONG = 48, 32  # cells per interval once one is; the second in long rows, where every cell is narrow
+_PARTS = 8  # parts of a cell that the best paths pass
 _KEPT = 64  # such parts for each level
-_NARROWINGS = 2
-_NEARLY_SINGLE = 6  # values of a cell, on average, from which it is parted into single values,
-_FINEST_PARTS = 32  # which are so many where the row is dense
-_TRIALS = 24  # of a price
-_EVERY = 1280  # cuts, all of which the path is searched through at once
-_ROOMS = (2**10 + 2, _EVERY + 2, *(2**e + 2 for e in range(12, 40, 2)))  # of the arrays of cuts: few to compile
-COMPILED = 10**6  # values of a row on the host from which on compiled kernels win by more than they cost to compile
+_NARROWINGS = 2  # splits of the cells, at most
+_NEARLY_SINGLE = 6  # cells of up to so many values, on average, are split into single values
+_FINEST_PARTS = 32  # parts of such a cell, at most: where the row is dense it has more values than the average
+_TRIALS = 24  # prices to try, at most
+_EVERY = 1280  # in rows of up to so many values the path is searched through every cut at once
+_ROOMS = (2**10 + 2, _EVERY + 2, *(2**e + 2 for e in range(12, 40, 2)))  # sizes of arrays of cuts: few to compile
+COMPILED = 10**6  # on the host, rows this long and longer use compiled kernels: compiling costs less than it saves
 _HALF = 16  # steps of a window to each side
-_ROUNDS = 64
+_ROUNDS = 64  # moves of all boundaries, at most
 _LANES = 16  # rows handled at once
 
 Rows = SortedRows | LongRows | ShardedRows
 
 
 def _rounded(product):
-    """A product that is rounded before it is added to anything."""
+    """Returns a product that is rounded before anything is added to it: XLA cannot contract the two."""
     return product if isinstance(product, np.ndarray) else lax.optimization_barrier(product)
 
 
 def coarse_cuts(rows: Rows, count: int):
-    """`[R, count + 1]` ascending cuts from 0 to the last: all where they are few, else spread in four ways.
+    """Returns `[R, count + 1]` ascending cuts from 0 to the last: all if they are few, else spread in four ways.
 
-    A quarter is even in rank, a quarter even in value, a quarter follows the density's cube root (Panter and Dite
-    1951), and a quarter lies in the tails, by rank from either end in a geometric series.
+    A quarter is even in rank, a quarter is even in value, a quarter follows the cube root of the density (Panter and
+    Dite 1951), and a quarter lies in the tails, at ranks in a geometric series from either end.
     """
     xp = namespace(rows.size)
     if rows.length <= count:
@@ -94,7 +95,7 @@ def coarse_cuts(rows: Rows, count: int):
 
 
 def even_cuts(rows: Rows, cuts, cells: int):
-    """Each interval between `cuts [R, K − 1]` parted into `cells`, half of them even in rank and half in value."""
+    """Splits each interval between `cuts [R, K − 1]` into `cells` cells, half even in rank and half even in value."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
     full = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
@@ -111,21 +112,20 @@ def even_cuts(rows: Rows, cuts, cells: int):
 
 
 def _gain(n, s):
-    """S²/n, 0 for an empty interval."""
+    """Returns S²/n, and 0 for an empty interval."""
     return s * s / jnp.where(n > 0, n, 1.0)
 
 
 @jax.jit
 def _windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing):
-    """The best combination of one place in each boundary's window.
+    """Returns the best combination of one place in each boundary's window, as places `[R, K − 1]`.
 
-    Costs are counted from a reference, so that nothing large cancels: against boundaries in the middle of their windows
-    and levels a, a boundary elsewhere costs Σ ((x − a_{j−1})² − (x − a_j)²) over the values between, and each interval
-    gains s²/n, s = Σ (x − a_j), by moving its level to its mean.
+    Costs are relative to a reference, so that no large terms cancel: levels a, and every boundary in the middle of its
+    window. A boundary elsewhere costs Σ ((x − a_{j−1})² − (x − a_j)²) over the values between the two places. An
+    interval gains s²/n, s = Σ (x − a_j), when its level moves to its mean.
 
-    `count`, `total` and `above` are `[R, K − 1, W]` at the places of the windows, `end_…` `[R]` the same at the ends of
-    the rows; `reference [R, K]` is a, in the units of `total`, and `spacing [R, K − 1]` its differences in float64. The
-    result is the place for each boundary, `[R, K − 1]`.
+    `count`, `total` and `above` are `[R, K − 1, W]` at the places of the windows, and `end_…` are `[R]` at the ends of
+    the rows. `reference [R, K]` is a, in the units of `total`, and `spacing [R, K − 1]` has its differences in float64.
     """
     number = count.shape[0]
     lanes = min(_LANES, number)
@@ -141,7 +141,7 @@ def _windows_rows(count, total, above, end_count, end_total, end_above, referenc
 
 
 def _windows(count, total, above, end_count, end_total, end_above, reference, spacing):
-    """As `_windows_rows`, with the rows last: they fill the processor's lanes."""
+    """Computes `_windows_rows` with the rows on the last axis, where they fill the processor's lanes."""
     size = count.shape[1]
     middle = size // 2
     both = reference[1:] + reference[:-1]
@@ -181,7 +181,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
 
 
 def _above(rows: Rows, cuts, keep_zero: bool):
-    """Whether cuts `[R, …]` lie above the pinned zero; False everywhere if there is none."""
+    """Returns whether cuts `[R, …]` lie above the held zero; False everywhere if there is none."""
     xp = namespace(rows.size)
     if not keep_zero:
         return xp.zeros(cuts.shape, bool)
@@ -192,9 +192,9 @@ class Partition(NamedTuple):
     """The best partition of rows into K intervals.
 
     Attributes:
-      cuts: `[R, K − 1]`, of which some are equal where values are few.
-      least: `[R]` at most minus Σ S²/n of any partition into K intervals; None where not every cut was looked at.
-      price: `[R]` an interval's, at which the shortest path has K of them; None where no path was searched.
+      cuts: `[R, K − 1]` its boundaries, some of them equal if values are few.
+      least: `[R]` a lower bound on −Σ S²/n of any partition into K intervals; None if not every cut was considered.
+      price: `[R]` price per interval at which the shortest path has K intervals; None if no path was searched.
     """
 
     cuts: Any
@@ -203,12 +203,12 @@ class Partition(NamedTuple):
 
 
 def some_rows(rows: Rows, which: np.ndarray) -> Rows:
-    """Those at places `which` of rows on the host."""
+    """Returns the rows at the places `which`, of rows on the host."""
     return rows._replace(**{name: x[which] for name, x in rows._asdict().items() if isinstance(x, np.ndarray)})
 
 
 def cost(rows: Rows, cuts, keep_zero: bool) -> np.ndarray:
-    """`[R]` minus Σ S²/n of partitions of rows on the host."""
+    """Returns `[R]` −Σ S²/n of partitions of rows on the host."""
     size = rows.size[:, None]
     whole = np.concatenate([np.zeros_like(size), cuts, size], axis=1)
     n, s = (np.diff(x, axis=1).astype(np.float64) for x in rows.sums_below(whole))
@@ -221,13 +221,13 @@ def cost(rows: Rows, cuts, keep_zero: bool) -> np.ndarray:
 
 
 def partition_of_every_cut(rows: Rows, num_levels: int, keep_zero: bool, price) -> Partition:
-    """The best partition of rows on the host through every cut, at once, its price searched from `price [R]`."""
+    """Searches the best partition of rows on the host through every cut at once; the price starts at `price [R]`."""
     path = _path(rows, rows.every_cut(rows.length)[0], price, num_levels, keep_zero, final=True)
     return Partition(path.cuts, path.least, path.price)
 
 
 def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Partition:
-    """Searches the best partition; runs on NumPy or JAX arrays, where 64-bit types are enabled."""
+    """Searches the best partition of NumPy or JAX rows; call or trace it where 64-bit types are enabled."""
     xp = namespace(rows.size)
     most = min(dense_cuts, rows.length)
     if num_levels == 1 or rows.length <= num_levels:
@@ -249,16 +249,17 @@ def partition(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> 
 
 
 class _Path(NamedTuple):
-    """The shortest path of K intervals through some cuts.
+    """The shortest path of K intervals through given cuts.
 
     Attributes:
-      cuts: `[R, K − 1]`.
-      reach: `[R, K − 1]` values to the next of those cuts, on the side where it is further; half of the longer interval
-        beside it where no path has K intervals.
-      price: `[R]` an interval's.
-      excess: `[R, m + 1]` by how much the best path through each of the cuts exceeds the best; unless it is final.
-      best: `[R]` whether the path is the best of K intervals through all cuts that there are.
-      least: `[R]` at most the cost of any path of K intervals, without their prices; of rows on the host.
+      cuts: `[R, K − 1]` its boundaries.
+      reach: `[R, K − 1]` values from each boundary to the next given cut, on the side where that is further; half of
+        the longer interval next to it where no path has K intervals.
+      price: `[R]` price per interval.
+      excess: `[R, m + 1]` cost of the best path through each given cut, −∞ at the path's own boundaries; 0 at other
+        cuts for a final path.
+      best: `[R]` whether the path is the best one of K intervals through all cuts of the row.
+      least: `[R]` a lower bound on the cost, without prices, of any path of K intervals; only for rows on the host.
     """
 
     cuts: Any
@@ -270,9 +271,9 @@ class _Path(NamedTuple):
 
 
 def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
-    """The path through cells of ever more even share in the error."""
+    """Searches the shortest path through cells that are made narrower, step by step, where the best paths pass."""
     xp = namespace(rows.size)
-    length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a pinned zero is a value too
+    length, levels = rows.nominal + keep_zero, max(num_levels, _FEW_LEVELS)  # a held zero is a value too
     cuts = coarse_cuts(rows, min(_SPREAD * levels, length))
     price = _first_price(rows, cuts, num_levels)
     cells = _CELLS if length <= LONG else _CELLS_OF_LONG
@@ -284,40 +285,40 @@ def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
         path = _path(rows, cuts, path.price, num_levels, keep_zero)
         cuts = _narrower(rows, cuts, path.excess, parts, _KEPT * levels)
     path = _path(rows, cuts, path.price, num_levels, keep_zero, final=True)
-    return path._replace(best=xp.zeros_like(path.best), least=None)  # of some cuts
+    return path._replace(best=xp.zeros_like(path.best), least=None)  # the cuts were not all
 
 
 def _narrowings(values: float) -> tuple[int, ...]:
-    """Into how many parts, at most, cells of so many values on average are parted, each time.
+    """Returns into how many parts, at most, cells are split each time; at first they hold so many `values` on average.
 
-    The last time it is into single values, if these are near.
+    The last split is into single values if two splits or fewer lead to them.
     """
     few = next((n for n in range(_NARROWINGS) if values <= _NEARLY_SINGLE * _PARTS**n), None)
     return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
 
 
 def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
-    """At most `room + 2` cuts: the cells nearest to which the best paths pass are parted, the rest is joined."""
+    """Returns `room + 2` cuts, some maybe equal: cells nearest to the best paths are split, the others joined."""
     xp = namespace(rows.size)
     low, high = cuts[:, :-1], cuts[:, 1:]
     beside = xp.minimum(excess[:, 1:], excess[:, :-1])
     nearest = xp.argsort(xp.where(high > low, beside, xp.inf), axis=1, stable=True)
     low, high = take(low, nearest), take(high, nearest)
     parts = xp.minimum(high - low, most_parts)
-    used = xp.cumsum(parts + 1, axis=1)  # cuts of a cell, its ends among them
+    used = xp.cumsum(parts + 1, axis=1)  # cuts of each cell, its ends included
     slot = xp.arange(room, dtype=xp.int64)
     cell = xp.cumsum(_marked(xp.minimum(used, room), room), axis=1)
     fits = take(xp.concatenate([used, xp.full_like(used[:, :1], room + 1)], axis=1), cell) <= room
     cell = xp.minimum(cell, low.shape[1] - 1)
     low, high, parts, used = (take(x, cell) for x in (low, high, parts, used))
     inner = low + (high - low) * (slot - (used - parts - 1)) // xp.maximum(parts, 1)
-    spare = slot * rows.size[:, None] // room  # anywhere: equal cuts would be of no use
+    spare = slot * rows.size[:, None] // room  # slots left over: cuts spread evenly, as equal ones would be of no use
     inner = rows.before_ties(xp.where(fits, xp.clip(inner, low, high), spare))
     return xp.sort(xp.concatenate([xp.zeros_like(cuts[:, :1]), inner, rows.size[:, None]], axis=1), axis=1)
 
 
 def _marked(places, room: int):
-    """`[R, room]` 1 at the given places, 0 elsewhere; places beyond do not count."""
+    """Returns `[R, room]`, 1 at the given places and 0 elsewhere; places from `room` on are ignored."""
     if isinstance(places, np.ndarray):
         marks = np.zeros((len(places), room + 1), np.int64)
         np.put_along_axis(marks, places, 1, axis=1)
@@ -327,17 +328,17 @@ def _marked(places, room: int):
 
 
 def _first_price(rows: Rows, cuts, num_levels: int):
-    """`[R]` twice the error of an interval, by Panter and Dite (1951): (Σ (weight · width²)^⅓)³ / 12 K² in all."""
+    """Returns `[R]` twice an interval's error: the row's is (Σ (weight · width²)^⅓)³ / 12 K² (Panter and Dite 1951)."""
     xp = namespace(rows.size)
     edge, n = rows.value_at(cuts), rows.sums_below(cuts)[0].astype(xp.float64)
     share = xp.sum(xp.cbrt((n[:, 1:] - n[:, :-1]) * (edge[:, 1:] - edge[:, :-1]) ** 2), axis=1)
     price = share**3 / (6.0 * num_levels**3)
-    # NumPy's and XLA's roots and sums may differ in the last bit: a first guess does not need it.
+    # NumPy's and XLA's roots and sums may differ in the last bits, so these are rounded away: it is a first guess.
     return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
 
 
 def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool = False) -> _Path:
-    """The shortest path through `cuts [R, m + 1]`; its price is searched from `price [R]`."""
+    """Searches the shortest path through `cuts [R, m + 1]`; the price starts at `price [R]`."""
     xp = namespace(rows.size)
     zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
     size, unit, least = cuts.shape[1] - 1, 2.0 ** (2 * rows.frac), None
@@ -348,7 +349,7 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
         )
         least = (whole - (num_levels - keep_zero) * found) / unit
     else:
-        most = max(size, _KEPT * max(num_levels, _FEW_LEVELS) + 2)  # one shape for all the paths of so many levels
+        most = max(size, _KEPT * max(num_levels, _FEW_LEVELS) + 2)  # one shape for all paths of as many levels
         room = next(room for room in _ROOMS if room >= most)
         cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
         count, total = rows.sums_below(cuts)
@@ -359,7 +360,7 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
         places, excess = _like(places, xp), excess[:, : size + 1]
         if xp is np:
             found, exact, excess = np.asarray(found), np.asarray(exact), np.asarray(excess)
-    # Rounding is not to hide the path itself among those near it.
+    # The path's own cuts come first, whatever rounding makes of their excess.
     excess = xp.where(_marked(places, size + 1) > 0, -xp.inf, excess)
     here = take(cuts, places)
     before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, size))
@@ -372,7 +373,7 @@ def _like(array: Any, xp):
 
 
 def _half_of_longer(rows: Rows, cuts):
-    """`[R, K − 1]` half of the values of the longer of the intervals beside each of the cuts."""
+    """Returns `[R, K − 1]` half the number of values in the longer of the two intervals next to each cut."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
     whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)
@@ -381,10 +382,10 @@ def _half_of_longer(rows: Rows, cuts):
 
 
 def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
-    """Cuts `[R, K − 1]` moved by single values until no combination of small moves is better.
+    """Returns cuts `[R, K − 1]` moved until no combination of moves by a few single values is better.
 
-    At first by so many values that the windows hold `reach [R, K − 1]` to each side, or half of the longer interval.
-    Rows of which `best [R]` says that nothing is better stay as they are.
+    The first steps are so long that windows extend `reach [R, K − 1]` values to each side, or half of the longer
+    interval if it is None. Rows for which `best [R]` is true are already optimal and do not change.
     """
     xp = namespace(rows.size)
     reach = _half_of_longer(rows, cuts) if reach is None else reach
@@ -416,7 +417,7 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
 
 
 def _moved(rows: Rows, cuts, step, keep_zero: bool):
-    """The cuts moved once, by at most 16 steps each, the next steps, and `[R]` whether nothing moves any more."""
+    """Returns the cuts moved once, by at most 16 steps each, the next steps, and `[R]` whether all cuts are settled."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
     offsets = xp.arange(-_HALF, _HALF + 1, dtype=xp.int64)
@@ -447,15 +448,15 @@ def _moved(rows: Rows, cuts, step, keep_zero: bool):
 
 
 def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int):
-    """`[R]` a lower bound on the least squared error of K levels; exact but for rounding where cells are single values.
+    """Returns `[R]` a lower bound on the least squared error of K levels, exact but for rounding if cells are values.
 
-    Let c be the optimal levels and f(x) = min_j (x − c_j)². A cell b of weight n, mean μ and standard deviation σ
-    that holds no midpoint of neighbouring levels costs n f(μ) + n σ²; one that holds the midpoint of c_j and
-    c_{j+1} costs at least that less n σ (c_{j+1} − c_j), since E max(0, x − t) exceeds max(0, μ − t) by at most
-    σ/2. A level lies inside its interval, so c_{j+1} − c_j is at most the extents of the two intervals together. So
-    no partition costs less than Σ w x² − Σ (S²/n + extent · (n σ at its first cut + n σ at its last)) at its best,
-    found by the dense programme over the cells. For σ stands its bound √((max − μ)(μ − min)) (Bhatia and Davis
-    2000). What rounding can do is subtracted.
+    Let c be the optimal levels and f(x) = min_j (x − c_j)². A cell of weight n, mean μ and standard deviation σ that
+    holds no midpoint of neighbouring levels costs n f(μ) + n σ². One that holds the midpoint of c_j and c_{j+1} costs
+    at least that less n σ (c_{j+1} − c_j), since E max(0, x − t) exceeds max(0, μ − t) by at most σ/2. A level lies
+    inside its interval, so c_{j+1} − c_j is at most the sum of the extents of the two intervals. Hence no partition
+    costs less than the minimum of Σ w x² − Σ (S²/n + extent · (n σ at its first cut + n σ at its last)), which the
+    dense programme finds over the cells. σ is replaced by its upper bound √((max − μ)(μ − min)) (Bhatia and Davis
+    2000). A bound on the effect of rounding is subtracted.
     """
     xp = namespace(rows.size)
     count = min(dense_cuts, rows.length)
@@ -468,11 +469,11 @@ def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts
     several = cuts[:, 1:] - cuts[:, :-1] > 1
     variance = xp.maximum(below[:, 1:] - mean, 0.0) * xp.maximum(mean - above[:, :-1], 0.0)
     loss = xp.where(several, weight * xp.sqrt(variance), 0.0) * (1 + 2.0**-40)
-    # A boundary is rounded to a cut from either side; the cell it lay in is one of the two beside the cut.
+    # A boundary inside a cell is moved to a cut at either end of it, so its cell is one of the two next to the cut.
     zero = xp.zeros_like(loss[:, :1])
     penalty = xp.concatenate([zero, xp.maximum(loss[:, 1:], loss[:, :-1]), zero], axis=1)
     lowest, highest = rows.value_at(_shift(cuts, -1)), rows.value_at(_shift(cuts, 1) - 1)
-    # An interval that a midpoint's rounding made shorter may reach into the cells beside its cuts.
+    # An interval that became shorter when its boundaries were moved to cuts may extend into the cells next to these.
     reach = highest, lowest
     _, best = dense_rows(
         n.astype(xp.float64), s * unit, _above(rows, cuts, keep_zero), penalty, reach, num_levels=num_levels
@@ -481,17 +482,17 @@ def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts
 
 
 def bound_of_sum(rows: Rows, least, num_levels: int):
-    """`[R]` Σ w x² plus the least −Σ S²/n, less what rounding can do."""
+    """Returns `[R]` Σ w x² plus the least −Σ S²/n, minus a bound on the effect of rounding; at least 0."""
     return namespace(rows.size).maximum(rows.square + least - rounding_of_sum(rows, num_levels), 0.0)
 
 
 def rounding_of_sum(rows: Rows, num_levels: int):
-    """`[R]` what rounding can do to that sum."""
+    """Returns `[R]` a bound on the effect of rounding on the sum of `bound_of_sum`."""
     return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack
 
 
 def _shift(cuts, by: int):
-    """The cut before (−1) or after (+1) each cut."""
+    """Returns the cut before (−1) or after (+1) each cut; the first and the last stay."""
     xp = namespace(cuts)
     if by < 0:
         return xp.concatenate([cuts[:, :1], cuts[:, :-1]], axis=1)

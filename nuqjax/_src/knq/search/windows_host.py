@@ -1,15 +1,15 @@
-"""The window programme of `search.search` in NumPy: the gains of all intervals at once, then a subtraction a level."""
+"""The window programme of `search.search` in NumPy: first the gains of all intervals, then a subtraction per level."""
 
 import numpy as np
 
-_AT_ONCE = 2**16  # gains held at once, as many rows as that is
-_EXACT = 2.0**52  # the differences of smaller whole numbers are exact in float64
+_AT_ONCE = 2**16  # gains stored at once, which limits the rows handled at once
+_EXACT = 2.0**52  # differences of integers below this are exact in float64
 
 
 def windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing) -> np.ndarray:
-    """The best combination of one place in each boundary's window, `[R, K − 1]`: as `search.search._windows_rows`.
+    """Returns the best combination of one place in each boundary's window, like `search.search._windows_rows`.
 
-    Places ascend in each window.
+    Cuts ascend in each window. The result is `[R, K − 1]`.
     """
     number, boundaries, size = count.shape
     lanes = max(1, _AT_ONCE // (boundaries * size * size))
@@ -17,7 +17,7 @@ def windows_rows(count, total, above, end_count, end_total, end_above, reference
     both = (reference[:, 1:] + reference[:, :-1])[:, :, None]
     moved = 2 * (total - total[:, :, middle : middle + 1]) - (count - count[:, :, middle : middle + 1]) * both
     shift = spacing[:, :, None] * moved.astype(np.float64)
-    # The ends of a row are windows whose places are all the same.
+    # The ends of a row are windows in which all places are the same cut.
     first, last = np.zeros((number, 1, size), count.dtype), np.repeat(end_count[:, None, None], size, axis=2)
     counts = np.concatenate([first, count, last], axis=1)
     first, last = np.zeros((number, 1, size), total.dtype), np.repeat(end_total[:, None, None], size, axis=2)
@@ -35,7 +35,7 @@ def windows_rows(count, total, above, end_count, end_total, end_above, reference
 
 
 def _windows(count, total, above, reference, shift) -> np.ndarray:
-    """With `count`, `total` and `above` `[R, K + 1, W]` at the windows of the ends too."""
+    """Computes `windows_rows` with `count`, `total` and `above` `[R, K + 1, W]` that include windows for both ends."""
     number, windows, size = count.shape
     boundaries = windows - 2
     inner = _gains(count[:, 1:-1], total[:, 1:-1], None if above is None else above[:, 1:-1], reference[:, 1:-1])
@@ -59,9 +59,9 @@ def _windows(count, total, above, reference, shift) -> np.ndarray:
 
 
 def _gains(count, total, above, reference) -> np.ndarray:
-    """`[R, L, W, W]` of intervals from each place of a window to each of the next, by moving their level to the mean.
+    """Returns `[R, L, W, W]` what intervals gain when their level moves to their mean.
 
-    An interval that ends before it begins gains −∞.
+    They run from each place of a window to each place of the next. One that ends before it begins gains −∞.
     """
     level = reference[:, :, None]
     n = count.astype(np.float64, copy=False)
