@@ -73,7 +73,7 @@ def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> A
 
 
 def on_automatic(x: Any) -> Any:
-    """Returns an array with its mesh's axes automatic, without moving values; traced arrays and others are unchanged."""
+    """Returns an array with its mesh's axes automatic, and moves no value; traced arrays and others are unchanged."""
     sharding = None if isinstance(x, jax.core.Tracer) else explicit_sharding(x)
     return x if sharding is None else jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
 

@@ -160,7 +160,7 @@ def fit_on_mesh(
 
 
 def _is_proven(fitted: Fit, tolerance: float) -> bool:
-    """Whether every bound is within half the tolerance, which leaves room for rounding in the host's own test."""
+    """Returns whether every bound is within half the tolerance, which leaves room for rounding in the host's test."""
     return bool(jnp.all(fitted.lower_bound >= fitted.sse * (1 - tolerance / 2)))
 
 
