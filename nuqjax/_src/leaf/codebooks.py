@@ -65,7 +65,7 @@ def with_codebooks(tree: Any, levels: Any) -> Any:
       levels: a tree like that of `codebooks(tree)`, with other values.
 
     Raises:
-      ValueError: a leaf's levels are missing or have another shape, or levels are given for a leaf that does not exist.
+      ValueError: levels are missing for a leaf, have another shape, or are given for a leaf that is not compressed.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> cparams = nuqjax.compress({"w": jnp.eye(16)}, bits=1, min_size=0)

@@ -10,7 +10,7 @@ OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
 
 @dataclass(frozen=True)
 class QFormat:
-    """A fixed-point format of `word` bits, `frac` of them after the binary point; value = raw · 2^−frac.
+    """A fixed-point format: `word` bits in all, `frac` bits after the binary point; value = raw · 2^−frac.
 
     Attributes:
       word: word length in bits, sign included: 1 to 32, or 31 if unsigned, since raw words are int32.

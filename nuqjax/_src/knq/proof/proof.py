@@ -3,9 +3,9 @@
 The row is sorted and split at *cuts* into *cells*; the values of one level are an interval of the row. The proof rests
 on three facts, each short enough to check by hand (see `docs/knq.md`).
 
-1. *Prices.* Give every value a price ψᵢ. Let λ be at least Σᵢ (ψᵢ − (xᵢ − c)²), summed over any run of neighbouring
-   values, for every level c. Then K levels cost at least Σ ψᵢ − K λ: the squared error of each interval is at least the
-   prices in it less λ. (This is the dual of the facility location problem; in one dimension it is tight.)
+1. *Prices.* Give every value a price ψᵢ. Let λ ≥ 0 be at least Σᵢ (ψᵢ − (xᵢ − c)²), summed over any run of
+   neighbouring values, for every level c. Then K levels cost at least Σ ψᵢ − K λ: the squared error of each interval is
+   at least the prices in it less λ. (This is the dual of the facility location problem; in one dimension it is tight.)
 2. *Prices between cuts.* Let φ be given at the cuts. In a cell of weight n, mean μ and standard deviation σ, set the
    prices to ψᵢ = (xᵢ − C)² + α, so that they add up to the difference of φ over the cell. Against any level c the terms
    f = ψᵢ − (xᵢ − c)² are linear in xᵢ, and a linear function satisfies E max(0, f) ≤ max(0, E f) + std(f)/2. So a run
@@ -47,7 +47,7 @@ _WIDENING = 1.3  # other cells have this over K of their distance from the neare
 _MOST_CELLS = 1536  # of an interval
 _ROUNDS = 12
 _TRIALS, _LAST_TRIALS = 10, 32  # values of λ tried in a round, and in the last one, whose cells are single values
-_MARGIN, _MARGIN_INSIDE = 1.1, 1.5  # ratio of the assumed leaks to the expected ones: at boundaries, amid intervals
+_MARGIN, _MARGIN_INSIDE = 1.1, 1.5  # ratio of the assumed leaks to the expected ones: at boundaries, inside intervals
 _UNIT = 2.0**-53
 
 

@@ -87,7 +87,7 @@ def _flushed(rows):
 
 
 def _chunk(count: int, size: int) -> int:
-    """Returns how many rows are handled at once: many, since an operation serves all, but some for each processor."""
+    """Returns how many rows are handled at once: many, as one operation serves all, but few enough to use all cores."""
     if size > LONG:
         return 1
     each = -(-count // (os.cpu_count() or 1))

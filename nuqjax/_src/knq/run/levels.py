@@ -105,7 +105,7 @@ def _proven(rows: Rows, found: Partition, task: Task):
         some = some_rows(rows, left)
         other = partition_of_every_cut(some, num_levels, keep_zero, price[left])
         gained = cost(some, cuts[left], keep_zero) - cost(some, other.cuts, keep_zero)
-        better = gained > rounding_of_sum(some, num_levels)  # equal: keep the search's cuts, as without a proof
+        better = gained > rounding_of_sum(some, num_levels)  # if equal, the search's cuts stay
         cuts[left] = np.where(better[:, None], polish(some, other.cuts, keep_zero), cuts[left])
         bound[left], price[left] = bound_of_sum(some, other.least, num_levels), other.price
         left = unproven()
