@@ -137,7 +137,7 @@ class CodebookArray:
 
     @property
     def __jax_array__(self):
-        """Raises TypeError. Some JAX functions call this; others only test that it exists, and their errors then say less."""
+        """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
         raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
 
     def _no_operand(self, *_):
