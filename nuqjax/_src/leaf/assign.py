@@ -1,6 +1,6 @@
-"""Nearest level, the tie rule and the distortion.
+"""The nearest level of a value, the rule for ties, and the squared error.
 
-Every fit ends here: a row of values and its sorted levels give indices, and indices give the squared error.
+Every fit ends here: a row of values and its sorted levels give the indices, and the indices give the squared error.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class Fit(NamedTuple):
     Attributes:
       levels: `[R, K]` ascending levels in the units of the rows; float32, or float64 for float64 rows.
       sse: `[R]` squared error Σ wᵢ (xᵢ − level)² of the returned levels on the data, in units of `scale`².
-      lower_bound: `[R]` proven lower bound on the least possible squared error of K levels, in units of `scale`²;
-        0 where nothing is proven.
+      lower_bound: `[R]` proven lower bound on the squared error of any K levels, in units of `scale`²; 0 where nothing
+        is proven.
       scale: `[R]` a power of two near the row's largest magnitude, so that squares neither over- nor underflow.
 
     >>> import jax.numpy as jnp, nuqjax
@@ -49,15 +49,15 @@ class Fit(NamedTuple):
 
 
 def row_scale(rows: Any, mask: Any = None) -> Any:
-    """A power of two near each row's largest magnitude.
+    """Returns a power of two near each row's largest magnitude.
 
     Args:
       rows: `[R, N]` finite values.
       mask: `[R, N]` bool, False where a value does not count, or None.
 
     Returns:
-      `[R]` in the rows' working dtype: 2^e with largest magnitude in [1, 2)·2^e, within the range in which both 2^e and
-      its reciprocal are normal numbers; 1 for a row that is all zero or empty.
+      `[R]` in the rows' working dtype: the 2^e with the largest magnitude in [1, 2)·2^e, limited to the range in which
+      both 2^e and its reciprocal are normal numbers; 1 for a row that is all zero or empty.
 
     >>> import jax.numpy as jnp
     >>> row_scale(jnp.array([[3.0, -5.0], [0.0, 0.0]])).tolist()
@@ -73,7 +73,7 @@ def row_scale(rows: Any, mask: Any = None) -> Any:
 
 
 def largest_magnitude(rows: Any, mask: Any = None) -> Any:
-    """`[R]` the largest magnitude of each row, in the working dtype; 0 where nothing counts."""
+    """Returns `[R]` the largest magnitude of each row, in the working dtype; 0 where no value counts."""
     dtype = working_dtype(rows.dtype)
     if not isinstance(rows, np.ndarray):
         magnitude = jnp.abs(rows.astype(dtype))
@@ -92,11 +92,11 @@ def largest_magnitude(rows: Any, mask: Any = None) -> Any:
 
 
 def thresholds(levels: Any) -> Any:
-    """The largest float not above the exact midpoint of each pair of neighbouring levels.
+    """Computes the largest float not above the exact midpoint of each pair of neighbouring levels.
 
-    A value x of the same dtype lies strictly above the midpoint exactly if x > threshold: no rounding of the midpoint
-    can move a value across it. Between equal levels it is the threshold above the last of them (infinity at the end).
-    Subnormal numbers count as zero, as they do in XLA's arithmetic on CPU and TPU.
+    A value x of the same dtype lies strictly above the midpoint if and only if x > threshold, so no rounding of the
+    midpoint can move a value across it. Between equal levels the threshold is the one above the last of them (infinity
+    at the end). Subnormal numbers count as zero, as they do in XLA's arithmetic on CPU and TPU.
 
     Args:
       levels: `[..., K]` ascending float32 or float64 levels.
@@ -110,8 +110,8 @@ def thresholds(levels: Any) -> Any:
         levels = flushed(levels)
     low, high = levels[..., :-1], levels[..., 1:]
     equal = low == high
-    # Halved if large and enlarged if small, so that neither the sum nor its rounding error leaves the normal numbers.
-    # Beside a large level a very small one only says to which side of the large one's half the midpoint leans.
+    # Large levels are halved and small ones enlarged, so that the sum and its rounding error stay normal numbers.
+    # Next to a large level, a very small one only decides on which side of half the large one the midpoint lies.
     large = xp.maximum(xp.abs(low), xp.abs(high)) >= 1
     unit = xp.where(large, 1.0, 2.0**101).astype(dtype)
     least = xp.where(large, 2.0**-100, 0.0).astype(dtype)
@@ -123,26 +123,26 @@ def thresholds(levels: Any) -> Any:
         cuts = xp.where(error < 0, xp.nextafter(total, xp.full_like(total, -np.inf)), total)
     tiny = jnp.finfo(dtype).tiny
     cuts = xp.where((cuts < 0) & (cuts > -tiny * unit), -tiny, cuts / unit)
-    # Between equal levels nothing passes before the next distinct one does, so a run of equals is used by its first.
+    # Between equal levels the threshold is that of the next distinct pair, so only the first of them is assigned.
     cuts = xp.where(equal, xp.asarray(np.inf, dtype), cuts)
     if xp is np:
         return flushed(np.minimum.accumulate(cuts[..., ::-1], axis=-1)[..., ::-1])
     return lax.cummin(cuts, axis=cuts.ndim - 1, reverse=True)
 
 
-_COMPARE_LEVELS = 32  # up to here comparing with every threshold in one fused loop beats a binary search
+_COMPARE_LEVELS = 32  # up to this many, comparing with every threshold in one fused loop beats a binary search
 
 
 def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
-    """The index of each value's nearest level; a value exactly between two takes the lower one.
+    """Returns the index of each value's nearest level; a value exactly between two levels takes the lower one.
 
     Args:
       rows: `[R, N]` floating values.
       levels: `[R, K]` ascending levels, K ≤ 256.
 
     Returns:
-      `[R, N]` uint8 indices. Of equal levels the first is taken. Of arrays on the host NumPy finds them, the same ones,
-      and nothing is compiled.
+      `[R, N]` uint8 indices. Of equal levels the first is taken. For arrays on the host NumPy computes the same indices
+      without compiling anything.
 
     >>> import jax.numpy as jnp
     >>> assign(jnp.array([[-1.0, 0.4, 0.5, 0.6]]), jnp.array([[0.0, 1.0]])).tolist()
@@ -167,7 +167,7 @@ def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
 
 
 def _binary_search(rows: jax.Array, cuts: jax.Array) -> jax.Array:
-    """The number of `cuts` below each value, by halving steps."""
+    """Counts the `cuts` below each value, by a binary search."""
     steps = cuts.shape[-1].bit_length()
     padding = jnp.full((cuts.shape[0], (1 << steps) - 1 - cuts.shape[-1]), jnp.inf, cuts.dtype)
     cuts = jnp.concatenate([cuts, padding], axis=-1)
@@ -178,14 +178,14 @@ def _binary_search(rows: jax.Array, cuts: jax.Array) -> jax.Array:
     return index.astype(jnp.uint8)
 
 
-_TABLE_LEVELS, _TABLE_LENGTH = 17, 2**16  # of NumPy: from here on a table pays, which each row has to itself
-_STRETCH = 2**20  # values for which a table is made
-_COMPARE_CUTS = 31  # of NumPy: up to here comparing with every threshold beats halving steps
-_SHORT = 64  # values of rows along which NumPy is slow
+_TABLE_LEVELS, _TABLE_LENGTH = 17, 2**16  # NumPy: from here on it pays to build a table for each row
+_STRETCH = 2**20  # values that share one table
+_COMPARE_CUTS = 31  # NumPy: up to this many, comparing with every threshold beats a binary search
+_SHORT = 64  # NumPy is slow along rows of so few values
 
 
 def assign_on_host(rows: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """`assign` by NumPy."""
+    """Computes `assign` in NumPy."""
     dtype = np.promote_types(working_dtype(rows.dtype), working_dtype(levels.dtype))
     count, length = rows.shape
     num_levels = levels.shape[-1]
@@ -210,7 +210,7 @@ def assign_on_host(rows: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 def _count_below(values: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """The number of cuts `[r, K − 1]` below each of a few values `[r, n]`."""
+    """Counts the cuts `[r, K − 1]` below each of a few values `[r, n]`."""
     if cuts.shape[1] > _COMPARE_CUTS or values.shape[1] <= _SHORT:
         return _halve(values, cuts)
     found, above = np.zeros(values.shape, np.uint8), np.empty(values.shape, bool)
@@ -221,7 +221,7 @@ def _count_below(values: np.ndarray, cuts: np.ndarray) -> np.ndarray:
 
 
 def _halve(values: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """The number of cuts below each value, by halving steps: many rows at once, so that short ones cost no more."""
+    """Counts the cuts below each value, by a binary search of many rows at once, so that short rows are not slower."""
     steps = cuts.shape[1].bit_length()
     padded = np.full((len(cuts), 1 << steps), np.inf, cuts.dtype)
     padded[:, : cuts.shape[1]] = cuts
@@ -235,16 +235,16 @@ def _halve(values: np.ndarray, cuts: np.ndarray) -> np.ndarray:
 
 
 def _count_by_table(row: np.ndarray, cuts: np.ndarray, out: np.ndarray) -> None:
-    """The number of cuts below each value of a float32 row, looked up by the upper half of its bits.
+    """Counts the cuts below each value of a float32 row by a table indexed with the upper 16 bits of the value.
 
-    Where values of one upper half have one cut between them it is compared with; where they have more it is searched.
+    Where one cut has the same upper bits, the value is compared with it; where several have, they are searched.
     """
     half = cuts.view(np.uint32) >> 16
-    place = np.where(half < 2**15, half + 2**15, 2**16 - 1 - half)  # in the order of the values
+    place = np.where(half < 2**15, half + 2**15, 2**16 - 1 - half)  # halves numbered in the order of the values
     times = np.bincount(place, minlength=2**16)
     below = np.cumsum(times) - times
     first = np.append(cuts, np.float32(np.inf))[below]
-    # By bits: the positive values first, and of the negative ones the larger.
+    # Reordered by bit pattern: positive values first, then negative values in descending order.
     below, times, first = (np.append(x[2**15 :], x[2**15 - 1 :: -1]) for x in (below.astype(np.uint8), times, first))
     several = times > 1
     for start in range(0, row.size, BLOCK):
@@ -260,7 +260,7 @@ def _count_by_table(row: np.ndarray, cuts: np.ndarray, out: np.ndarray) -> None:
 def distortion(
     rows: jax.Array, levels: jax.Array, weights: jax.Array | None = None, mask: jax.Array | None = None
 ) -> jax.Array:
-    """The squared error Σ wᵢ (xᵢ − nearest level)² of each row, summed in float64.
+    """Computes the squared error Σ wᵢ (xᵢ − nearest level)² of each row, summed in float64.
 
     Args:
       rows: `[R, N]` values, of magnitude about 1 or less so that squares stay in range.
@@ -292,9 +292,9 @@ def distortion(
 def distortion_on_host(
     rows: np.ndarray, levels: np.ndarray, weights: np.ndarray | None, mask: np.ndarray | None, unit: Any = 1.0
 ) -> np.ndarray:
-    """`distortion` by NumPy, of rows and levels both times `unit`, one for all or `[R, 1]`.
+    """Computes `distortion` in NumPy, of rows and levels both multiplied by `unit`, a number or `[R, 1]`.
 
-    The last bit of a float64 sum may be another than XLA's; the same rows give the same bits.
+    The last bit of a float64 sum may differ from XLA's; the same rows give the same bits on every run.
     """
     count, length = rows.shape
     dtype = working_dtype(rows.dtype)
@@ -303,7 +303,7 @@ def distortion_on_host(
 
     def block(some, columns):
         error = flushed(rows[some, columns].astype(dtype)) - look_up(exact[some], indices[some, columns])
-        with np.errstate(over="ignore", invalid="ignore"):  # of values that do not count
+        with np.errstate(over="ignore", invalid="ignore"):  # values that do not count may overflow
             error *= unit[some]
             error *= error
             if weights is not None:
@@ -319,22 +319,22 @@ def distortion_on_host(
 
 
 def with_zero(levels: Any) -> Any:
-    """Levels `[R, K]` of which the one nearest to zero is replaced by exactly 0; the others keep their values."""
+    """Returns levels `[R, K]` with a held zero: the level nearest to 0 is replaced by 0, the others are unchanged."""
     xp = namespace(levels)
     nearest = xp.argmin(xp.abs(levels), axis=-1, keepdims=True)
     levels = xp.where(xp.arange(levels.shape[-1])[None] == nearest, xp.zeros((), levels.dtype), levels)
-    return xp.sort(levels, axis=-1)  # the first of several equal negative levels became 0
+    return xp.sort(levels, axis=-1)  # 0 may replace the first of several equal negative levels
 
 
 def finish(rows: Any, levels: Any, weights: Any, mask: Any, keep_zero: bool) -> Fit:
-    """The `Fit` of levels about which nothing is proven.
+    """Returns the `Fit` of levels without a proof: the lower bound is 0.
 
     Args:
       rows: `[R, N]` values.
       levels: `[R, K]` ascending levels in the units of the rows.
       weights: `[R, N]` non-negative, or None for 1 each.
       mask: `[R, N]` bool, False where a value does not count, or None.
-      keep_zero: replace the level nearest to zero by exactly 0; the others keep their values.
+      keep_zero: whether to replace the level nearest to 0 by a held zero; the others keep their values.
     """
     levels = with_zero(levels) if keep_zero else levels
     scale = row_scale(rows, mask)
@@ -347,11 +347,11 @@ def finish(rows: Any, levels: Any, weights: Any, mask: Any, keep_zero: bool) -> 
 
 
 def fit_by(levels_of: Callable[..., Any]) -> Callable[..., Fit]:
-    """The fit function, as `METHODS` has them, of a method about whose levels nothing is proven.
+    """Returns the fit function, with the signature that `METHODS` needs, of a method that proves no bound.
 
     Args:
-      levels_of: `levels_of(rows, num_levels, weights=…, mask=…)` gives `[R, K]` levels: of NumPy's rows NumPy's, and of
-        others JAX's.
+      levels_of: `levels_of(rows, num_levels, weights=…, mask=…)` returns levels `[R, K]`: a NumPy array for NumPy rows,
+        else a JAX array.
     """
 
     def fit(rows, num_levels, *, weights=None, mask=None, keep_zero=False, tolerance=None) -> Fit:

@@ -1,4 +1,4 @@
-"""`CodebookArray`: a dense array as codebooks and packed indices."""
+"""`CodebookArray`: a dense array stored as codebooks and packed indices."""
 
 import json
 import math
@@ -34,9 +34,9 @@ _LAYOUT = ("slice_shape", "dtype", "bits", "granularity", "axes", "codebook_form
 class CodebookArray:
     """A dense array `[*S, *slice_shape]` stored as sorted levels and indices of `bits` bits.
 
-    `S` are leading stack axes (scanned layers, experts): every slice has its own codebooks, so `lax.scan`, `vmap` and
-    indexing along `S` slice this as they slice an array. With O output channels of I values, R codebooks of
-    K = 2^bits levels and B = ⌈I·bits / 8⌉:
+    `S` are leading stack axes (scanned layers, experts). Every slice has its own codebooks, so `lax.scan`, `vmap` and
+    indexing along `S` slice a `CodebookArray` as they slice an array. With O output channels of I values, R codebooks
+    of K = 2^bits levels and B = ⌈I·bits / 8⌉:
 
     Attributes:
       levels: `[*S, R, K]` ascending levels: floating, or raw integers of `codebook_format`.
@@ -44,19 +44,19 @@ class CodebookArray:
         of the other axes (see `leaf.packing`).
       scale: `[*S, O, G]` factors that multiply the levels, one for each run of `scale_group` values of a channel; or
         None.
-      slice_shape: shape of one slice. Static, as is all below.
+      slice_shape: shape of one slice. This field and all below are static.
       dtype: dtype of the dense array.
-      bits: index width, 1 to 8.
+      bits: bits of an index, 1 to 8.
       granularity: which values share a codebook: `"tensor"` (R = 1), `"channel"` (R = O), `ChannelGroups(n)`
         (R = ⌈O/n⌉) or `InputGroups(n)` (R = O·⌈I/n⌉).
       axes: the output axes of a slice, ascending.
       codebook_format: the `QFormat` of integer levels; None where levels are floating.
-      scale_group: values of a channel that share a scale; 0 where there is no scale.
+      scale_group: number of values of a channel that share a scale; 0 without scales.
 
-    Code for arrays takes it through `nuqjax.apply` only: an operator, a JAX function or an index beyond the stack axes
-    raises an error that says so; `docs/messages.md` has what others say before that. What is trained are the levels:
-    give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Of the tree itself `jax.grad` says "got
-    uint8", and optimizers make moments of the indices without a word.
+    Code written for arrays accepts it only through `nuqjax.apply`. An operator, a JAX function or an index beyond the
+    stack axes raises an error that says so; `docs/messages.md` lists the errors that other libraries raise first. The
+    trainable part is the levels: give `jax.grad` and optimizers `nuqjax.codebooks(cparams)`, never the tree. Given the
+    tree, `jax.grad` raises an error that says "got uint8", and optimizers silently make moments of the indices.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> leaf = nuqjax.compress({"w": jnp.linspace(-1, 1, 1024).reshape(32, 32)}, bits=2)["w"]
@@ -77,7 +77,7 @@ class CodebookArray:
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
-        """S: the sizes of the stack axes."""
+        """The sizes of the stack axes, S."""
         return tuple(self.packed.shape[:-2])
 
     @property
@@ -97,13 +97,13 @@ class CodebookArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the levels, the packed indices and the scales take, padding included."""
+        """Bytes of memory of the levels, the packed indices and the scales, padding included."""
         arrays = [a for a in (self.levels, self.packed, self.scale) if a is not None]
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
     @property
     def payload_bits(self) -> int:
-        """Bits of information: indices at `bits`, levels and scales at their word length, without padding."""
+        """Bits without padding: each index counts `bits`, each level and each scale its word length."""
         word = self.codebook_format.word if self.codebook_format else self.levels.dtype.itemsize * 8
         scales = 0 if self.scale is None else math.prod(self.scale.shape) * self.scale.dtype.itemsize * 8
         return self.size * self.bits + math.prod(self.levels.shape) * word + scales
@@ -114,13 +114,13 @@ class CodebookArray:
         return self.shape[0]
 
     def __iter__(self) -> Iterator["CodebookArray"]:
-        """The slices along the first stack axis."""
+        """Iterates over the slices along the first stack axis."""
         if not self.stack_shape:
             raise TypeError("a CodebookArray is iterated over its stack axes, and this one has none")
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index) -> "CodebookArray":
-        """Slices along the stack axes, as an array: the result has its own part of the codebooks."""
+        """Slices along the stack axes, as for an array: the result has its own part of the codebooks."""
         index = index if isinstance(index, tuple) else (index,)
         stack = len(self.stack_shape)
         taken = sum(np.ndim(i) if _is_mask(i) else 1 for i in index if i is not None)
@@ -137,7 +137,7 @@ class CodebookArray:
 
     @property
     def __jax_array__(self):
-        """Raises: some of JAX's functions call this, others only ask whether it is there, and say less when it is."""
+        """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
         raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
 
     def _no_operand(self, *_):
@@ -165,11 +165,11 @@ class CodebookArray:
         )
 
 
-CodebookArray.__module__ = "nuqjax"  # where users find it, as messages and pickles say
+CodebookArray.__module__ = "nuqjax"  # the public path, which messages and pickles name
 
 
 def _layout_to_bytes(layout: Sequence[Any]) -> bytes:
-    """The static fields, in the order of `_LAYOUT`, as JSON: with it `jax.export` serializes functions of this leaf."""
+    """Returns the static fields, in the order of `_LAYOUT`, as JSON, so that `jax.export` can serialize functions."""
     fields = dict(zip(_LAYOUT, layout, strict=True))
     granularity, codebook_format = fields["granularity"], fields["codebook_format"]
     fields["dtype"] = np.dtype(fields["dtype"]).name
@@ -180,7 +180,7 @@ def _layout_to_bytes(layout: Sequence[Any]) -> bytes:
 
 
 def _layout_from_bytes(data: bytes) -> tuple[Any, ...]:
-    """The inverse of `_layout_to_bytes`."""
+    """Returns the static fields, in the order of `_LAYOUT`, from JSON: the inverse of `_layout_to_bytes`."""
     fields = json.loads(data)
     granularity, codebook_format = fields["granularity"], fields["codebook_format"]
     fields |= {name: tuple(fields[name]) for name in ("slice_shape", "axes")}
@@ -205,17 +205,17 @@ def _is_mask(index: Any) -> bool:
 
 
 def is_codebook_array(x: Any) -> bool:
-    """True for a `CodebookArray`: the `is_leaf` of tree functions that take it as one leaf."""
+    """Returns whether `x` is a `CodebookArray`; use it as `is_leaf` of tree functions."""
     return isinstance(x, CodebookArray)
 
 
 def level_values(leaf: CodebookArray) -> jax.Array:
-    """`[*S, R, K]` the floating levels: fixed-point words decoded (float32), others as they are stored."""
+    """Returns the floating levels `[*S, R, K]`: fixed-point words are decoded to float32, others returned as stored."""
     return fixed_point.decode(leaf.levels, leaf.codebook_format) if leaf.codebook_format else leaf.levels
 
 
 def decode(leaf: CodebookArray) -> jax.Array:
-    """The dense array that a `CodebookArray` stands for: `[*S, *slice_shape]` of its dtype."""
+    """Returns the dense array that a `CodebookArray` represents: `[*S, *slice_shape]` of its dtype."""
     check_layout(leaf)
     leaf = held_by_jax(leaf)
     traced = any(isinstance(x, jax.core.Tracer) for x in (leaf.levels, leaf.packed, leaf.scale))
@@ -230,13 +230,14 @@ def _decode(leaf: CodebookArray) -> jax.Array:
     return decoded(leaf) if sharding is None else as_automatic(decoded, sharding.mesh, sharding.spec)(leaf)
 
 
-_jit_decode = jax.jit(_decode)  # one program in place of some dozens
+_jit_decode = jax.jit(_decode)  # one compiled program instead of dozens
 
 
 def dense_sharding(leaf: CodebookArray) -> NamedSharding | None:
-    """How the dense array is distributed, of a leaf on a mesh with explicit axes; None of others.
+    """Returns the sharding of the dense array of a leaf on a mesh with explicit axes; None for other leaves.
 
-    As the packed indices are: the first output axis as the storage rows, the first of the other axes as their bytes.
+    It follows the packed indices: the first output axis is distributed like the storage rows, the first of the other
+    axes like their bytes.
     """
     given = explicit_sharding(leaf.packed, leaf.levels, leaf.scale)
     if given is None:
@@ -251,17 +252,17 @@ def dense_sharding(leaf: CodebookArray) -> NamedSharding | None:
 
 
 def held_by_jax(leaf: CodebookArray) -> CodebookArray:
-    """The leaf with JAX arrays where it has NumPy's, as after `jax.device_get`: tracers can index those alone."""
+    """Returns the leaf with JAX arrays in place of NumPy's (as after `jax.device_get`), which tracers cannot index."""
     return jax.tree.map(jnp.asarray, leaf)
 
 
 def is_on_host(leaf: CodebookArray) -> bool:
-    """Whether all arrays of a leaf are concrete and on the host."""
+    """Returns whether all arrays of a leaf are concrete and on the host."""
     return on_host(leaf.levels, leaf.packed, leaf.scale)
 
 
 def dense_on_host(leaf: CodebookArray) -> np.ndarray:
-    """`decode` by NumPy, of a leaf that is on the host: the same bits, and nothing is compiled."""
+    """Computes `decode` in NumPy for a leaf on the host: the result has the same bits, and nothing is compiled."""
     check_layout(leaf)
     arrays = {name: to_numpy(getattr(leaf, name)) for name in ("levels", "packed", "scale")}
     leaf = replace(leaf, **arrays)
@@ -272,15 +273,15 @@ def dense_on_host(leaf: CodebookArray) -> np.ndarray:
 
 
 def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
-    """`take(decode(leaf), index, axis)` of a leaf without stack axes, decoding only what is taken.
+    """Computes `take(decode(leaf), index, axis)` for a leaf without stack axes, and decodes only the values taken.
 
     Args:
       leaf: a `CodebookArray` of shape `slice_shape`.
       index: `[n]` integers, each inside the axis.
-      axis: which axis.
+      axis: the axis to take from.
 
     Returns:
-      The dense array with axis `axis` of length n.
+      The dense array, with n entries along `axis`.
     """
     leaf, shape = held_by_jax(leaf), leaf.slice_shape
     outputs, inputs = _axis_numbers(leaf, shape)
@@ -305,7 +306,7 @@ def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
 
 
 def channel_block(leaf: CodebookArray, start: int, stop: int) -> CodebookArray:
-    """Some output channels of a leaf without stack axes, as the leaf of an array `[stop − start, I]`.
+    """Returns output channels `start` to `stop` of a leaf without stack axes, as a leaf of shape `[stop − start, I]`.
 
     With `ChannelGroups(n)`, `start` must be a multiple of n.
     """
@@ -324,7 +325,7 @@ def channel_block(leaf: CodebookArray, start: int, stop: int) -> CodebookArray:
 
 
 def _axis_numbers(leaf, shape):
-    """Channel numbers over the output axes, and positions in a channel over the others."""
+    """Returns channel numbers shaped like the output axes, and positions in a channel shaped like the other axes."""
     output_shape = tuple(shape[a] for a in leaf.axes)
     input_shape = tuple(n for a, n in enumerate(shape) if a not in leaf.axes)
     numbers = lambda s: jnp.arange(math.prod(s), dtype=jnp.int32).reshape(s)  # noqa: E731
@@ -338,7 +339,7 @@ def _over_stack(function, leaf):
 
 
 def _decoding_levels(leaf: CodebookArray) -> Any:
-    """Levels in the dtype in which they are looked up: already the leaf's where nothing multiplies them."""
+    """Returns the levels in the dtype for the look-up: the leaf's own without scales, else its working dtype."""
     if leaf.codebook_format and isinstance(leaf.levels, np.ndarray):
         levels: Any = fixed_point.decode_on_host(leaf.levels, leaf.codebook_format)
     else:
@@ -349,7 +350,7 @@ def _decoding_levels(leaf: CodebookArray) -> Any:
 
 
 def _decode_slice(leaf: CodebookArray) -> jax.Array:
-    """Every array is `[O, I]`: TPUs pad rows of another length, and one row of all values to many times its size."""
+    """Decodes one slice with arrays `[O, I]` only: TPUs pad other shapes, and one long row to many times its size."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs).astype(jnp.int32)
     levels = _decoding_levels(leaf)
@@ -365,7 +366,7 @@ def _decode_slice(leaf: CodebookArray) -> jax.Array:
 
 
 def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
-    """`_decode_slice` of NumPy arrays, row by row."""
+    """Computes `_decode_slice` for NumPy arrays, row by row."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs)
     values = rows_.look_up(_decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
@@ -376,20 +377,20 @@ def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
 
 
 def _factors(leaf: CodebookArray, inputs: int) -> Any:
-    """`[O, I]` the scale of each value."""
+    """Returns `[O, I]` the scale of each value."""
     xp = rows_.namespace(leaf.scale)
     return xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
 
 
 def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:
-    """The leaf with floating levels `[*S, R, K]` in place of its own."""
+    """Returns the leaf with floating levels `[*S, R, K]` in place of its own."""
     if jnp.shape(levels) != leaf.levels.shape:
         raise ValueError(f"levels of shape {jnp.shape(levels)}, but the leaf has {leaf.levels.shape}")
     return replace(leaf, levels=to_jax(levels) if isinstance(levels, np.ndarray) else levels, codebook_format=None)
 
 
 def check_layout(leaf: CodebookArray, path: str = "a compressed leaf") -> None:
-    """Raises ValueError, naming `path`, where JAX took a leaf for its arrays: sliced them, or trained its indices."""
+    """Raises ValueError, naming `path`, if JAX sliced the leaf's arrays or an optimizer trained its indices."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     ends = {
         "levels": (rows_.row_shape(outputs, inputs, leaf.granularity)[0], 1 << leaf.bits),
@@ -414,9 +415,9 @@ def check_layout(leaf: CodebookArray, path: str = "a compressed leaf") -> None:
 
 
 def check(leaf: CodebookArray, path: str = "leaf") -> None:
-    """Raises ValueError, naming `path`, unless the arrays fit the layout and hold what they must.
+    """Raises ValueError, naming `path`, unless the arrays fit the layout and hold valid values.
 
-    Not done on construction, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
+    Construction does not check, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
     """
     check_structure(leaf, path)
     if leaf.scale is not None and not np.isfinite(np.asarray(leaf.scale)).all():
@@ -429,7 +430,7 @@ def check(leaf: CodebookArray, path: str = "leaf") -> None:
 
 
 def check_structure(leaf: CodebookArray, path: str = "leaf") -> None:
-    """`check` without what trained levels may break: that levels and scales are finite, and that levels ascend."""
+    """Checks as `check` does, but not what training may break: that levels and scales are finite and levels ascend."""
     if leaf.bits not in range(1, 9):
         raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
     try:

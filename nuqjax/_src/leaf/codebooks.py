@@ -1,4 +1,4 @@
-"""A compressed tree made dense again, and its codebooks out of it and back in."""
+"""Decodes a compressed tree to dense arrays, and takes its levels out and puts them back."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +21,10 @@ from nuqjax._src.leaf.paths import path_name
 
 
 def decompress(tree: Any) -> Any:
-    """The tree with every `CodebookArray` as the dense array that it stands for, of the same shape and dtype.
+    """Returns the tree with every `CodebookArray` decoded to its dense array, of the same shape and dtype.
 
     Raises:
-      ValueError: JAX took a leaf for its arrays: sliced them, or trained its indices. The leaf is named.
+      ValueError: JAX sliced the arrays of a leaf, or an optimizer trained its indices. The message names the leaf.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.arange(512.0).reshape(16, 32) % 8}
@@ -43,9 +43,9 @@ def _dense(path: Sequence[Any], leaf: CodebookArray) -> jax.Array:
 
 
 def codebooks(tree: Any) -> Any:
-    """The floating levels of every `CodebookArray`, `[*S, R, K]`, in the same tree; None in place of other leaves.
+    """Returns the floating levels `[*S, R, K]` of every `CodebookArray`, in the same tree; None for other leaves.
 
-    This is what `jax.grad` and optax work on: the gradient of a level is the sum over the weights that share it.
+    Give this tree to `jax.grad` and optax: the gradient of a level is the sum over the weights that share it.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> cparams = nuqjax.compress({"w": jnp.ones((16, 32)), "b": jnp.zeros(32)}, bits=1)
@@ -56,16 +56,16 @@ def codebooks(tree: Any) -> Any:
 
 
 def with_codebooks(tree: Any, levels: Any) -> Any:
-    """The tree with other levels: `with_codebooks(tree, codebooks(tree))` decodes to the same values.
+    """Returns the tree with other levels: `with_codebooks(tree, codebooks(tree))` decodes to the same values.
 
-    Levels are taken as they are: floating, in the dtype given, not rounded to a codebook format.
+    Levels are used as given: floating, in their own dtype, not rounded to a codebook format.
 
     Args:
       tree: a compressed tree.
-      levels: what `codebooks` gives for it, with other values.
+      levels: a tree like that of `codebooks(tree)`, with other values.
 
     Raises:
-      ValueError: the levels of a leaf are missing or have another shape, or there are levels of no such leaf.
+      ValueError: levels are missing for a leaf, have another shape, or are given for a leaf that is not compressed.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> cparams = nuqjax.compress({"w": jnp.eye(16)}, bits=1, min_size=0)

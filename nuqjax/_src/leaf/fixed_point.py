@@ -1,8 +1,8 @@
-"""Fixed-point words: values to raw integers and back, by named rounding and overflow.
+"""Fixed-point words: converts values to raw integers and back, by named rounding and overflow modes.
 
-A raw integer in a `QFormat(word, frac)` stands for raw · 2^−frac.
+A raw integer in a `QFormat(word, frac)` represents the value raw · 2^−frac.
 
-Rounding modes, with ap_fixed's, MATLAB's and IEEE 754's names:
+Rounding modes, with the names of ap_fixed, MATLAB and IEEE 754:
 
 | here | a value between two words goes | ap_fixed | MATLAB fi | IEEE 754 |
 |---|---|---|---|---|
@@ -15,7 +15,7 @@ Rounding modes, with ap_fixed's, MATLAB's and IEEE 754's names:
 | `half_even` | to the nearest, halves to the even word | AP_RND_CONV | Convergent | roundTiesToEven |
 
 Overflow modes: `saturate` (AP_SAT, Saturate), `saturate_symmetric` (AP_SAT_SYM: the least word is minus the largest),
-`saturate_zero` (AP_SAT_ZERO: zero), `wrap` (AP_WRAP, Wrap: modulo 2^word).
+`saturate_zero` (AP_SAT_ZERO: words out of range become 0), `wrap` (AP_WRAP, Wrap: modulo 2^word).
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow: str = "saturate") -> jax.Array:
-    """The raw integers of real values: rounded first, then brought into range.
+    """Converts real values to raw integers: rounds them first, then brings them into range.
 
     Args:
       x: floating values of any shape, finite.
@@ -60,7 +60,7 @@ def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow:
       overflow: one of `OVERFLOW`.
 
     Returns:
-      int32 raw integers of the same shape. Every step is exact but the one rounding.
+      int32 raw integers of the same shape. Every step but the rounding is exact.
 
     Raises:
       ValueError: a mode is unknown.
@@ -78,12 +78,12 @@ def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow:
 
 
 def encode_on_host(x: np.ndarray, fmt: QFormat, rounding: str = "half_even", overflow: str = "saturate") -> np.ndarray:
-    """`encode` by NumPy."""
+    """Computes `encode` in NumPy."""
     return _overflow(_round(_scaled_on_host(x, fmt), rounding), fmt, overflow).astype(np.int32)
 
 
 def overflows(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even") -> jax.Array:
-    """Where real values, rounded, are outside the format's range: what `encode` brings into it.
+    """Returns where real values, once rounded, are outside the format's range, so that `encode` changes them.
 
     >>> import jax.numpy as jnp
     >>> overflows(jnp.array([1.75, 1.875, -2.0]), QFormat(4, 2)).tolist()
@@ -99,19 +99,19 @@ def overflows(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even") -> jax
 
 
 def _scaled(x: jax.Array, fmt: QFormat) -> jax.Array:
-    """Real values in units of the last place, float64."""
+    """Returns real values in units of the format's last place, in float64."""
     return lax.convert_element_type(x, jnp.float64) * 2.0**fmt.frac
 
 
 def _scaled_on_host(x: np.ndarray, fmt: QFormat) -> np.ndarray:
-    """`_scaled` by NumPy, with zeros for subnormal values as in XLA."""
+    """Computes `_scaled` in NumPy, with 0 for subnormal values as in XLA."""
     x = flushed(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
     with np.errstate(over="ignore"):
         return flushed(x.astype(np.float64) * 2.0**fmt.frac)
 
 
 def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:
-    """The real values of raw integers, float32: exact for words of up to 24 bits, else rounded once.
+    """Converts raw integers to real float32 values: exact for words of up to 24 bits, else rounded once.
 
     >>> import jax.numpy as jnp
     >>> decode(jnp.array([-8, 3]), QFormat(4, 2)).tolist()
@@ -124,7 +124,7 @@ def decode(raw: jax.Array, fmt: QFormat) -> jax.Array:
 
 
 def decode_on_host(raw: np.ndarray, fmt: QFormat) -> np.ndarray:
-    """`decode` by NumPy."""
+    """Computes `decode` in NumPy."""
     with np.errstate(over="ignore"):
         return flushed((raw.astype(np.float64) * 2.0**-fmt.frac).astype(np.float32))
 
@@ -132,10 +132,10 @@ def decode_on_host(raw: np.ndarray, fmt: QFormat) -> np.ndarray:
 def requantize(
     raw: jax.Array, source: QFormat, target: QFormat, *, rounding: str = "half_even", overflow: str = "saturate"
 ) -> jax.Array:
-    """Raw integers of one format as those of another: rounded first, then brought into range. No float is involved.
+    """Converts raw integers from one format to another: rounds first, then brings into range. It uses no floats.
 
     Args:
-      raw: integers of any shape and dtype, such as an accumulator's; they may lie outside the range of `source`.
+      raw: integers of any shape and dtype, such as an accumulator's; they may be outside the range of `source`.
       source: the format of `raw`; only its fraction bits matter.
       target: the format of the result.
       rounding: one of `ROUNDING`, where fraction bits are dropped.
@@ -146,7 +146,7 @@ def requantize(
 
     Raises:
       ValueError: a mode is unknown.
-      TypeError: `raw` holds no integers.
+      TypeError: the dtype of `raw` is not an integer one.
 
     >>> import jax.numpy as jnp
     >>> requantize(jnp.array([20, -20, 60]), QFormat(8, 3), QFormat(4, 0)).tolist()
@@ -166,11 +166,11 @@ def requantize(
 
 
 def _round(scaled: Any, rounding: str) -> Any:
-    """Float64 values to whole numbers."""
+    """Rounds float64 values to whole numbers."""
     xp = namespace(scaled)
     magnitude, negative = xp.abs(scaled), scaled < 0
     below = xp.floor(magnitude)
-    rest = magnitude - below  # exact, because of the magnitude's own digits
+    rest = magnitude - below  # exact: the fraction digits of the magnitude
     half = rest == 0.5
     match rounding:
         case "floor":
@@ -192,7 +192,7 @@ def _round(scaled: Any, rounding: str) -> Any:
 
 
 def _overflow(whole: Any, fmt: QFormat, overflow: str) -> Any:
-    """Whole float64 values into the format's range."""
+    """Brings whole float64 values into the format's range."""
     xp = namespace(whole)
     least, largest = float(fmt.least), float(fmt.largest)
     match overflow:
@@ -203,6 +203,6 @@ def _overflow(whole: Any, fmt: QFormat, overflow: str) -> Any:
         case "saturate_zero":
             return xp.where((whole < least) | (whole > largest), 0.0, whole)
     span = 2.0**fmt.word
-    wrapped = xp.fmod(whole, span)  # exact, of the sign of `whole`
+    wrapped = xp.fmod(whole, span)  # exact, with the sign of `whole`
     wrapped = xp.where(wrapped < least, wrapped + span, wrapped)
     return xp.where(wrapped > largest, wrapped - span, wrapped)

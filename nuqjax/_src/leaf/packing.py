@@ -1,8 +1,8 @@
-"""Indices to exactly `bits` bits each, and back.
+"""Packs indices into exactly `bits` bits each, and unpacks them.
 
-Index i of a row takes the bits from i·bits to (i + 1)·bits − 1 of that row, counted from the least significant bit of
-its first byte. A row is padded with zero bits only at its end, to a whole byte. `pack` and `unpack` take JAX and NumPy
-arrays alike.
+Index i of a row occupies the bits from i·bits to (i + 1)·bits − 1 of that row, counted from the least significant bit
+of its first byte. A row is padded with zero bits only at its end, to a whole byte. `pack` and `unpack` accept JAX and
+NumPy arrays.
 """
 
 import math
@@ -16,7 +16,7 @@ from nuqjax._src.leaf.rows import namespace
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that a row of `count` indices of `bits` bits takes.
+    """Returns the bytes that a row of `count` indices of `bits` bits occupies.
 
     >>> packed_size(5, 3)
     2
@@ -25,7 +25,7 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """The least number of indices that fill whole bytes, and those bytes."""
+    """Returns the least number of indices that fill whole bytes, and the number of these bytes."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 
@@ -67,7 +67,7 @@ def pack(indices: Any, bits: int) -> Any:
 
 
 def unpack(packed: Any, bits: int, count: int) -> Any:
-    """The inverse of `pack`: the first `count` indices of each row.
+    """Unpacks the first `count` indices of each row: the inverse of `pack`.
 
     Args:
       packed: `[…, B]` uint8.
@@ -85,7 +85,7 @@ def unpack(packed: Any, bits: int, count: int) -> Any:
     if bits == 8:
         return packed[..., :count]
     xp = namespace(packed)
-    if xp is jnp and 8 % bits == 0:  # no index straddles two bytes: a form that compilers fuse with the look-up
+    if xp is jnp and 8 % bits == 0:  # no index crosses a byte: compilers fuse this form with the look-up
         shift = lax.broadcasted_iota(jnp.uint8, (*lead, size, 8 // bits), len(lead) + 1) * bits
         return ((packed[..., None] >> shift) & (2**bits - 1)).reshape(*lead, -1)[..., :count]
     group, width = _period(bits)
@@ -101,7 +101,7 @@ def unpack(packed: Any, bits: int, count: int) -> Any:
 
 
 def unpack_at(packed: jax.Array, bits: int, positions: jax.Array) -> jax.Array:
-    """The indices at some positions of each row, without unpacking the others.
+    """Returns the indices at some positions of each row, without unpacking the others.
 
     Args:
       packed: `[…, B]` uint8.
@@ -115,7 +115,7 @@ def unpack_at(packed: jax.Array, bits: int, positions: jax.Array) -> jax.Array:
     >>> unpack_at(jnp.array([33, 3], jnp.uint8), 4, jnp.array([2, 0])).tolist()
     [3, 1]
     """
-    bit = positions.astype(jnp.int32) % 8 * bits  # of the eight indices that fill `bits` bytes
+    bit = positions.astype(jnp.int32) % 8 * bits  # offset in the `bits` bytes that eight indices fill
     byte = positions.astype(jnp.int32) // 8 * bits + bit // 8
     shift = jnp.expand_dims((bit % 8).astype(jnp.uint8), range(packed.ndim - 1))
     index = packed[..., byte] >> shift

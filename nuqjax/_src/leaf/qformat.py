@@ -1,4 +1,4 @@
-"""Fixed-point formats and the names of rounding and overflow: what arithmetic on words is told."""
+"""Fixed-point formats, and the names of the rounding and overflow modes of arithmetic on words."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
 
 @dataclass(frozen=True)
 class QFormat:
-    """A fixed-point format: `word` bits in all, of which `frac` after the binary point; value = raw · 2^−frac.
+    """A fixed-point format: `word` bits in all, `frac` bits after the binary point; value = raw · 2^−frac.
 
     Attributes:
-      word: word length in bits, 1 to 32 (31 where unsigned, since raw words are int32), sign included.
-      frac: fraction bits; may be negative or above `word`.
+      word: word length in bits, sign included: 1 to 32, or 31 if unsigned, since raw words are int32.
+      frac: number of fraction bits; may be negative or above `word`.
       signed: two's complement if True, else non-negative.
 
     >>> QFormat(8, 6).range
@@ -74,7 +74,7 @@ def _check_word(word, signed, name) -> None:
 
 
 def check_modes(rounding: str, overflow: str) -> None:
-    """Raises ValueError, listing the known ones, unless both modes are known."""
+    """Raises ValueError, listing the known modes, unless both modes are known."""
     if rounding not in ROUNDING:
         raise ValueError(f"unknown rounding {rounding!r}; known: {', '.join(ROUNDING)}")
     if overflow not in OVERFLOW:

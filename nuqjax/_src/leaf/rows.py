@@ -1,11 +1,9 @@
-"""A leaf seen as rows of values that share a codebook, and back.
+"""Two views of a *slice* (a leaf without its stack axes), and the conversions between them.
 
-Two views, both of one *slice* (a leaf without its stack axes):
-
-- channels `[O, I]`: the output axes flattened to O, the other axes, in the leaf's own order, flattened to I. This is
-  the order in which indices are stored.
-- rows `[R, N]`: the channels regrouped so that each row holds exactly the values that share a codebook; where the last
-  group is short the row is padded, and `row_mask` says where.
+- Channels `[O, I]`: the output axes flattened to O, and the other axes, in the leaf's own order, flattened to I. This
+  is the order in which indices are stored.
+- Rows `[R, N]`: the channels regrouped so that each row holds exactly the values that share a codebook. A short last
+  group is padded, and `row_mask` says where.
 """
 
 import math
@@ -64,12 +62,12 @@ _INT32_MAX = 2**31 - 1
 
 
 def namespace(array: Any) -> Any:
-    """`numpy` for a NumPy array or number, else `jax.numpy`."""
+    """Returns `numpy` for a NumPy array or number, else `jax.numpy`."""
     return np if isinstance(array, np.ndarray | np.generic) else jnp
 
 
 def on_mesh(array: Any) -> bool:
-    """Whether an array, not a traced one, is distributed over several devices of a mesh."""
+    """Returns whether an array is distributed over several devices of a mesh; False for a traced array."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or len(array.devices()) == 1:
         return False
     return isinstance(array.sharding, jax.sharding.NamedSharding)
@@ -84,7 +82,7 @@ def check_granularity(granularity) -> None:
 
 
 def output_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """The output axes of a slice of `ndim` axes, ascending and counted from the front.
+    """Returns the output axes of a slice of `ndim` axes, ascending and counted from the front.
 
     Raises:
       ValueError: an axis is out of range or named twice.
@@ -103,14 +101,14 @@ def output_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def channel_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
-    """`(O, I)`: the number of output channels of a slice and the values in each."""
+    """Returns `(O, I)`: the number of output channels of a slice and the number of values in each."""
     outputs = math.prod(shape[a] for a in axes)
     inputs = math.prod(n for a, n in enumerate(shape) if a not in axes)
     return outputs, inputs
 
 
 def to_channels(array: Any, axes: Sequence[int]) -> Any:
-    """A slice `[…]` as its channels `[O, I]`.
+    """Reorders a slice `[…]` into its channels `[O, I]`.
 
     >>> import jax.numpy as jnp
     >>> to_channels(jnp.arange(6).reshape(2, 3), (1,)).tolist()
@@ -121,13 +119,13 @@ def to_channels(array: Any, axes: Sequence[int]) -> Any:
 
 
 def from_channels(channels: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
-    """The inverse of `to_channels`: channels `[O, I]` as a slice of `shape`."""
+    """Reorders channels `[O, I]` into a slice of `shape`: the inverse of `to_channels`."""
     order = (*axes, *(a for a in range(len(shape)) if a not in axes))
     return channels.reshape([shape[a] for a in order]).transpose([order.index(a) for a in range(len(shape))])
 
 
 def row_shape(outputs: int, inputs: int, granularity: Granularity) -> tuple[int, int]:
-    """`(R, N)`: how many codebooks `[O, I]` channels take, and the values in a full row."""
+    """Returns `(R, N)`: the number of rows, so of codebooks, of channels `[O, I]`, and the values in a full row."""
     match granularity:
         case "tensor":
             return 1, outputs * inputs
@@ -141,7 +139,7 @@ def row_shape(outputs: int, inputs: int, granularity: Granularity) -> tuple[int,
 
 
 def to_rows(channels: Any, granularity: Granularity) -> Any:
-    """Channels `[O, I]` as rows `[R, N]`, zero where a short group is padded."""
+    """Regroups channels `[O, I]` into rows `[R, N]`, with 0 where a short group is padded."""
     outputs, inputs = channels.shape
     rows, length = row_shape(outputs, inputs, granularity)
     if isinstance(granularity, ChannelGroups) and inputs:
@@ -152,7 +150,7 @@ def to_rows(channels: Any, granularity: Granularity) -> Any:
 
 
 def from_rows(rows: Any, outputs: int, inputs: int, granularity: Granularity) -> Any:
-    """The inverse of `to_rows`: drops the padding and gives the channels `[O, I]`."""
+    """Regroups rows into channels `[O, I]` and drops the padding: the inverse of `to_rows`."""
     if isinstance(granularity, InputGroups) and outputs:
         return rows.reshape(outputs, -1)[:, :inputs]
     if isinstance(granularity, ChannelGroups) and inputs:
@@ -161,7 +159,7 @@ def from_rows(rows: Any, outputs: int, inputs: int, granularity: Granularity) ->
 
 
 def row_mask(outputs: int, inputs: int, granularity: Granularity) -> np.ndarray | None:
-    """`[R, N]` bool, False on padding; None where no group is short."""
+    """Returns `[R, N]` bool, False on padding; None where no group is short."""
     rows, length = row_shape(outputs, inputs, granularity)
     if rows * length == outputs * inputs:
         return None
@@ -169,11 +167,11 @@ def row_mask(outputs: int, inputs: int, granularity: Granularity) -> np.ndarray 
 
 
 def row_of(output: jax.Array, input: jax.Array, inputs: int, granularity: Granularity) -> jax.Array:
-    """The row, so the codebook, of the value at channel `output` and position `input`; broadcasts, int32.
+    """Returns the int32 row, and so the codebook, of the value at channel `output` and position `input`.
 
     Args:
       output: channel numbers.
-      input: positions inside the channel.
+      input: positions inside the channel; the two broadcast.
       inputs: I, the number of values in a channel.
       granularity: which values share a codebook.
     """
@@ -190,7 +188,7 @@ def row_of(output: jax.Array, input: jax.Array, inputs: int, granularity: Granul
 
 
 def look_up(levels: Any, indices: Any) -> Any:
-    """`[R, N]` the level of each index: of levels `[R, K]` and uint8 indices `[R, N]`."""
+    """Returns `[R, N]` the level of each index, from levels `[R, K]` and uint8 indices `[R, N]`."""
     if not isinstance(levels, np.ndarray):
         return jnp.take_along_axis(levels, indices.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     found = np.empty(indices.shape, levels.dtype)

@@ -1,4 +1,4 @@
-"""Where the arrays of a compressed tree are placed, given where the dense parameters are."""
+"""Shardings of the arrays of a compressed tree, derived from those of the dense parameters."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,18 +14,18 @@ from nuqjax._src.platform.meshes import shards
 
 
 def shardings(cparams: Any, param_shardings: Any) -> Any:
-    """Shardings for a compressed tree, leaf by leaf from those of the dense parameters.
+    """Returns shardings for a compressed tree, leaf by leaf from those of the dense parameters.
 
-    Stack axes keep their places. The storage rows of a leaf (one for each output channel) follow its output axes, and
-    the bytes of a row follow the first of its other axes where every shard begins on a whole byte; codebooks follow the
-    output axes where each channel has its own, and are replicated otherwise. What cannot follow is replicated.
+    Stack axes keep their sharding. The storage rows of a leaf (one for each output channel) are sharded like its output
+    axes. The bytes of a row are sharded like the first of its other axes, if every shard begins on a whole byte.
+    Codebooks are sharded like the output axes where each channel has its own. Everything else is replicated.
 
     Args:
-      cparams: a compressed tree (of arrays, or as `jax.eval_shape` gives it).
-      param_shardings: a tree of `jax.sharding.NamedSharding` like the dense parameters, or one for all.
+      cparams: a compressed tree of arrays, or of shapes from `jax.eval_shape`.
+      param_shardings: a tree of `jax.sharding.NamedSharding` like the dense parameters, or one for all leaves.
 
     Returns:
-      A tree like `cparams` with a sharding in place of every array: for `jax.device_put`, `jit(in_shardings=…)`.
+      A tree like `cparams` with a sharding in place of every array, for `jax.device_put` or `jit(in_shardings=…)`.
 
     Raises:
       ValueError: the trees differ, or a compressed leaf's sharding is not a `NamedSharding`.
@@ -51,7 +51,7 @@ def shardings(cparams: Any, param_shardings: Any) -> Any:
 
 
 def _of_leaf(leaf: CodebookArray, sharding: Any) -> CodebookArray:
-    """The leaf with shardings in place of its arrays."""
+    """Returns the leaf with shardings in place of its arrays."""
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"shardings: a compressed leaf of shape {leaf.shape} has {sharding}, not a NamedSharding")
     specs = leaf_specs(sharding, leaf.shape, leaf.axes, leaf.bits, leaf.granularity, len(leaf.stack_shape))
@@ -62,7 +62,7 @@ def _of_leaf(leaf: CodebookArray, sharding: Any) -> CodebookArray:
 def leaf_specs(
     sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int], bits: int, granularity: Granularity, stack: int
 ) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """Those of a leaf's levels, packed indices and scales, given how its dense array is distributed."""
+    """Returns the specs of a leaf's levels, packed indices and scales, from the sharding of its dense array."""
     mesh, slice_shape = sharding.mesh, shape[stack:]
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     lead, inner = spec[:stack], spec[stack:]
@@ -80,7 +80,10 @@ def leaf_specs(
 
 
 def _leading(spec: Sequence[Any], axes: Sequence[int]) -> Any:
-    """The mesh axes of the first of `axes`, if they alone part the flattened axes into contiguous runs; else None."""
+    """Returns the mesh axes that shard the first of `axes`, if the others are not sharded; else None.
+
+    Only then are the shards of the flattened axes contiguous runs.
+    """
     if not axes or any(spec[a] is not None for a in axes[1:]):
         return None
     return spec[axes[0]]

@@ -1,6 +1,7 @@
-"""Arithmetic on raw words: dropping bits, dividing, coming into range. Integers in, integers out, exact but as named.
+"""Integer arithmetic on raw words: dropping bits, dividing, and bringing into range.
 
-Words are int32 or int64, and results have the dtype of the words. The modes are those of `nuqjax.fixed_point`.
+All of it is exact but for the named rounding and overflow modes, which are those of `nuqjax.fixed_point`. Words are
+int32 or int64, and results have the dtype of the words.
 """
 
 from typing import Any
@@ -14,21 +15,21 @@ from nuqjax._src.platform.host import x64
 
 
 def drop_bits(raw: jax.Array, bits: int, rounding: str) -> jax.Array:
-    """Words over 2^bits, as whole numbers; unchanged where `bits` is not positive."""
+    """Divides words by 2^bits and rounds to integers; returns them unchanged where `bits` is not positive."""
     if bits <= 0:
         return raw
     width = jnp.iinfo(raw.dtype).bits
-    if bits >= width:  # a quarter stands for all that is less than a half; of all words only the least may be a half
+    if bits >= width:  # 1/4 replaces all magnitudes below 1/2, which only the least word can reach
         half = (raw == jnp.iinfo(raw.dtype).min) & (bits == width)
         bits, raw = 2, jnp.where(half, -2, jnp.sign(raw)).astype(raw.dtype)
     whole = raw >> bits
-    # The word is `whole` + rest / 2^bits, 0 ≤ rest < 2^bits; the part dropped may be compared without rounding.
+    # The quotient is `whole` + rest / 2^bits, 0 ≤ rest < 2^bits; the integer `rest` is compared without rounding.
     rest, half = raw - (whole << bits), jnp.asarray(1 << (bits - 1), raw.dtype)
     return whole + rounds_up(whole, raw < 0, rest > 0, rest > half, rest == half, rounding).astype(raw.dtype)
 
 
 def divide(raw: jax.Array, divisor: int | jax.Array, rounding: str) -> jax.Array:
-    """Words over a positive whole number, as whole numbers: the ideal quotient rounded once.
+    """Divides words by a positive integer: the exact quotient, rounded once to an integer.
 
     Twice the divisor must fit the dtype.
 
@@ -44,7 +45,7 @@ def divide(raw: jax.Array, divisor: int | jax.Array, rounding: str) -> jax.Array
 
 
 def rounds_up(whole, negative, inexact, above, tie, rounding: str) -> Any:
-    """Whether a value between `whole` and `whole` + 1 goes up; it lies `above` the middle or in it (`tie`)."""
+    """Returns whether a value between `whole` and `whole` + 1 rounds up; it is `above` the middle, or at it (`tie`)."""
     match rounding:
         case "floor":
             return inexact & False
@@ -64,12 +65,12 @@ def rounds_up(whole, negative, inexact, above, tie, rounding: str) -> Any:
 
 
 def outside(whole: jax.Array, shift: int, fmt: QFormat) -> jax.Array:
-    """Where whole · 2^shift is outside the format's range."""
+    """Returns where whole · 2^shift is outside the format's range."""
     return (whole > fmt.largest >> shift) | (whole < -(-fmt.least >> shift))
 
 
 def into_range(whole: jax.Array, shift: int, fmt: QFormat, overflow: str) -> jax.Array:
-    """Words · 2^shift brought into the format's range, which is looked at before the shift could overflow."""
+    """Brings words · 2^shift into the format's range; the range is tested before the shift, which could overflow."""
     least, largest = fmt.least, fmt.largest
     width = jnp.iinfo(whole.dtype).bits
     if overflow == "wrap":
@@ -88,9 +89,9 @@ def into_range(whole: jax.Array, shift: int, fmt: QFormat, overflow: str) -> jax
 
 
 def saturating_rounding_doubling_high_mul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """round(a · b / 2^31) of int32 words, halves up; −2^31 times −2^31 gives 2^31 − 1.
+    """Computes round(a · b / 2^31) of int32 words, halves up; −2^31 times −2^31 gives 2^31 − 1.
 
-    The first rounding of gemmlowp's requantization (gemmlowp, `fixedpoint/fixedpoint.h`).
+    This is the first rounding of gemmlowp's requantization (gemmlowp, `fixedpoint/fixedpoint.h`).
 
     >>> saturating_rounding_doubling_high_mul(jnp.array([1, -1]), jnp.array([1 << 30, 1 << 30])).tolist()
     [1, 0]
@@ -102,7 +103,7 @@ def saturating_rounding_doubling_high_mul(a: jax.Array, b: jax.Array) -> jax.Arr
 
 
 def rounding_divide_by_power_of_two(raw: jax.Array, exponent: int) -> jax.Array:
-    """round(raw / 2^exponent), halves away from zero: the second rounding of gemmlowp's requantization.
+    """Computes round(raw / 2^exponent), halves away from zero: the second rounding of gemmlowp's requantization.
 
     >>> rounding_divide_by_power_of_two(jnp.array([5, -5]), 1).tolist()
     [3, -3]
@@ -111,7 +112,7 @@ def rounding_divide_by_power_of_two(raw: jax.Array, exponent: int) -> jax.Array:
 
 
 def drop_bits_twice(raw: jax.Array, bits: int) -> jax.Array:
-    """As gemmlowp drops bits: a first one by a multiplication by 2^30 (halves up), the others by a shift (half away).
+    """Drops bits as gemmlowp does: one by a multiplication by 2^30 (halves up), the rest by a shift (halves away).
 
     >>> drop_bits_twice(jnp.array([5]), 2).tolist()
     [2]

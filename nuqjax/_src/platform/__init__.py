@@ -1,1 +1,1 @@
-"""What releases of JAX, hosts and meshes ask for."""
+"""Differences between releases of JAX, work on the host, and meshes."""

@@ -1,4 +1,4 @@
-"""What the releases of JAX name differently, from 0.7.2 on."""
+"""Names and functions that differ between releases of JAX, from 0.7.2 on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.experimental
 
-# In jax 0.7 it is an experiment.
+# jax 0.7 has it in `jax.experimental`.
 enable_x64: Any = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
 
 
 def bind_primitive(primitive: Any, operands: Sequence[Any], params: Any) -> Any:
-    """What a primitive gives for operands, with the parameters of an equation."""
+    """Returns the results of a primitive for operands, with the parameters of an equation."""
     given = primitive.get_bind_params(params)
     if isinstance(given, tuple):  # jax 0.7
         functions, given = given
@@ -20,7 +20,7 @@ def bind_primitive(primitive: Any, operands: Sequence[Any], params: Any) -> Any:
 
 
 def as_varying(x: Any, axes: Sequence[Any]) -> Any:
-    """An array inside `jax.shard_map` as one that varies over these axes, too."""
+    """Returns an array inside `jax.shard_map` with a type that varies over these axes, too."""
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, tuple(axes), to="varying")
     return getattr(jax.lax, "pvary")(x, tuple(axes))  # noqa: B009, before jax 0.9

@@ -1,7 +1,7 @@
-"""Arrays on the host, which NumPy holds or JAX on one CPU: they are computed by NumPy, so that nothing compiles.
+"""Work on host arrays, which are NumPy's, or JAX's on one CPU: NumPy computes it, so that nothing compiles.
 
-XLA counts subnormal numbers as zero on a CPU, and NumPy does not: `flushed` makes them so. NumPy leaves the interpreter
-free while it works, so that blocks of a large array are computed by as many threads as there are cores.
+On a CPU, XLA reads subnormal numbers as 0 and NumPy does not; `flushed` replaces them by 0. NumPy releases the
+interpreter lock while it works, so blocks of a large array are computed by as many threads as there are cores.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ import numpy as np
 
 from nuqjax._src.platform.compat import enable_x64
 
-BLOCK = 2**15  # values whose temporaries stay in a core's own cache
-_SHARED = 2**20  # values from which on threads are worth starting
+BLOCK = 2**15  # so many values have temporaries that stay in a core's own cache
+_SHARED = 2**20  # from so many values on, threads are worth starting
 
 
 def on_host(*arrays: Any) -> bool:
-    """Whether all of these, None apart, are concrete and held by NumPy, or by JAX on one CPU."""
+    """Returns whether all of these, None ignored, are concrete and held by NumPy, or by JAX on one CPU."""
     return all(_one_on_host(array) for array in arrays)
 
 
@@ -36,7 +36,7 @@ def _one_on_host(array: Any) -> bool:
 
 
 def native_dtype(dtype: Any) -> np.dtype:
-    """The dtype that JAX gives an array of this one: of the machine's byte order, and no wider than x64 mode allows.
+    """Returns the dtype that JAX converts this one to: in the machine's byte order, and no wider than x64 mode allows.
 
     >>> native_dtype(np.dtype(">f4"))
     dtype('float32')
@@ -45,17 +45,17 @@ def native_dtype(dtype: Any) -> np.dtype:
 
 
 def why_unfit(dtype: Any) -> str | None:
-    """Why values of a dtype cannot be fitted; None where they can.
+    """Returns the reason why values of a dtype cannot be fitted; None if they can.
 
     >>> why_unfit(np.dtype(np.int8)), why_unfit(jnp.bfloat16)
     ('dtype int8 is not floating', None)
     """
-    if not jnp.issubdtype(dtype, jnp.floating):  # of random keys, for one
+    if not jnp.issubdtype(dtype, jnp.floating):  # random keys, for example
         return f"dtype {getattr(dtype, 'name', dtype)} is not floating"
     dtype = np.dtype(dtype)
     if not hasattr(jnp, dtype.name):
         return f"JAX has no dtype {dtype.name}"
-    if dtype.name.startswith("float6_"):  # whose conversion ends the process
+    if dtype.name.startswith("float6_"):  # converting them aborts the process
         return f"XLA does not compute with dtype {dtype.name}"
     if float(jnp.finfo(dtype).min) >= 0:
         return f"dtype {dtype.name} has neither zero nor negative numbers"
@@ -64,18 +64,18 @@ def why_unfit(dtype: Any) -> str | None:
 
 @contextlib.contextmanager
 def x64() -> Iterator[None]:
-    """Where float64 and int64 are there, and dtypes and ranks are promoted, whatever flags the user has set."""
+    """Enters a context with float64, int64 and standard promotion of dtypes and ranks, whatever the user's flags."""
     with enable_x64(True), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
 def working_dtype(dtype: Any) -> np.dtype:
-    """The dtype in which values of `dtype` are fitted and their levels returned: float64 for float64, else float32."""
+    """Returns the dtype in which values are fitted and their levels returned: float64 for float64, else float32."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def to_numpy(array: Any) -> Any:
-    """An array on the host as NumPy's, not copied but into the dtype that JAX gives it; None as it is."""
+    """Returns a host array as NumPy's in JAX's dtype for it, and copies only to convert; None stays None."""
     if array is None:
         return None
     array = np.asarray(array)
@@ -83,22 +83,22 @@ def to_numpy(array: Any) -> Any:
 
 
 def row_by_row(array: Any) -> Any:
-    """The values of each row side by side in memory, as NumPy needs them to be fast; None as it is."""
+    """Returns the array with the values of each row contiguous in memory, where NumPy is fast; None stays None."""
     return None if array is None else np.ascontiguousarray(array)
 
 
 def to_jax(array: Any) -> jax.Array:
-    """A NumPy array that is no one else's as JAX's: moving it compiles nothing, and `jnp.asarray` would copy it."""
+    """Moves a NumPy array that nothing else uses to JAX: this compiles nothing, and `jnp.asarray` would copy it."""
     return jax.device_put(array)
 
 
 def flushed(values: np.ndarray) -> np.ndarray:
-    """Float32 or float64 values with zeros for subnormal ones."""
+    """Returns float32 or float64 values with 0 for subnormal ones."""
     return values * (np.abs(values) >= np.finfo(values.dtype).tiny)
 
 
 def blocks(count: int, length: int, size: int = BLOCK) -> Iterator[tuple[slice, slice]]:
-    """Parts of `[count, length]` values of about `size` each: some whole rows, or a stretch of one row."""
+    """Yields the rows and columns of blocks of about `size` of `[count, length]` values: whole rows, or part of one."""
     some, stretch = max(1, size // max(length, 1)), max(1, min(length, size))
     for row in range(0, count, some):
         for start in range(0, length, stretch):
@@ -106,7 +106,7 @@ def blocks(count: int, length: int, size: int = BLOCK) -> Iterator[tuple[slice, 
 
 
 def over_blocks(function: Callable, count: int, length: int, size: int = BLOCK) -> list[Any]:
-    """What a function of rows and columns gives for each block, in order."""
+    """Returns the results of a function of rows and columns for each block, in order."""
     parts = list(blocks(count, length, size))
     if count * length < _SHARED or len(parts) == 1:
         return [function(*part) for part in parts]

@@ -1,7 +1,7 @@
-"""Arrays on meshes with explicit axes, such as `jax.make_mesh` makes: their types say how they are distributed.
+"""Arrays on meshes with explicit axes, such as `jax.make_mesh` makes: their types state how they are distributed.
 
-JAX refuses an operation on them whose result could be distributed in several ways. Between arguments and results
-nuqjax therefore computes as on automatic axes, and says how the results are distributed.
+JAX refuses an operation on them if its result could be distributed in several ways. nuqjax therefore computes as on
+automatic axes between arguments and results, and states how the results are distributed.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def explicit_sharding(*arrays: Any) -> Any:
-    """The `NamedSharding` of the first of these arrays that is on a mesh with explicit axes; None if none is.
+    """Returns the `NamedSharding` of the first of these arrays that is on a mesh with explicit axes; None if none is.
 
-    Of a traced array, which is on no devices, it is what the type says.
+    For a traced array, which is on no devices, it is the sharding in the array's type.
     """
     for array in arrays:
         if isinstance(array, jax.Array):
@@ -28,18 +28,18 @@ def explicit_sharding(*arrays: Any) -> Any:
 
 
 def typed_spec(array: Any) -> PartitionSpec:
-    """What an array's type says of each of its axes."""
+    """Returns the partition spec in an array's type, with an entry for every axis."""
     spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else ()
     return PartitionSpec(*(*spec, *[None] * array.ndim)[: array.ndim])
 
 
 def as_automatic(function: Callable, mesh: Any, specs: Any) -> Callable:
-    """A function of arrays, of which nothing but JAX's operations is asked, computed as on automatic axes.
+    """Returns a function that computes `function`, made of JAX operations only, as on automatic axes.
 
     Args:
       function: a function of pytrees of arrays.
-      mesh: the mesh with explicit axes that they are on. None: the function is given back.
-      specs: the `PartitionSpec`s of its results, as a tree like them.
+      mesh: the mesh with explicit axes that the arrays are on; if None, `function` itself is returned.
+      specs: the `PartitionSpec`s of the results, as a tree like them.
     """
     if mesh is None:
         return function
@@ -47,10 +47,10 @@ def as_automatic(function: Callable, mesh: Any, specs: Any) -> Callable:
 
 
 def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> Any:
-    """The results of a function of any arguments, some of them arrays, computed as on automatic axes.
+    """Returns the results of a function of any arguments, some of them arrays, computed as on automatic axes.
 
-    It may ask for their values, and where they are. With `specs` None its results stay where they are; elsewhere one
-    serves for all results below it.
+    The function may read the arrays' values and shardings. With `specs` None, results keep their sharding; otherwise
+    each spec holds for all results below it in the tree.
     """
     leaves, structure = jax.tree.flatten(args)
     places = [n for n, x in enumerate(leaves) if isinstance(x, jax.Array)]
@@ -73,7 +73,7 @@ def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> A
 
 
 def on_automatic(x: Any) -> Any:
-    """An array, not a traced one, with its mesh's axes automatic; no value is moved. Others as they are."""
+    """Returns an array with its mesh's axes automatic, and moves no value; traced arrays and others are unchanged."""
     sharding = None if isinstance(x, jax.core.Tracer) else explicit_sharding(x)
     return x if sharding is None else jax.device_put(x, NamedSharding(_automatic(sharding.mesh), sharding.spec))
 
@@ -83,7 +83,7 @@ def _automatic(mesh: Any) -> Mesh:
 
 
 def as_on_automatic(specs: Any) -> Callable[[Callable], Callable]:
-    """A decorator: where there is an array on a mesh with explicit axes among the arguments, by `run_as_automatic`."""
+    """Returns a decorator that uses `run_as_automatic` if an argument is on a mesh with explicit axes."""
 
     def decorate(function):
         @functools.wraps(function)
@@ -100,7 +100,7 @@ def as_on_automatic(specs: Any) -> Callable[[Callable], Callable]:
 
 
 def shards(mesh, names: Any) -> int:
-    """Into how many parts these mesh axes part an array axis."""
+    """Returns into how many shards these mesh axes split an array axis."""
     names = () if names is None else (names,) if isinstance(names, str) else names
     count = 1
     for name in names:

@@ -1,1 +1,1 @@
-"""A function as a program, run again with rules of one's own."""
+"""Traces a function to a program, and evaluates the program with rules given by the caller."""

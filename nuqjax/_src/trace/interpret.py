@@ -1,10 +1,10 @@
-"""Re-runs a traced function with other values in place of its arrays.
+"""Evaluates a traced function with other values in place of its arrays.
 
 A function is traced to a jaxpr, and the jaxpr is evaluated equation by equation (JAX's custom-interpreter pattern). An
-equation none of whose operands is *lifted* is bound as it stands, so inner `jit`s stay compiled and custom derivatives
-survive. One that meets a lifted operand is handed to the rule for its primitive, or to the default.
+equation without a *lifted* operand is bound unchanged, so inner `jit`s stay compiled and custom derivatives are kept.
+An equation with a lifted operand goes to the rule for its primitive, or to the default.
 
-What a lifted value is, and what the rules do with it, is the caller's: `Interpreter` is given both.
+The caller defines what a lifted value is and what the rules do with it, and gives both to `Interpreter`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +21,12 @@ from nuqjax._src.platform.meshes import explicit_sharding
 
 
 class Site(NamedTuple):
-    """Where in the program an equation stands.
+    """The place of an equation in the program.
 
     Attributes:
-      scope: the names that enclose it (`jax.named_scope`; Flax linen gives module paths), joined by "/".
-      primitive: its primitive's name.
-      ordinal: how many equations of that scope and primitive came before it.
+      scope: the names of the scopes around it (`jax.named_scope`; module paths in Flax linen), joined by "/".
+      primitive: the name of its primitive.
+      ordinal: the number of equations of the same scope and primitive before it.
     """
 
     scope: str
@@ -46,12 +46,11 @@ class Interpreter:
     """Evaluates jaxprs whose values may be lifted.
 
     Attributes:
-      is_lifted: tells lifted values from arrays.
-      lower: `lower(value, others) -> array`: a lifted value as an array, on its way to an equation whose other operands
+      is_lifted: returns whether a value is lifted.
+      lower: `lower(value, others) -> array`: converts a lifted value to an array, for an equation whose array operands
         are `others`.
-      rules: by primitive name, what to do with an equation that has a lifted operand. Rules for control flow are built
-        in.
-      default: the rule where there is none; None lowers the operands and binds the equation.
+      rules: by primitive name, the rule for an equation that has a lifted operand. Rules for control flow are built in.
+      default: the rule for other primitives; None lowers the operands and binds the equation.
     """
 
     is_lifted: Callable[[Any], bool]
@@ -60,7 +59,7 @@ class Interpreter:
     default: Rule | None = None
 
     def evaluate(self, jaxpr: core.ClosedJaxpr, args: Sequence[Any], scope: str = "") -> list[Any]:
-        """The outputs of a closed jaxpr; `args` and outputs may be lifted."""
+        """Evaluates a closed jaxpr and returns its outputs; `args` and outputs may be lifted."""
         inner = jaxpr.jaxpr
         env: dict[Any, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
         env.update(zip(inner.invars, args, strict=True))
@@ -75,7 +74,7 @@ class Interpreter:
             with _as_written(eqn):
                 outputs = self._equation(Site(here, name, ordinal), eqn, operands)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            for var in last_use.get(number, ()):  # so that eager evaluation frees what it no longer needs
+            for var in last_use.get(number, ()):  # so that eager evaluation frees arrays after their last use
                 del env[var]
         return [v.val if isinstance(v, core.Literal) else env[v] for v in inner.outvars]
 
@@ -88,20 +87,20 @@ class Interpreter:
         return rule(self, site, eqn, *operands)
 
     def lower_all(self, operands: Sequence[Any]) -> list[Any]:
-        """The operands with every lifted one lowered."""
+        """Returns the operands with every lifted one lowered."""
         arrays = [x for x in operands if not self.is_lifted(x)]
         return [self.lower(x, arrays) if self.is_lifted(x) else x for x in operands]
 
 
 class Traced(NamedTuple):
-    """A function traced to a jaxpr, its arguments told apart into arrays, which it takes, and the rest, static.
+    """A function traced to a jaxpr. The arrays among its arguments are the jaxpr's inputs; other arguments are static.
 
     Attributes:
-      jaxpr: takes the arrays, in the order of `arrays`, and gives the outputs' leaves, then the arrays of `changed`.
-      arrays: path and value of every argument that is an array or a leaf like one.
+      jaxpr: takes the arrays, in the order of `arrays`, and returns the outputs' leaves, then the arrays of `changed`.
+      arrays: path and value of every argument that is an array or a leaf that stands for one.
       outputs: the structure of the outputs.
-      changed: paths of the leaves of the arguments that the function replaced in place, with what it put there if that
-        is no array. Empty where `trace` was not told who asks.
+      changed: path and new value of every leaf of the arguments that the function replaced in place; `COMPUTED` in
+        place of a new array. Empty if `trace` was given no `caller`.
     """
 
     jaxpr: core.ClosedJaxpr
@@ -127,16 +126,16 @@ def trace(
 
     Args:
       fn: a function that JAX can trace.
-      args: its arguments: pytrees of arrays, of leaves that stand for one, and of anything else.
-      kwargs: its arguments by name, likewise.
-      is_leaf: tells the leaves that stand for an array; they have a `shape` and a `dtype`.
-      sharding_of: of such a leaf, how its array is distributed over a mesh with explicit axes; None of others.
-      caller: who asks for what the function changes in its arguments, as messages name it; "" does not ask.
+      args: its positional arguments: pytrees of arrays, of leaves that stand for an array, and of anything else.
+      kwargs: its keyword arguments, likewise.
+      is_leaf: returns whether a value is a leaf that stands for an array; such leaves have a `shape` and a `dtype`.
+      sharding_of: returns the sharding of such a leaf's array on a mesh with explicit axes; None for other leaves.
+      caller: the name in messages of the public function that needs the changes to arguments; "" if none does.
 
     Raises:
-      TypeError: `fn` is a model, not a function of it.
-      ValueError: with a `caller`, what the function changed in place is no single leaf: it added or took one away,
-        or changed a static field.
+      TypeError: `fn` is a model, not a function.
+      ValueError: with a `caller`, the function changed more in place than the values of leaves: it added or removed
+        a leaf, or changed a static field.
     """
     if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
         raise TypeError(f"{caller}: {type(fn).__name__} is a model, and a function is wanted, such as model.apply")
@@ -175,7 +174,7 @@ _ARRAYS = jax.Array | np.ndarray | np.generic
 
 
 def _changes(tree, before, paths, values, is_leaf, caller):
-    """Path and new value of each leaf that is another than before."""
+    """Yields path and new value of each leaf that the function replaced."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     missing = dict.fromkeys(paths)
     added = [path for path, _ in flat if path not in missing]
@@ -201,22 +200,22 @@ def _changes(tree, before, paths, values, is_leaf, caller):
 
 
 def _arguments(structure) -> list[Any]:
-    """The structures of the arguments, by place and by name."""
+    """Returns the structures of the arguments, positional ones first."""
     return [argument for group in structure.children() for argument in group.children()]
 
 
 def write_changes(traced: Traced, args: Any, kwargs: Any, computed: Sequence[Any], caller: str) -> None:
-    """Puts what a function changed in its arguments into the containers of these.
+    """Writes what a function changed in its arguments back into the arguments' containers.
 
     Args:
-      traced: the function.
-      args: the arguments that it was traced on.
-      kwargs: those by name.
-      computed: the arrays behind its outputs, in their order.
+      traced: the traced function.
+      args: the positional arguments that it was traced on.
+      kwargs: the keyword arguments that it was traced on.
+      computed: the arrays that the jaxpr returns after the outputs, in order.
       caller: as in `trace`.
 
     Raises:
-      ValueError: a container takes no new value; it is named.
+      ValueError: a container does not accept a new value. The message names the argument.
     """
     arrays = iter(computed)
     for path, value in traced.changed:
@@ -224,7 +223,7 @@ def write_changes(traced: Traced, args: Any, kwargs: Any, computed: Sequence[Any
 
 
 def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
-    """Puts a value in a leaf's place, in the containers of the tree themselves."""
+    """Replaces the leaf at `path` by a value, in place, in the containers of the tree."""
     *parents, last = path
     try:
         for key in parents:
@@ -233,7 +232,7 @@ def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
             )
         if not hasattr(last, "name"):
             tree[last.key if hasattr(last, "key") else last.idx] = value
-        elif hasattr(tree, "set_value"):  # a Variable of NNX
+        elif hasattr(tree, "set_value"):  # an NNX Variable
             tree.set_value(value)
         else:
             setattr(tree, last.name, value)
@@ -245,7 +244,7 @@ def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
 
 
 def argument_name(path: Sequence[Any]) -> str:
-    """A leaf of the arguments as messages name it: `argument 0, cache/key`."""
+    """Returns the name of a leaf of the arguments for messages: `argument 0, cache/key`."""
     argument, *inside = path[1:]
     name = jax.tree_util.keystr((argument,), simple=True)
     return ", ".join(
@@ -254,7 +253,7 @@ def argument_name(path: Sequence[Any]) -> str:
 
 
 def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
-    """By equation number, the variables that nothing after it reads."""
+    """Returns, by equation number, the variables that no later equation reads."""
     last = {}
     for number, eqn in enumerate(jaxpr.eqns):
         for var in (*eqn.invars, *eqn.outvars):
@@ -269,7 +268,7 @@ def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
 
 
 def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """The equation's outputs for arrays, exactly as JAX would compute them."""
+    """Returns the equation's outputs for arrays, exactly as JAX computes them."""
     operands = [_varying(x, _varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
     with eqn.ctx.manager:
         outputs = bind_primitive(eqn.primitive, operands, eqn.params)
@@ -277,24 +276,24 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def _as_written(eqn: core.JaxprEqn):
-    """A context: what is bound in it has the equation's names, below those around it, and its place in the source."""
+    """Returns a context in which bound primitives get the equation's scope, inside the current one, and source line."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
 
 def _varying_axes(aval: Any) -> frozenset[Any]:
-    """The axes of a `jax.shard_map` over which an array of this type varies."""
+    """Returns the axes of a `jax.shard_map` over which an array of this type varies."""
     return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()) or getattr(aval, "vma", ()))
 
 
 def _varying(x: Any, axes: frozenset[Any]) -> Any:
-    """`x` as varying over these axes, too."""
+    """Returns `x` with a type that varies over these axes, too."""
     missing = axes - _varying_axes(jax.typeof(x))
     return as_varying(x, sorted(missing)) if missing else x
 
 
 def _varying_type(arrays: Sequence[Any]) -> dict[str, Any]:
-    """What tells `jax.ShapeDtypeStruct` that an array computed of all these varies as they do."""
+    """Returns the arguments of `jax.ShapeDtypeStruct` for an array that varies over the axes of all these arrays."""
     axes = frozenset().union(*(_varying_axes(jax.typeof(x)) for x in arrays))
     if not axes:
         return {}
@@ -318,14 +317,14 @@ def _call(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
 
 
 def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """The rule that goes inside a call and forgets it: for values that are no arrays and have no derivatives."""
+    """Evaluates the body of a call without the call: for lifted values that are not arrays and have no derivatives."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inside = next(eqn.params[name] for name in names if name in eqn.params)
     return interpreter.evaluate(_closed(inside), operands, site.scope)
 
 
 def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Inside `jax.checkpoint` again: what is lowered there is lowered anew on the backward pass."""
+    """Evaluates the body under `jax.checkpoint` again, so that values lowered in it are lowered again for gradients."""
     jaxpr, params = _closed(eqn.params["jaxpr"]), eqn.params
 
     def inside(*operands):
@@ -335,7 +334,7 @@ def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
 
 
 def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Goes inside for the value; a derivative is taken by the function's own rule, on lowered operands."""
+    """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_jvp
     def call(operands):
@@ -350,7 +349,7 @@ def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *opera
 
 
 def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Goes inside for the value; a derivative is taken by the function's own rule, on lowered operands."""
+    """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_vjp
     def call(operands):
@@ -368,7 +367,7 @@ def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *opera
 
 
 def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands):
-    """Each branch is evaluated with the lifted operands."""
+    """Evaluates each branch with the lifted operands; the index and the outputs are lowered."""
 
     def of(branch):
         return lambda *operands: tuple(
@@ -381,7 +380,7 @@ def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *oper
 
 
 def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Lifted constants stay lifted; the carry is lowered."""
+    """Evaluates a loop with constants that stay lifted; the carry is lowered."""
     params = eqn.params
     cond_jaxpr, body_jaxpr = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
@@ -399,7 +398,7 @@ def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
 
 
 def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Lifted constants stay lifted, scanned lifted operands are sliced as they are; the carry is lowered."""
+    """Evaluates a scan: constants stay lifted, lifted operands are sliced if they can be; the carry is lowered."""
     params, jaxpr = eqn.params, _closed(eqn.params["jaxpr"])
     first, second = scan_parts(params, len(operands))
     consts, xs = operands[:first], operands[second:]
@@ -417,7 +416,7 @@ def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
 
 
 def scan_parts(params: Mapping[str, Any], count: int) -> tuple[int, int]:
-    """Where a scan's carry and its scanned operands begin among `count` operands."""
+    """Returns where a scan's carry and its scanned operands begin among its `count` operands."""
     if "ft_in" in params:  # jax 0.11 and newer
         consts, carry, _ = (list(part) for part in params["ft_in"].update(range(count)).unpack())
         return len(consts), len(consts) + len(carry)
@@ -425,7 +424,7 @@ def scan_parts(params: Mapping[str, Any], count: int) -> tuple[int, int]:
 
 
 def _can_scan(value: Any) -> bool:
-    """Whether slicing a lifted value's arrays along their first axis slices the value."""
+    """Returns whether slicing a lifted value's arrays along their first axis slices the value."""
     return bool(getattr(value, "stacked", False))
 
 

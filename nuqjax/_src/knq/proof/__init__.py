@@ -1,1 +1,1 @@
-"""A bound below which no levels can come."""
+"""A proven lower bound on the squared error of any K levels."""

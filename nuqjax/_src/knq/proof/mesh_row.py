@@ -1,13 +1,13 @@
-"""A sorted row of which each device of a mesh holds a part, as the proof asks it.
+"""The proof's interface to a sorted row that is distributed over the devices of a mesh.
 
-Every device sorts what it has of a row and keeps it (`Held`). The proof runs on the host and puts questions to compiled
-programmes, some thousand at a time: the value of a rank, the cuts beside a value, and sums over the values between
-cuts. What devices exchange is counts and integer sums.
+Every device sorts its part of the row and keeps it (`Held`). The proof runs on the host and sends its questions to
+compiled programs, some thousand at a time: the value of a rank, the cuts beside a value, and sums over the values
+between cuts. Devices exchange only counts and integer sums.
 
-*Sums over cells.* In a cell whose least value is r let every value be t = (x − r) / s, in [0, 1], with s the power of
-two just above the cell's width. Terms such as t are parted into a few integers of 30 bits, each what rounding left of
-the one before, and the integers are added up. So a sum is the same however the row is distributed, and loses no more of
-a term than half a unit of the last integer; `slack` is what that can do to a bound (docs/knq.md, part 6).
+*Sums over cells.* In a cell whose least value is r, every value x becomes t = (x − r) / s, in [0, 1], where s is the
+power of two just above the cell's width. A term such as t is split into a few integers of 30 bits, each holding what
+rounding left of the one before, and the integers are added up. So a sum does not depend on how the row is distributed,
+and a term loses at most half a unit of its last integer. `slack` bounds the effect on a bound (docs/knq.md, part 6).
 """
 
 import functools
@@ -24,19 +24,19 @@ from nuqjax._src.knq.proof.rows import moved_slack, origin
 from nuqjax._src.knq.rows.long import LongRows, ShardedRows
 from nuqjax._src.knq.rows.sorted import fraction_bits
 
-_ASKED = 2**12  # questions of one call: one shape to compile
-_STRETCH = 2**15  # values whose terms are in hand at once
+_ASKED = 2**12  # questions in one call: one shape to compile
+_STRETCH = 2**15  # values whose terms are in memory at once
 _UNIT = 2.0**-53
 
 
 class Place(NamedTuple):
-    """Where some rows are, one on each device at a time.
+    """The mesh on which rows are distributed, and along which of its axes; each device has a part of one row at a time.
 
     Attributes:
       mesh: the mesh.
       row_axes: names of the mesh axes along which rows differ.
-      value_axes: names of those over which the values of a row are distributed.
-      length: values of a row, counted or not.
+      value_axes: names of the mesh axes over which the values of a row are distributed.
+      length: number of values of a row, masked ones included.
     """
 
     mesh: Mesh
@@ -46,34 +46,34 @@ class Place(NamedTuple):
 
     @property
     def of_devices(self) -> PartitionSpec:
-        """Of arrays whose first axis numbers the devices."""
+        """The spec of arrays whose first axis numbers the devices."""
         return PartitionSpec(tuple(self.mesh.axis_names))
 
     @property
     def of_rows(self) -> PartitionSpec:
-        """Of arrays whose first axis numbers the rows."""
+        """The spec of arrays whose first axis numbers the rows."""
         return PartitionSpec(self.row_axes or None)
 
     def run(self, function, in_specs, out_specs):
-        """`jax.shard_map` on the mesh."""
+        """Returns `function` under `jax.shard_map` on the mesh."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class Held(NamedTuple):
-    """`ShardedRows` of one row on each device, as arrays whose first axis numbers the devices."""
+    """Stores the `ShardedRows` of one row on each device as arrays whose first axis numbers the devices."""
 
     part: tuple[Any, ...]
     whole: tuple[Any, ...]
 
 
 def hold(rows: ShardedRows) -> Held:
-    """What a device adds to the arrays, inside `jax.shard_map`."""
+    """Returns this device's part of a `Held`, inside `jax.shard_map`."""
     held = Held(tuple(rows.part)[:-1], (rows.size, rows.zero, rows.square, rows.slack))
     return jax.tree.map(lambda x: jnp.asarray(x)[None], held)
 
 
 def held_rows(held: Held, place: Place) -> ShardedRows:
-    """The inverse."""
+    """Returns the `ShardedRows` of this device from its part of a `Held`: the inverse of `hold`."""
     own = jax.tree.map(lambda x: x[0], held)
     size, zero, square, slack = own.whole
     return ShardedRows(
@@ -83,7 +83,7 @@ def held_rows(held: Held, place: Place) -> ShardedRows:
 
 @functools.partial(jax.jit, static_argnames=("place",))
 def _values(held: Held, row, ranks, *, place: Place):
-    """`[G, m]` the values of the given ranks, in the dtype of the rows; of all G rows, whichever is asked."""
+    """Returns `[G, m]` the values of the given ranks in each of the G rows, whatever `row` is; in the rows' dtype."""
     del row
 
     def part(held, ranks):
@@ -94,7 +94,7 @@ def _values(held: Held, row, ranks, *, place: Place):
 
 @functools.partial(jax.jit, static_argnames=("place",))
 def _cuts(held: Held, row, wanted, *, place: Place):
-    """`[G, 2, m]` how many values are below, and not above, each of the wanted."""
+    """Returns `[G, 2, m]` how many values are below each of `wanted`, and how many are not above it."""
     del row
 
     def part(held, wanted):
@@ -106,17 +106,18 @@ def _cuts(held: Held, row, wanted, *, place: Place):
 
 
 def _integers(place: Place, weighted: bool) -> tuple[int, int]:
-    """Bits of the integers that a term is parted into, so that a row's sums fit into int64, and their number."""
+    """Returns the bits of each integer of a term, few enough for a row's sums to fit into int64, and their number."""
     bits = min(30, 61 - place.length.bit_length())
     return bits, -(-(90 if weighted else 60) // bits)
 
 
 @functools.partial(jax.jit, static_argnames=("place", "squares"))
 def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares: bool):
-    """Sums over the values from `first [m]` to below `end [m]` of the row numbered `row`, as integers of falling units.
+    """Sums over the values from `first [m]` to below `end [m]` of row number `row`, as integers of decreasing units.
 
-    With `squares` it is `[G, 1, integers, m]` the sum of weight · (t − shift)²; else the weight and weight · t, the
-    weight by number, in the first integer, where all values weigh 1. t is (value / unit − first / unit) · inverse.
+    With `squares` the result is `[G, 1, integers, m]`: the sum of weight · (t − shift)². Without it the result is
+    `[G, 2, integers, m]`: the weight and the sum of weight · t; where all values weigh 1, the first integer of the
+    weight is the count and the others are 0. t is (value / unit − first / unit) · inverse.
     """
 
     def part(held, row, first, end, inverse, shift):
@@ -132,7 +133,7 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
 
         def stretch(number, sums):
             base = jnp.minimum(number * size, here.length - size)
-            # Cells' ends in this stretch; one that overlaps the last begins where that ended.
+            # The cells' ends in this stretch. A stretch that overlaps the one before counts only its own new values.
             begin, until = (jnp.clip(cut - base, number * size - base, size).astype(jnp.int32) for cut in (low, high))
             cell = jnp.cumsum(jnp.zeros(size + 1, jnp.int32).at[begin].add(1)[:size]) - 1
             cell = jnp.maximum(cell, 0)
@@ -167,14 +168,14 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
 
 
 class MeshRow:
-    """One of the rows that devices hold. To be used where 64-bit types are enabled."""
+    """A `Row` that the devices of a mesh hold. It needs 64-bit types enabled."""
 
     def __init__(self, held: Held, place: Place, row: int, size: int, unit: float, zero: int | None):
         self.size, self.unit = size, unit
         self._held, self._place, self._row = held, place, row
         self._dtype = np.dtype(held.part[0].dtype)
         self._weighted = held.part[2] is not None
-        self._ranks, self._values = np.zeros(0, np.int64), np.zeros(0)  # known so far
+        self._ranks, self._values = np.zeros(0, np.int64), np.zeros(0)  # asked for so far
         self.pin = None if zero is None else (zero, int(self.cuts_above(np.zeros(1))[0]))
 
     def _ask(self, programme, *questions: np.ndarray, **options) -> np.ndarray:
@@ -188,27 +189,27 @@ class MeshRow:
         return np.concatenate(answers, axis=-1)
 
     def values_at(self, places: np.ndarray) -> np.ndarray:
-        """Each is asked for once."""
+        """Returns the value above each cut; a value is asked for once and then kept."""
         new = np.setdiff1d(places, self._ranks)
         if len(new):
             ranks = np.concatenate([self._ranks, new])
             found = self._ask(_values, new).astype(np.float64)
-            found = np.where(np.abs(found) < np.finfo(self._dtype).tiny, 0.0, found)  # rows have no denormal values
+            found = np.where(np.abs(found) < np.finfo(self._dtype).tiny, 0.0, found)  # rows have no subnormal values
             values = np.concatenate([self._values, found])
             order = np.argsort(ranks)
             self._ranks, self._values = ranks[order], values[order]
         return self._values[np.searchsorted(self._ranks, places)]
 
     def cuts_below(self, values: np.ndarray) -> np.ndarray:
-        """Counts of the devices, added up."""
+        """Returns the number of values below each of the given: the sum of the devices' counts."""
         return self._ask(_cuts, values.astype(self._dtype))[0]
 
     def cuts_above(self, values: np.ndarray) -> np.ndarray:
-        """The same."""
+        """Returns the number of values not above each of the given: the sum of the devices' counts."""
         return self._ask(_cuts, values.astype(self._dtype))[1]
 
     def settled(self, cuts: np.ndarray) -> np.ndarray:
-        """Below equal values: which of them are below a cut among them nobody knows."""
+        """Moves each cut between equal values below all of them: their order over the devices is not defined."""
         value = self.values_at(np.minimum(cuts, self.size - 1))
         tied = (value == self.values_at(np.maximum(cuts - 1, 0))) & (cuts > 0) & (cuts < self.size)
         cuts = cuts.copy()
@@ -217,7 +218,7 @@ class MeshRow:
         return cuts
 
     def measure(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """From exact sums: two passes, as of a `HostRow`."""
+        """Computes weight, mean and squared error from exact sums, in two passes as a `HostRow` does."""
         if not len(low):
             return np.zeros(0), np.zeros(0), np.zeros(0)
         first = self.values_at(low)
@@ -233,17 +234,17 @@ class MeshRow:
         return weight, mean, np.ldexp(square, 2 * exponent)
 
     def _number(self, integers: np.ndarray) -> np.ndarray:
-        """What integers `[…, m]` of falling units make together."""
+        """Returns the number `[m]` that integers `[integers, m]` of decreasing units add up to."""
         bits, count = _integers(self._place, self._weighted)
         units = 2.0 ** -(bits * np.arange(1.0, count + 1))
         return (integers[::-1] * units[::-1, None]).sum(axis=0)
 
     def slack(self, cuts: np.ndarray, weight: np.ndarray, width: np.ndarray, top: float) -> float:
-        """What means and sums of these cells are off by at most."""
+        """Returns the most that errors in the means and sums of these cells can change a bound by."""
         bits, count = _integers(self._place, self._weighted)
         unit, number = 2.0 ** -(bits * count), np.diff(cuts)
-        spread = 4 * unit * float((number * width**2).sum())  # what is lost of moments and squares
-        moved = float((weight * (8 * _UNIT * width) ** 2).sum())  # Σ weight · (what means are off by)²
+        spread = 4 * unit * float((number * width**2).sum())  # rounding of moments and squares
+        moved = float((weight * (8 * _UNIT * width) ** 2).sum())  # Σ weight · (error of the mean)²
         lost = spread
         if self._weighted:
             least, greatest = self.values_at(np.array([0, self.size - 1])) / self.unit

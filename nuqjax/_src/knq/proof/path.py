@@ -1,9 +1,9 @@
-"""The penalised programme: the shortest path through the cuts of a row; an interval costs its error and a price.
+"""The penalised program: the shortest path through the cuts of a row, where an interval costs its error plus a price.
 
-Its best path has as few intervals as the price is high. One pass over the cells serves every number of levels, where
-the programme with a fixed number needs a layer for each (Aggarwal, Schieber and Tokuyama 1994). Errors of intervals are
-merged pairwise from means and squared errors (Chan, Golub and LeVeque 1983): sums of terms that are never negative, so
-nothing cancels, whatever the row.
+The higher the price, the fewer intervals the best path has. One pass over the cells serves every number of levels,
+while the program with a fixed number needs a layer for each level (Aggarwal, Schieber and Tokuyama 1994). Errors of
+intervals are merged pairwise from means and squared errors (Chan, Golub and LeVeque 1983): sums of terms that are never
+negative, so nothing cancels, whatever the row.
 """
 
 import functools
@@ -18,19 +18,22 @@ from nuqjax._src.knq.rows.sorted import first_least, windows
 
 
 class Carried(NamedTuple):
-    """What one stretch of cells hands to the next: of the intervals from each of the last `band` cuts to here."""
+    """The state that one stretch of cells passes to the next: the intervals from each of the last `band` cuts to here.
+
+    Weight, mean, rest and square are those of the values in the interval.
+    """
 
     weight: Any  # [R, band]
     mean: Any
-    rest: Any  # what rounding left of the mean
+    rest: Any  # the rounding error of the mean, to be added to it
     square: Any
     start: Any  # φ − leak at the cut
-    first: Any  # [R] the cut at which the best last interval begins: none begins earlier from here on
-    enough: Any  # [R] bool: whether the band held all the cuts that were wanted
+    first: Any  # [R] the cut at which the best last interval begins; no later best interval begins before it
+    enough: Any  # [R] bool: whether the band held every cut that was needed
 
 
 def nothing_yet(rows: int, band: int) -> Carried:
-    """Before the first cell, in NumPy."""
+    """Returns the state before the first cell, in NumPy arrays."""
     empty = np.zeros((rows, band))
     start = np.full((rows, band), np.inf)
     start[:, -1] = 0.0
@@ -38,14 +41,14 @@ def nothing_yet(rows: int, band: int) -> Carried:
 
 
 def _rounded(product):
-    """A product that is rounded before it is added: XLA may contract a·b + c otherwise, here and not there."""
+    """Rounds a product before it is added to anything: otherwise XLA contracts a·b + c in some programs only."""
     return jnp.where(product < jnp.inf, product, jnp.inf)
 
 
 def _merged(one, two):
-    """Weight, mean, its rest and squared error of neighbours together (Chan, Golub and LeVeque 1983).
+    """Merges weight, mean, its rest and squared error of two neighbouring runs (Chan, Golub and LeVeque 1983).
 
-    The mean moves from the heavier one's, so that rounding is in proportion to what it moves by.
+    The new mean is computed from the heavier run's, so that its rounding error is in proportion to the change.
     """
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
@@ -61,7 +64,7 @@ def _merged(one, two):
 
 
 def _error(one, two):
-    """The squared error of neighbours together."""
+    """Computes the squared error of two neighbouring runs merged into one."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
     both = n + k
@@ -70,7 +73,7 @@ def _error(one, two):
 
 
 def _running(weight, mean, square, block: int):
-    """`[R, S]`: what the cells of a block up to each make together, and what those from each on make."""
+    """Merges, for each cell, the cells of its block up to it, and those from it on: two tuples of `[R, S]` arrays."""
     count, length = weight.shape
 
     def both_ways(array):
@@ -90,30 +93,30 @@ def _running(weight, mean, square, block: int):
 
 @functools.partial(jax.jit, static_argnames=("block", "window", "pin"))
 def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, pin: bool):
-    """φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price, a stretch of cells at a time.
+    """Computes φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price, for one stretch of cells.
 
-    The cells go in blocks. As the cut at which the best last interval begins never moves back (the error is a Monge
-    cost), that of a block's last cut is searched among all, and those of its other cuts between the last block's and
-    it. Intervals inside a block are looked at if one could be the best.
+    The cells are handled in blocks. The cut at which the best last interval begins never moves back, since the error is
+    a Monge cost. So for a block's last cut every candidate is searched, and for its other cuts only those between the
+    result of the block before and that of the last cut. Intervals inside a block are searched if one could be the best.
 
     Args:
-      carried: of the stretch before.
-      weight: `[R, S]` of each cell, S a multiple of `block`; cells past the last weigh nothing.
-      mean: `[R, S]`.
+      carried: the state after the stretch before.
+      weight: `[R, S]` weight of each cell, S a multiple of `block`; cells past the last have weight 0.
+      mean: `[R, S]` mean of each cell.
       square: `[R, S]` squared error of each cell about its mean.
       leak: `[R, S]` what a path gains for starting an interval at the cut above a cell, at most half the price.
       price: `[R]` positive.
       begin: int32 the cut below the first cell.
-      size: `[R]` int32 number of cells that count, none if it is not positive.
-      zero: `[R]` int32 with `pin`: intervals from a cut up to `zero` to one above it hold the level 0: they cost their
-        error about 0 and no price.
+      size: `[R]` int32 number of cells that count; none do if it is not positive.
+      zero: `[R]` int32, read only with `pin`: an interval from a cut up to `zero` to a cut above it has the held zero
+        as its level. It costs its error about 0 and no price.
       block: cells handled at once.
-      window: cuts searched at once.
-      pin: whether a level is held at 0.
+      window: candidate cuts searched at once.
+      pin: whether there is a held zero.
 
     Returns:
-      What to carry on, and of the cut above each cell `[R, S]` φ and the cut before on its best path. A row's results
-      do not depend on the others.
+      The state to carry on, and for the cut above each cell `[R, S]` φ and `[R, S]` the cut before it on its best path.
+      A row's results do not depend on the other rows.
     """
     count, length = weight.shape
     band = carried.weight.shape[1]
@@ -131,7 +134,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         return lax.dynamic_update_slice_in_dim(array, value, start, axis=1)
 
     def priced(error, one, two, a, b):
-        """The cost of the interval (a, b) made of two parts; without a pin, less the price."""
+        """Returns the cost of the interval (a, b) merged from two parts; without a held zero, the price is left out."""
         if not pin:
             return error
         total, mean, rest, _ = _merged(one, two)
@@ -178,7 +181,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         inside = jnp.any(best > jnp.min(best - loss, axis=1, keepdims=True) + free)
 
         def shorter(i, state):
-            """Of the intervals from the cuts of this block to the cut above cell i."""
+            """Updates the best of the cut above cell i with the intervals that begin at the cuts of this block."""
             ring, best, chosen = state
             cell = tuple(at(x, i, 1) for x in cells)
             cell = cell[0], cell[1], jnp.zeros_like(cell[0]), cell[2]

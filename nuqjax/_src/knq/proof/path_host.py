@@ -1,7 +1,7 @@
 """`proof.path` in NumPy, for one row on the host: nothing is compiled.
 
-The errors of intervals are merged from means and squared errors as there, sums of terms that are never negative, and a
-block of cuts is settled at once.
+As in `proof.path`, errors of intervals are merged from means and squared errors, sums of terms that are never negative,
+and a block of cuts is settled at once.
 """
 
 import itertools
@@ -10,28 +10,28 @@ import numpy as np
 
 from nuqjax._src.knq.search.priced_host import LEAST_BLOCK, schedule
 
-_BLOCKS = 16, 128  # cells handled at once: at least, away from the ends of the row, and at most
-_PER_BLOCK = 6  # times as many make the widest intervals
+_BLOCKS = 16, 128  # cells handled at once: at least (away from the ends of the row), and at most
+_PER_BLOCK = 6  # the widest intervals have this many times the cells of a block
 
 
 def potentials(
     weight, mean, square, leak, price: float, zero: int | None, band: int
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price.
+    """Computes φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price.
 
     Args:
-      weight: `[m]` of each cell.
-      mean: `[m]`.
+      weight: `[m]` weight of each cell.
+      mean: `[m]` mean of each cell.
       square: `[m]` squared error of each cell about its mean.
       leak: `[m + 1]` what a path gains for starting an interval at each cut, at most half the price.
       price: positive.
-      zero: where a level is held at 0, the cut below the value 0: intervals from a cut up to there to one above it cost
-        their error about 0 and no price.
+      zero: the cut below the value 0 where there is a held zero, else None: an interval from a cut up to `zero` to a
+        cut above it costs its error about 0 and no price.
       band: about how many cells the widest intervals have.
 
     Returns:
-      `[m + 1]` φ, `[m + 1]` the cut before each on its best path, the cells of the widest interval looked at, and of
-      how many parts its error is merged at most.
+      `[m + 1]` φ, `[m + 1]` the cut before each on its best path, the number of cells of the widest interval computed,
+      and the greatest number of parts that an interval's error is merged from.
     """
     length = len(weight)
     potential, before = np.zeros(length + 1), np.zeros(length + 1, np.int64)
@@ -40,11 +40,11 @@ def potentials(
     block = min(max(block, _BLOCKS[0]), _BLOCKS[1])
     ends = schedule(length, block)
     upward, onward = _running(weight, mean, square, ends)
-    # Of the intervals from each cut from `first` on to the cut below the block.
+    # `known` holds weight, mean, rest and squared error of the intervals from each cut since `first` to the block.
     first, widest, known = 0, 0, tuple(np.zeros(1) for _ in range(4))
 
     def priced(error, one, two, a, b):
-        """The cost of intervals (a, b) made of two parts."""
+        """Returns the cost of intervals (a, b) merged from two parts."""
         if zero is None:
             return error + price
         held = (a <= zero) & (b > zero)
@@ -68,7 +68,7 @@ def potentials(
         chosen = np.argmin(costs, axis=0)
         best = costs[chosen, np.arange(last - below)]
         chosen += first
-        # Intervals inside the block, if one could be the best.
+        # Intervals inside the block are searched only if one could be the best.
         free = 0.0 if zero is not None and below <= zero < last else price
         here = leak[below + 1 : last + 1]
         if (best > (best - here).min() + free).any():
@@ -91,9 +91,9 @@ def _nothing():
 
 
 def _settle_within(weight, mean, square, leak, price, zero, below: int, best, chosen) -> None:
-    """Lets intervals begin inside a block too, cut by cut; in place."""
+    """Updates `best` and `chosen` in place with the intervals that begin inside the block, cut by cut."""
     number = len(best)
-    ring = tuple(np.zeros(number) for _ in range(4))  # of the intervals from each cut of the block to here
+    ring = tuple(np.zeros(number) for _ in range(4))  # the intervals from each cut of the block to here
     for i in range(1, number):
         cell = weight[below + i], mean[below + i], 0.0, square[below + i]
         for part, new in zip(ring, _merged(tuple(x[:i] for x in ring), cell), strict=True):
@@ -111,7 +111,7 @@ def _settle_within(weight, mean, square, leak, price, zero, below: int, best, ch
 
 
 def _merged(one, two):
-    """Weight, mean, its rest and squared error of neighbours together (Chan, Golub and LeVeque 1983)."""
+    """Merges weight, mean, its rest and squared error of two neighbouring runs (Chan, Golub and LeVeque 1983)."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
     both = n + k
@@ -125,7 +125,7 @@ def _merged(one, two):
 
 
 def _error(one, two):
-    """The squared error of neighbours together."""
+    """Computes the squared error of two neighbouring runs merged into one."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
     both = n + k
@@ -137,7 +137,7 @@ def _error(one, two):
 
 
 def _running(weight, mean, square, ends: list[int]):
-    """`[m]`: what the cells of a block up to each make together, and what those from each on make."""
+    """Merges, for each cell, the cells of its block up to it, and those from it on: two tuples of `[m]` arrays."""
     starts, sizes = np.array(ends[:-1]), np.diff(ends)
     up, on = np.empty((4, len(weight))), np.empty((4, len(weight)))
     for size in np.unique(sizes).tolist():

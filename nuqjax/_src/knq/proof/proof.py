@@ -1,28 +1,29 @@
 """A lower bound on the squared error of any K levels, refined until it meets the error of the levels found.
 
-Let the row be sorted and part it at *cuts* into *cells*; every level's values are an interval of the row. Three facts
-carry the proof, each short enough to check by hand (`docs/knq.md` does).
+The row is sorted and split at *cuts* into *cells*; the values of one level are an interval of the row. The proof rests
+on three facts, each short enough to check by hand (see `docs/knq.md`).
 
-1. *Prices.* Give every value a price ψᵢ and let λ be at least Σᵢ max(0, ψᵢ − (xᵢ − c)²), summed over any run of
-   neighbouring values, for every level c. Then K levels cost at least Σ ψᵢ − K λ: each level pays for its own
-   interval at least the prices in it less λ. (The dual of the facility location problem; in one dimension it is tight.)
-2. *Prices between cuts.* Let φ be given at the cuts and price the values of a cell, of weight n, mean μ and standard
-   deviation σ, as ψᵢ = (xᵢ − C)² + α, with a total of φ's difference over the cell. Against any level c the terms
-   ψᵢ − (xᵢ − c)² are linear in xᵢ, and of a linear function E max(0, f) ≤ max(0, E f) + std(f)/2. So a run that ends
-   inside a cell gains at most what it would with the cell whole or without it, plus |c − C| n σ, and nothing if f has
-   one sign on the cell; where it has both, |c − C| ≤ 2 max|x − C| + √|α|. With C chosen to make α = 0, this *leak* is
-   2 n σ max(x − C). Hence if φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a) for all cuts a < b, the prices satisfy fact 1.
-3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ, found by
+1. *Prices.* Give every value a price ψᵢ. Let λ ≥ 0 be at least Σᵢ (ψᵢ − (xᵢ − c)²), summed over any run of
+   neighbouring values, for every level c. Then K levels cost at least Σ ψᵢ − K λ: the squared error of each interval is
+   at least the prices in it less λ. (This is the dual of the facility location problem; in one dimension it is tight.)
+2. *Prices between cuts.* Let φ be given at the cuts. In a cell of weight n, mean μ and standard deviation σ, set the
+   prices to ψᵢ = (xᵢ − C)² + α, so that they add up to the difference of φ over the cell. Against any level c the terms
+   f = ψᵢ − (xᵢ − c)² are linear in xᵢ, and a linear function satisfies E max(0, f) ≤ max(0, E f) + std(f)/2. So a run
+   that ends inside a cell gains at most what it gains with the whole cell or without it, plus |c − C| n σ, and nothing
+   more if f has one sign on the cell. Where f has both signs, |c − C| ≤ 2 max|x − C| + √|α|. With the C that makes
+   α = 0, this *leak* is 2 n σ max(x − C). Hence the prices satisfy fact 1 if φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a)
+   for all cuts a < b.
+3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ, computed by
    `proof.path.potentials`.
 
-Leaks are of second order in the width of the cells. They matter where a boundary of a nearly best partition may lie,
-so cells are narrow at the boundaries of the partition known and wider with the distance from them, and one pass mostly
-does. Where it does not, prices from the left, φ, and from the right, φ', together bound the error of every partition
-with a boundary in a given cell: where that is above the error of the levels found, no best partition has a boundary
-there, the cell needs no inner cuts and leaks nothing. The other cells are parted further. (Branch and bound.) What
-rounding can do is subtracted at the end.
+Leaks are of second order in the width of the cells. They matter where a boundary of a nearly best partition may lie.
+So cells are narrow at the boundaries of the known partition and wider away from them, and mostly one pass is enough.
+Where it is not, the prices from the left, φ, and from the right, φ', together bound the error of every partition with
+a boundary in a given cell. If that bound is above the error of the levels found, no best partition has a boundary
+there: the cell needs no inner cuts and has no leak. The other cells are split further (branch and bound). A bound on
+the rounding error is subtracted at the end.
 
-Rows are proven by generators that yield the passes they need, and so many rows share one pass.
+A generator proves each row and yields the passes that it needs, so that many rows share one pass.
 """
 
 import math
@@ -36,29 +37,29 @@ from nuqjax._src.knq.proof.path import nothing_yet, potentials
 from nuqjax._src.knq.proof.rows import CHUNK, HostRow, Row, merged, origin
 from nuqjax._src.knq.search.search import COMPILED
 
-_BANDS = (2**7, *(2**e for e in range(9, 40)))  # of a pass: few shapes to compile
-_STRETCH = 2048  # cells of one call
+_BANDS = (2**7, *(2**e for e in range(9, 40)))  # bands of a pass: few shapes to compile
+_STRETCH = 2048  # cells in one call
 _TOGETHER = 8  # rows in one pass
-_ACTIVE = 64  # rows whose cells are held at once
+_ACTIVE = 64  # rows whose cells are in memory at once
 _COARSE = 16  # cells of an interval by rank, and as many by value, before they are graded
-_NARROWEST = 0.42  # of an interval over √tolerance: the cells at its ends
-_WIDENING = 1.3  # of the distance from its ends over K: the others
+_NARROWEST = 0.42  # cells at an interval's ends have this times √tolerance of its width
+_WIDENING = 1.3  # other cells have this over K of their distance from the nearer end
 _MOST_CELLS = 1536  # of an interval
 _ROUNDS = 12
-_TRIALS, _LAST_TRIALS = 10, 32  # of λ in a round, and in one whose cells are single values: there are no more
-_MARGIN, _MARGIN_INSIDE = 1.1, 1.5  # between the leaks assumed and those expected: at boundaries, amid intervals
+_TRIALS, _LAST_TRIALS = 10, 32  # values of λ tried in a round, and in the last one, whose cells are single values
+_MARGIN, _MARGIN_INSIDE = 1.1, 1.5  # ratio of the assumed leaks to the expected ones: at boundaries, inside intervals
 _UNIT = 2.0**-53
 
 
 def _block(band: int) -> int:
-    """How many cells a pass handles at once."""
+    """Returns how many cells a pass handles at once."""
     return 16 if band < 512 else 32
 
 
 class _Cells(NamedTuple):
     """The row between `cuts [m + 1]`: weight, mean and squared error of each cell, and its least and greatest value.
 
-    Values and means are relative to the row's middle value; to 0 where a level is held there.
+    Values and means are relative to the row's middle value, or to 0 where there is a held zero.
     """
 
     cuts: np.ndarray
@@ -67,10 +68,10 @@ class _Cells(NamedTuple):
     square: np.ndarray
     least: np.ndarray
     greatest: np.ndarray
-    zero: int | None  # the place among the cuts of the cut below the value zero, where a level is held at it
+    zero: int | None  # index in `cuts` of the cut below the value zero, where there is a held zero; else None
 
     def reversed(self) -> "_Cells":
-        """The cells of the negated row."""
+        """Returns the cells of the negated row."""
         zero = None if self.zero is None else len(self.weight) - 1 - self.zero
         return _Cells(
             self.cuts[-1] - self.cuts[::-1], self.weight[::-1], -self.mean[::-1], self.square[::-1],
@@ -81,22 +82,22 @@ class _Cells(NamedTuple):
         return (self.least + self.greatest) / 2
 
     def intervals(self, whole: np.ndarray) -> np.ndarray:
-        """The first cell of each interval of the partition `whole` that holds any."""
+        """Returns the first cell of each interval of the partition `whole`, empty intervals left out."""
         return _distinct(np.searchsorted(self.cuts, whole[whole < self.cuts[-1]]))
 
 
-# φ at the cuts, the cut before on the best path to each, the band, and how many parts an interval is merged of at most.
+# φ at the cuts, the cut before each on its best path, the band, and the most parts that an interval is merged from.
 _Answer = tuple[np.ndarray, np.ndarray, int, int]
 
 
 class _Request(NamedTuple):
-    """The pass that a row waits for."""
+    """A pass that a row is waiting for."""
 
     cells: _Cells
     leak: np.ndarray  # [m + 1] at each cut
     price: float
-    band: int  # the cuts before a block that are looked at, a first guess
-    compiled: bool  # whether the pass is worth what compiling costs
+    band: int  # first guess of how many cuts before a block are candidates
+    compiled: bool  # whether the pass is large enough to pay for its compilation
 
 
 _Task = Generator[_Request, _Answer, tuple[np.ndarray, float]]
@@ -107,20 +108,20 @@ def prove(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds the squared error of any K levels from below, to within `tolerance` of the best partition's.
 
-    What it holds in memory grows with the cells, not with the values, besides some MB in hand at once. A row's results
-    do not depend on the other rows. Must run where 64-bit types are enabled.
+    Its memory grows with the number of cells, not of values, besides a few MB of working arrays. A row's results do not
+    depend on the other rows. It needs 64-bit types enabled.
 
     Args:
       rows: R sorted rows.
-      boundaries: `[R, K − 1]` ascending cuts, each a number of values, of good partitions; only the time depends on
-        how good.
+      boundaries: `[R, K − 1]` ascending cuts of good partitions, each a number of values. How good they are affects
+        the time only.
       num_levels: K.
       tolerance: the relative gap that is good enough.
-      prices: `[R]` λ to begin with, in units of the rows' unit²: those of the search that found the boundaries; 0, or
-        None in all, where nobody knows.
+      prices: `[R]` the first λ to try, in units of the rows' unit²: that of the search that found the boundaries, or 0
+        where it is not known. None if none is known.
 
     Returns:
-      `[R, K − 1]` int64 cuts of the best partitions seen, and `[R]` float64 lower bounds on Σ weight (value − level)²,
+      `[R, K − 1]` int64 cuts of the best partitions found, and `[R]` float64 lower bounds on Σ weight (value − level)²,
       in units of the rows' unit².
     """
     best = np.array(boundaries, np.int64)
@@ -148,7 +149,7 @@ def prove(
 
 
 def better_of(row: Row, boundaries: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of two partitions' boundaries `[K − 1]`, the first ones if they cost no more, but for rounding."""
+    """Returns the first of two partitions' boundaries `[K − 1]`; the second if it costs less by more than rounding."""
 
     def error(boundaries: np.ndarray) -> float:
         whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
@@ -158,7 +159,7 @@ def better_of(row: Row, boundaries: np.ndarray, others: np.ndarray) -> np.ndarra
 
 
 def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
-    """The answer to each row, from passes over many at once."""
+    """Yields the answer to each row's request, from passes over many rows at once."""
     for r, request in list(requests.items()):
         if not request.compiled:
             row = requests.pop(r).cells
@@ -182,7 +183,7 @@ def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
 
 
 def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None]:
-    """The answers to a few rows; None where the band did not suffice."""
+    """Returns the answers to the requests of a few rows; None where the band was too narrow."""
     count = 1 if len(requests) == 1 else _TOGETHER
     sizes = [len(request.cells.weight) for request in requests]
     size = np.zeros(count, np.int32)
@@ -212,9 +213,9 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
 
 
 def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, price: float) -> _Task:
-    """Yields the passes that the row needs; returns the boundaries of the best partition seen and the bound.
+    """Yields the passes that the row needs; returns the boundaries of the best partition found and the bound.
 
-    A `price` that nobody knows (0) is guessed.
+    A `price` of 0 means that none is known, and one is guessed.
     """
     if row.size <= num_levels:
         return boundaries, 0.0
@@ -227,14 +228,14 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
     if best == 0:
         return boundaries, 0.0
     moment = float((cells.square + cells.weight * cells.mean**2).sum())
-    # Where values are many an interval's share is half of λ, where they are hardly more than K the merging of two is.
+    # With many values, λ / 2 is about an interval's error; with hardly more than K, it is the error of merging two.
     guess = 2 * best / max(min(free, row.size - num_levels), 1)
-    # One interval more saves no more than all the error: from there on, a higher price only rounds more.
+    # One interval more saves at most the whole error: a price above that only adds rounding.
     proposed = min(float(price) if price > 0 else guess, best)
     cells = _graded(row, cells, whole, num_levels, tolerance)
     left_places, left_level, right_level = _expected_levels(cells, whole)
     right_places = left_places
-    open_cells = np.ones(len(cells.weight), bool)  # in which, or at whose ends, a boundary may lie
+    open_cells = np.ones(len(cells.weight), bool)  # cells in which, or at whose ends, a boundary may lie
     bound = 0.0
     for _ in range(_ROUNDS):
         inner = open_cells & (cells.greatest > cells.least)
@@ -251,13 +252,13 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
             left_level, leak = _leaks(cells, spread, forward)
             more_up = _more(leak, up, price)
             rounding = _rounding(row, cells, float(forward[-1]) + best, merges, num_levels, moment)
-            without = forward[-1] - free * price - rounding  # more
+            without = forward[-1] - free * price - rounding  # the bound if no leak exceeds the assumed one
             bound = max(bound, without - free * more_up)
             whole, best, found = _better(cells, before, whole, best, free)
             enough = best * (1 - tolerance)
             if bound >= enough:
                 break
-            if without >= enough:  # but for leaks that were assumed too low
+            if without >= enough:  # only leaks that were assumed too low keep the bound from the tolerance
                 up = np.maximum(up, leak * 1.02)
             elif found == free:
                 break
@@ -287,7 +288,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
 
 
 def _rounding(row: Row, cells: _Cells, top: float, merges: int, num_levels: int, moment: float) -> float:
-    """What rounding can do to a bound; `top` is at least φ plus the best error (docs/knq.md, part 6)."""
+    """Bounds the rounding error of a bound; `top` is at least φ plus the best error (docs/knq.md, part 6)."""
     each = 6 * 40 * merges**1.5 + 8 * num_levels + 8 * CHUNK
     measured = row.slack(cells.cuts, cells.weight, cells.greatest - cells.least, top)
     return _UNIT * (each * top + 128 * math.sqrt(top * moment)) + (128 * _UNIT) ** 2 * moment + measured
@@ -298,10 +299,10 @@ def _at_cuts(leak: np.ndarray) -> np.ndarray:
 
 
 def _expected_levels(cells: _Cells, whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Before any pass: places, and for a boundary at each the level below it, and that above.
+    """Estimates levels before any pass: values, and for a boundary at each the level below it and the level above it.
 
-    At the boundaries of the partition known these are the levels beside them; an interval that ends elsewhere is longer
-    by at most its share in one interval more or fewer on its side.
+    At the boundaries of the known partition these are the levels beside them. An interval that ends elsewhere is taken
+    to be longer by at most its share of one interval more or fewer on its side.
     """
     starts = cells.intervals(whole)
     _, mean, _ = merged(cells.weight, cells.mean, cells.square, starts)
@@ -314,10 +315,10 @@ def _expected_levels(cells: _Cells, whole: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _margins(cells: _Cells, whole: np.ndarray) -> np.ndarray:
-    """By how much each cell's leak is assumed greater than expected, lest a pass is repeated for a few that are.
+    """Returns the factor by which each cell's assumed leak exceeds the expected one, so that few passes are repeated.
 
-    One assumed too low anywhere lowers the bound. One assumed too high does so only where a good path has a boundary,
-    and there levels are known best.
+    A leak assumed too low anywhere lowers the bound. One assumed too high lowers it only where a good path has a
+    boundary, and there the levels are known best.
     """
     starts = cells.intervals(whole)
     counts = np.diff(np.append(starts, len(cells.weight)))
@@ -327,13 +328,13 @@ def _margins(cells: _Cells, whole: np.ndarray) -> np.ndarray:
 
 
 def _levels(cells: _Cells, potential: np.ndarray) -> np.ndarray:
-    """The C of each cell (fact 2): for a boundary there, the level below it."""
+    """Returns the C of each cell (fact 2): the level below a boundary there."""
     weight = np.where(cells.weight > 0, cells.weight, 1.0)
     return cells.mean - np.sqrt(np.maximum((np.diff(potential) - cells.square) / weight, 0.0))
 
 
 def _leaks(cells: _Cells, spread: np.ndarray, potential: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The C of each cell, and its leak, `spread` being 2 n σ, or 0 where it does not leak."""
+    """Returns the C of each cell, and its leak; `spread` is 2 n σ, or 0 where the cell has no leak."""
     weight = np.where(cells.weight > 0, cells.weight, 1.0)
     level = _levels(cells, potential)
     missing = np.maximum((cells.square - np.diff(potential)) / weight, 0.0)
@@ -343,15 +344,19 @@ def _leaks(cells: _Cells, spread: np.ndarray, potential: np.ndarray) -> tuple[np
 
 
 def _more(leak: np.ndarray, assumed: np.ndarray, price: float) -> float:
-    """By how much λ must exceed the price.
+    """Returns by how much λ must exceed the price.
 
-    That is how far a leak exceeds what was assumed, or, for runs of parts of two cells, how far two leaks do the price.
+    This is the greater of two excesses: of a leak over the assumed one, and, for runs that consist of parts of two
+    cells, of twice the largest leak over the price.
     """
     return float(max(np.max(leak - assumed, initial=0.0), 2 * np.max(leak, initial=0.0) - price))
 
 
 def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
-    """Where the lines that touch φ(n) at the nearest prices tried meet: φ(n) is concave in λ, its slope the count."""
+    """Returns the price where the tangents of φ(n) at the nearest prices tried meet.
+
+    φ(n) is concave in λ, and its slope is the number of intervals.
+    """
     more = [price for price, (_, count) in tangents.items() if count > free]
     fewer = [price for price, (_, count) in tangents.items() if count < free]
     if more and fewer:
@@ -359,12 +364,12 @@ def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
         (value, count), (other, least) = tangents[low], tangents[high]
         return float(np.clip((other - value + count * low - least * high) / (count - least), low, high))
     price = max(more) if more else min(fewer)
-    # The price falls with the cube of the number of intervals, where values are dense; elsewhere steps grow.
+    # Where values are dense, the price falls with the cube of the number of intervals; for others the steps grow.
     return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2 ** min(len(tangents) - 1, 8))
 
 
 def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):
-    """The better of a partition and the path to the last cut, its error, and the path's number of priced intervals."""
+    """Returns the better of a partition and the path to the last cut, its error, and the path's priced intervals."""
     steps, path = before.tolist(), [len(before) - 1]
     while path[-1] > 0:
         path.append(steps[path[-1]])
@@ -378,7 +383,7 @@ def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, f
 
 
 def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
-    """Σ weight (value − mean of its interval)², the interval of the pinned zero about 0."""
+    """Computes Σ weight (value − mean of its interval)²; the interval of the held zero is taken about 0."""
     starts = cells.intervals(whole)
     weight, mean, square = merged(cells.weight, cells.mean, cells.square, starts)
     error = float(square.sum())
@@ -389,13 +394,13 @@ def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
 
 
 def _band(cells: _Cells, whole: np.ndarray) -> int:
-    """The cuts before a block that a pass looks at, first guess: a pass that needs more says so."""
+    """Returns a first guess of how many cuts before a block are candidates; a pass that needs more reports it."""
     longest = int(np.diff(np.searchsorted(cells.cuts, whole)).max())
     return min(int(1.6 * longest) + 32, len(cells.weight) + 32)
 
 
 def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:
-    """Each interval parted into cells, half of them even in rank and half in value."""
+    """Splits each interval into cells and returns their cuts: half of them even in rank, half in value."""
     low, high = whole[:-1, None], whole[1:, None]
     share = np.arange(1, _COARSE) / _COARSE
     by_rank = low + ((high - low) * share).astype(np.int64)
@@ -403,20 +408,20 @@ def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:
     last = row.size - 1
     least, most = (row.values_at(np.clip(place, 0, last)) for place in (low, high - 1))
     by_value = row.cuts_below((least + (most - least) * share).ravel())
-    # The cells at the ends hold one value each: a path pays no leak for beginning there.
+    # The cells at the row's ends hold one value each, and have no leak: a path begins at the first cut with leak 0.
     ends = row.values_at(np.array([0, last]))
     single = row.cuts_above(ends[:1]), row.cuts_below(ends[1:])
     return _distinct(np.concatenate([ranks, by_value, *single, np.array(row.pin or (), np.int64)]))
 
 
 def _distinct(array: np.ndarray) -> np.ndarray:
-    """The distinct numbers, ascending."""
+    """Returns the distinct numbers, ascending."""
     array = np.sort(array)
     return array[np.append(True, array[1:] != array[:-1])]
 
 
 def _graded(row: Row, cells: _Cells, whole: np.ndarray, num_levels: int, tolerance: float) -> _Cells:
-    """Cells narrow at the boundaries of `whole`, and wider in proportion to the distance from the nearest.
+    """Splits cells so that they are narrow at the boundaries of `whole`, and wider in proportion to the distance.
 
     A leak is in proportion to count · width, so lengths are measured by the square root of that.
     """
@@ -437,9 +442,9 @@ def _graded(row: Row, cells: _Cells, whole: np.ndarray, num_levels: int, toleran
 def _finer(
     row: Row, cells: _Cells, chosen: np.ndarray, whole: np.ndarray, parts: np.ndarray
 ) -> tuple[_Cells, np.ndarray]:
-    """Parts each chosen cell into `parts`, and joins the others; and which of the new cells lie inside a chosen one.
+    """Splits each chosen cell into `parts` and joins the others; returns the cells, and which are inside a chosen one.
 
-    Into fewer where an interval of the partition `whole` would hold too many. Equal values stay together.
+    The parts are fewer where an interval of the partition `whole` would have too many. Equal values stay in one cell.
     """
     low, high = cells.cuts[:-1][chosen], cells.cuts[1:][chosen]
     parts = np.where(cells.greatest > cells.least, parts, 1)[chosen]

@@ -1,8 +1,9 @@
-"""What the proof asks of a sorted row, and the row that NumPy holds.
+"""The proof's interface to a sorted row (`Row`), and the row that NumPy arrays hold (`HostRow`).
 
-A *cut* is a number of values: those below it. The proof (`proof.proof`) asks for the values beside cuts, for the cuts
-beside values, and for the weight, mean and squared error of the values between cuts, and so does not care where they
-are: `HostRow` has them in an array, `proof.mesh_row.MeshRow` on the devices of a mesh.
+A *cut* is a place between two sorted values, given as the number of values below it. The proof (`proof.proof`) asks for
+the values beside cuts, for the cuts beside values, and for the weight, mean and squared error of the values between
+cuts. So it does not depend on where the values are: `HostRow` has them in an array, `proof.mesh_row.MeshRow` on the
+devices of a mesh.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-CHUNK = 2**17  # values in hand at once
+CHUNK = 2**17  # values in memory at once
 
 
 class Row(Protocol):
@@ -18,7 +19,7 @@ class Row(Protocol):
 
     @property
     def size(self) -> int:
-        """The number of values: the last cut."""
+        """The number of values, which is the last cut."""
         ...
 
     @property
@@ -28,34 +29,34 @@ class Row(Protocol):
 
     @property
     def pin(self) -> tuple[int, int] | None:
-        """Where a level is held at 0, the cuts below and above a value 0, which is there, maybe with weight 0."""
+        """The cuts below and above the held zero, a value 0 of the row whose weight may be 0; None without one."""
         ...
 
     def settled(self, cuts: np.ndarray) -> np.ndarray:
-        """Ascending cuts, each moved below the values equal to that below it, if the row cannot part those."""
+        """Returns ascending cuts, each moved below all equal values around it if the row cannot split those."""
         ...
 
     def values_at(self, places: np.ndarray) -> np.ndarray:
-        """The value above each cut, in float64; of a cut below the last."""
+        """Returns the value above each cut, in float64; every cut must be below the last."""
         ...
 
     def cuts_below(self, values: np.ndarray) -> np.ndarray:
-        """The number of values of the row below each of the given, which are rounded to its dtype."""
+        """Returns the number of values of the row below each given value, which is rounded to the row's dtype."""
         ...
 
     def cuts_above(self, values: np.ndarray) -> np.ndarray:
-        """The number not above."""
+        """Returns the number of values of the row not above each given value, which is rounded to the row's dtype."""
         ...
 
     def measure(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weight, mean and squared error of the values / unit between cuts `low` and `high`, ascending and apart.
+        """Computes weight, mean and squared error of the values / unit between cuts `low` and `high`.
 
-        Means are relative to `origin`.
+        These ranges ascend and do not overlap. Means are relative to `origin`.
         """
         ...
 
     def slack(self, cuts: np.ndarray, weight: np.ndarray, width: np.ndarray, top: float) -> float:
-        """What `measure` may have added to a bound, besides what `proof.proof` knows of rounding.
+        """Bounds what `measure` may have added to a bound, besides the rounding that `proof.proof` accounts for.
 
         `weight` and `width` (of the values / unit) are those of the cells between the cuts; `top` is the largest sum of
         squared errors that matters.
@@ -64,7 +65,7 @@ class Row(Protocol):
 
 
 def origin(row: Row) -> float:
-    """What means are relative to: the middle value / unit, or 0 where a level is held there."""
+    """Returns what means are relative to: the middle value / unit, or 0 where there is a held zero."""
     return 0.0 if row.pin is not None else float(row.values_at(np.array([row.size // 2]))[0]) / row.unit
 
 
@@ -75,7 +76,7 @@ class HostRow(NamedTuple):
       values: `[n]` ascending float32 or float64; equal values may repeat.
       unit: as in `Row`.
       weight: `[n]` non-negative float64, or None for 1 each.
-      zero: where one level is held at 0, the cut below a value 0, which must be there (its weight may be 0).
+      zero: the cut below the held zero, a value 0 that must be in `values` (its weight may be 0); None without one.
     """
 
     values: np.ndarray
@@ -85,32 +86,33 @@ class HostRow(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The last cut."""
+        """The number of values, which is the last cut."""
         return len(self.values)
 
     @property
     def pin(self) -> tuple[int, int] | None:
-        """The cuts about a value zero."""
+        """The cuts below and above the held zero; None without one."""
         return None if self.zero is None else (self.zero, self.zero + 1)
 
     def settled(self, cuts: np.ndarray) -> np.ndarray:
-        """The cuts: the array parts equal values by their places."""
+        """Returns the cuts unchanged: equal values are split by their places in the array."""
         return cuts
 
     def values_at(self, places: np.ndarray) -> np.ndarray:
-        """The values at these places."""
+        """Returns the value above each cut, in float64."""
         return self.values[places].astype(np.float64)
 
     def cuts_below(self, values: np.ndarray) -> np.ndarray:
-        """By binary search in the row's own dtype, as of another the whole row would be converted."""
+        """Returns the number of values below each given value, by binary search in the row's dtype."""
+        # NumPy would convert the whole row to search for values of another dtype.
         return np.searchsorted(self.values, values.astype(self.values.dtype))
 
     def cuts_above(self, values: np.ndarray) -> np.ndarray:
-        """The same."""
+        """Returns the number of values not above each given value, by binary search in the row's dtype."""
         return np.searchsorted(self.values, values.astype(self.values.dtype), side="right")
 
     def measure(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """In two passes over some values at a time, of larger cells the parts merged."""
+        """Computes weight, mean and squared error in two passes over `CHUNK` values at a time; merges larger cells."""
         pieces = -(-(high - low) // CHUNK)
         owner = np.repeat(np.arange(len(low)), pieces)
         first_piece = np.cumsum(pieces) - pieces
@@ -152,12 +154,12 @@ class HostRow(NamedTuple):
         return total, (first - origin(self)) + shift, np.add.reduceat(away, starts)
 
     def slack(self, cuts: np.ndarray, weight: np.ndarray, width: np.ndarray, top: float) -> float:
-        """What values are off by that `search.gaps` moved."""
+        """Bounds the effect of rounding in values that `search.gaps` moved."""
         return moved_slack(self, weight, top)
 
 
 def moved_slack(row: Row, weight: np.ndarray, top: float) -> float:
-    """How much a bound may be off where every value is, by two units in the last place of the largest."""
+    """Returns how much a bound may be off if every value is off by two units in the last place of the largest."""
     largest = float(np.abs(row.values_at(np.array([0, row.size - 1]))).max()) / row.unit
     moved = float(weight.sum()) * (largest * 2.0**-51) ** 2
     return 2 * math.sqrt(top * moved) + moved
@@ -166,7 +168,7 @@ def moved_slack(row: Row, weight: np.ndarray, top: float) -> float:
 def merged(
     weight: np.ndarray, mean: np.ndarray, square: np.ndarray, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cells from each of `starts` to the next as one (Chan, Golub and LeVeque 1983)."""
+    """Merges the cells from each of `starts` to the next into one cell (Chan, Golub and LeVeque 1983)."""
     counts = np.diff(np.append(starts, len(weight)))
     total = np.add.reduceat(weight, starts)
     first = mean[starts]

@@ -6,7 +6,7 @@ import numpy as np
 def nearest_errors(values: np.ndarray, weight: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Computes Σ weight · (value − nearest level)² of each row.
 
-    All levels in turn, which for short rows is faster than a search, and needs no loop over rows.
+    It compares with each level in turn, which for short rows is faster than a search and needs no loop over rows.
 
     Args:
       values: `[R, D]` float64.
@@ -14,7 +14,7 @@ def nearest_errors(values: np.ndarray, weight: np.ndarray, levels: np.ndarray) -
       levels: `[R, K]` float64, ascending.
 
     Returns:
-      `[R]` float64. Each row's sum is the same whichever rows stand beside it.
+      `[R]` float64. A row's sum does not depend on the other rows.
 
     >>> nearest_errors(np.array([[0.0, 1.0, 4.0]]), np.ones((1, 3)), np.array([[0.5, 4.0]])).tolist()
     [0.5]

@@ -1,4 +1,4 @@
-"""Rows fitted on the host: NumPy sorts them much faster than XLA does on a CPU, and the proof refines its bound."""
+"""Rows fitted on the host, where NumPy sorts them much faster than XLA on a CPU, and the proof refines its bound."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +17,11 @@ from nuqjax._src.leaf.assign import Fit, working_dtype
 from nuqjax._src.platform.host import over_blocks, x64
 
 _LEAST, _MOST = 2**18, 2**19  # values of rows that are fitted together
-_STRETCH = 2**16  # values whose errors are held at once
+_STRETCH = 2**16  # values whose errors are in memory at once
 
 
 def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
-    """Fits NumPy rows `[R, N]`, and `weights` and `mask` like them or None; a row's results do not depend on others."""
+    """Fits NumPy rows `[R, N]`, with `weights` and `mask` like them or None; no row's results depend on other rows."""
     scale = _host_scale(rows, mask, dtype)
     chunk = _chunk(rows.shape[0], rows.shape[1])
 
@@ -30,7 +30,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
         some, heavy, counted = (None if x is None else x[here] for x in (rows, weights, mask))
         values: Any = _flushed(some)
         unit = np.ldexp(1.0, scale[here])
-        with x64():  # of this thread
+        with x64():  # applies to this thread only
             ordered = ordered_rows(values, dtype, unit, heavy, counted, task.keep_zero)
             levels, bound = _levels(ordered, unit, task, dtype)
             if weights is not None:
@@ -52,7 +52,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
 
 
 def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fit:
-    """As `fit_on_host` for rows of `length` 16-bit values, from the counts `[R, 2¹⁶]` by bit pattern."""
+    """Fits rows of `length` 16-bit values as `fit_on_host` does, from the counts `[R, 2¹⁶]` of their bit patterns."""
     dtype = working_dtype(values_dtype)
     parts, units = [], []
     for row in counts:
@@ -70,11 +70,11 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
 
 
 def _flushed(rows):
-    """The rows with zeros for subnormal values of float32's exponents or float64's, as XLA takes them."""
+    """Replaces values that are subnormal in float32 or float64 by 0, as XLA does; float16 rows come back unchanged."""
     if rows.dtype == np.float16:
         return rows
     magnitude, tiny = np.abs, float(jnp.finfo(rows.dtype).tiny)
-    if rows.dtype.itemsize == 2:  # NumPy is slow at bfloat16, whose patterns ascend with the magnitude
+    if rows.dtype.itemsize == 2:  # NumPy is slow at bfloat16, but its bit patterns ascend with the magnitude
         magnitude, tiny = lambda values: values.view(np.uint16) & np.uint16(0x7FFF), 0x80
 
     def any_subnormal(some, columns):
@@ -87,7 +87,7 @@ def _flushed(rows):
 
 
 def _chunk(count: int, size: int) -> int:
-    """Rows handled at once: many, as one operation serves all, but some for each processor where there is work."""
+    """Returns how many rows are handled at once: many, as one operation serves all, but few enough to use all cores."""
     if size > LONG:
         return 1
     each = -(-count // (os.cpu_count() or 1))
@@ -95,27 +95,27 @@ def _chunk(count: int, size: int) -> int:
 
 
 def _levels(ordered: Rows, unit: np.ndarray, task: Task, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The levels, rounded in the units of the rows, and the bound, for weights relative to the largest."""
+    """Returns the levels in the units and dtype of the rows, and the bound for weights relative to the largest."""
     levels, bound = fit_sorted(ordered, task)
     return (levels * unit[:, None]).astype(dtype), bound
 
 
 def rounded_fit(levels: np.ndarray, error: np.ndarray, bound: np.ndarray, unit: np.ndarray, dtype) -> Fit:
-    """A `Fit` of what was computed in float64, in the rows' working dtype."""
-    below = np.nextafter(np.minimum(bound, error).astype(dtype), dtype.type(0))  # a bound stays one when it is rounded
+    """Returns a `Fit` in the rows' working dtype from results in float64."""
+    below = np.nextafter(np.minimum(bound, error).astype(dtype), dtype.type(0))  # rounding must not raise the bound
     rounded = levels, error.astype(dtype), below, unit.astype(dtype)
-    return Fit(*map(jax.device_put, rounded))  # which compiles nothing
+    return Fit(*map(jax.device_put, rounded))  # device_put compiles nothing
 
 
 def _heaviest(weights, mask):
-    """`[R]` the largest weight of each row."""
+    """Returns `[R]` the largest weight of each row."""
     counted = weights if mask is None else np.where(mask, weights, 0)
     return counted.astype(np.float64).max(axis=1)
 
 
 def _host_scale(rows, mask, dtype) -> np.ndarray:
-    """`[R]` exponents: as `row_scale`, without compiling."""
-    if rows.dtype.itemsize == 2:  # patterns ascend with the magnitude, and NumPy is slow at these dtypes
+    """Computes `[R]` the exponents of `row_scale` without compiling."""
+    if rows.dtype.itemsize == 2:  # NumPy is slow at these dtypes, but their bit patterns ascend with the magnitude
         magnitude = rows.view(np.uint16) & np.uint16(0x7FFF)
         magnitude = magnitude if mask is None else np.where(mask, magnitude, 0)
         largest = magnitude.max(axis=1).view(rows.dtype).astype(dtype)
@@ -128,7 +128,7 @@ def _host_scale(rows, mask, dtype) -> np.ndarray:
 
 
 def _host_error(rows: Rows, levels: np.ndarray, keep_zero: bool) -> np.ndarray:
-    """`[R]` Σ weight (value − nearest level)²."""
+    """Computes `[R]` Σ weight (value − nearest level)²."""
     if isinstance(rows, SortedRows) and rows.length <= SHORT:
         count, weight = rows.count[: len(levels)], rows.weight
         weight = np.diff(count, axis=1).astype(np.float64) if weight is None else weight[: len(levels)]

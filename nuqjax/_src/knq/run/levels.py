@@ -1,4 +1,4 @@
-"""From rows to a sorted form, and from there to levels and a bound; on the host, traced, and on a mesh."""
+"""Sorts rows, and fits levels and a bound to sorted rows: on the host, traced, and on a mesh."""
 
 import functools
 from typing import NamedTuple
@@ -26,11 +26,11 @@ from nuqjax._src.leaf.rows import namespace
 
 _FEW_ROWS = 8
 _COUNTED = 2**13  # longer rows of 16-bit values are counted, not sorted
-SHORT = 256  # distinct values that the dense programme holds and proves by itself, however many rows
+SHORT = 256  # distinct values of a row that the dense program handles and proves by itself, for any number of rows
 
 
 class Task(NamedTuple):
-    """What is asked of a fit, and how many cuts its dense programme has."""
+    """The options of a fit, and the number of cuts of its dense program."""
 
     num_levels: int
     keep_zero: bool
@@ -39,19 +39,19 @@ class Task(NamedTuple):
 
 
 def dense_cuts(count: int, length: int) -> int:
-    """Cuts of the dense programme: all that there can be of a short row; of longer ones a few hundred."""
+    """Returns the number of cuts of the dense program: every cut of a short row, a few hundred of longer rows."""
     if count > _FEW_ROWS:
         return 256
     return 1024 if length <= 1024 else 512
 
 
 def row_length(rows, axes) -> int:
-    """Values of a row, those on other devices among them."""
+    """Returns the number of values of a row, those on other devices included."""
     return rows.shape[1] * (lax.axis_size(axes) if axes else 1)
 
 
 def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> Rows:
-    """Rows sorted in the way that suits their length and dtype; distributed ones over the mesh axes `axes`."""
+    """Sorts rows by the method for their length and dtype; `axes` names the mesh axes that they are spread over."""
     length = row_length(rows, axes)
     if weights is None and rows.dtype.itemsize == 2 and length > _COUNTED:
         return count_rows(rows, unit, mask, keep_zero, axes)
@@ -65,7 +65,7 @@ def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> 
 
 
 def fit_sorted(rows: Rows, task: Task):
-    """Levels `[R, K]` over the rows' scale, and the bound `[R]` for weights relative to the largest; float64."""
+    """Returns float64 levels `[R, K]` over the rows' scale, and bounds `[R]` for weights relative to the largest."""
     num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
     rows, gaps, found = search(rows, num_levels, keep_zero, dense_cuts)
@@ -81,15 +81,15 @@ def fit_sorted(rows: Rows, task: Task):
 
 
 def _proven(rows: Rows, found: Partition, task: Task):
-    """The cuts, better ones where a proof came upon them, and the bounds; on the host.
+    """Returns the cuts, improved where a proof finds better ones, and the bounds; for rows on the host.
 
-    What the search knows of every cut mostly is the proof. Where it does not look at all, sorted rows are searched
-    through every cut; what is left, and longer rows, are proven by branch and bound.
+    A search through every cut mostly is a proof by itself. Sorted rows whose search used only some of the cuts are
+    searched through every cut here. Rows that are still unproven, and longer rows, are proven by branch and bound.
     """
     num_levels, keep_zero, tolerance, _ = task
     assert tolerance is not None
     cuts, least, price = found
-    if num_levels == 1 and isinstance(rows, SortedRows):  # there is but one partition
+    if num_levels == 1 and isinstance(rows, SortedRows):  # there is only one partition
         least = cost(rows, cuts, keep_zero)
     bound = np.zeros(len(cuts)) if least is None else bound_of_sum(rows, least, num_levels)
 
@@ -97,7 +97,7 @@ def _proven(rows: Rows, found: Partition, task: Task):
         if not isinstance(rows, SortedRows):
             return np.flatnonzero(rows.size > num_levels)
         most = rows.square + cost(rows, cuts, keep_zero) + rounding_of_sum(rows, num_levels)
-        return np.flatnonzero((rows.size > num_levels) & (bound < most * (1 - tolerance)))  # others have no error
+        return np.flatnonzero((rows.size > num_levels) & (bound < most * (1 - tolerance)))  # the rest: no error
 
     left = unproven()
     if len(left) and least is None and price is not None and isinstance(rows, SortedRows):
@@ -105,7 +105,7 @@ def _proven(rows: Rows, found: Partition, task: Task):
         some = some_rows(rows, left)
         other = partition_of_every_cut(some, num_levels, keep_zero, price[left])
         gained = cost(some, cuts[left], keep_zero) - cost(some, other.cuts, keep_zero)
-        better = gained > rounding_of_sum(some, num_levels)  # of equals the search's own, as where nothing is proven
+        better = gained > rounding_of_sum(some, num_levels)  # if equal, the search's cuts stay
         cuts[left] = np.where(better[:, None], polish(some, other.cuts, keep_zero), cuts[left])
         bound[left], price[left] = bound_of_sum(some, other.least, num_levels), other.price
         left = unproven()
@@ -118,13 +118,13 @@ def _proven(rows: Rows, found: Partition, task: Task):
         if len(changed):
             polished = polish(some_rows(rows, left[changed]), better[changed], keep_zero)
             for r, near in zip(changed.tolist(), polished, strict=True):
-                # The search knows values and weights by their rounded sums, the proof as they are.
+                # The search reads values and weights from rounded sums, the proof reads them unrounded.
                 cuts[left[r]] = better_of(to_prove[r], near, better[r])
     return cuts, bound
 
 
 def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
-    """One of the rows, on the host, as the values that count and their weights."""
+    """Returns row number `r` of rows on the host: the values that count and their weights."""
     zero, size = int(rows.zero[r]) if keep_zero else None, int(rows.size[r])
     if isinstance(rows, SortedRows):
         if rows.weight is not None:
@@ -132,7 +132,7 @@ def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
         else:
             weight = np.diff(rows.count[r, : size + 1]).astype(np.float64)
         return HostRow(rows.values[r, :size], 1.0, weight, zero)
-    assert isinstance(rows, LongRows)  # others are never on the host
+    assert isinstance(rows, LongRows)  # rows of other types are never on the host
     weight = None if rows.shares is None else rows.shares[r, :size]
     if rows.shares is None and rows.pinned:
         weight = np.ones(size)
@@ -141,7 +141,7 @@ def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
 
 
 def interval_means(rows: Rows, cuts, keep_zero: bool):
-    """Ascending means; those of empty intervals repeat the last."""
+    """Returns the ascending means of the intervals; empty intervals repeat the last mean."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
     whole = xp.concatenate([xp.zeros_like(size), cuts, size], axis=1)

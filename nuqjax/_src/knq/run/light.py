@@ -1,8 +1,9 @@
-"""Levels of values that weigh next to nothing beside the row's heaviest.
+"""Light levels: levels whose values weigh next to nothing compared with the row's heaviest value.
 
-Sums are of whole numbers of units of the row's largest weight and magnitude, so that no order of summation matters. A
-level whose values have less than 2^−16 of the heaviest's weight is a quotient of few units, off by more than float32
-rounds. It is moved to the mean of the values that are nearest to it, from the values and weights themselves.
+The search adds integers, in units of the row's largest weight and magnitude, so that no order of summation matters. A
+level whose values together have less than 2^−16 of the heaviest weight is then a quotient of few units, with an error
+above float32's rounding. It is moved to the mean of the values nearest to it, computed from the unrounded values and
+weights.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ _LIGHT = 2.0**-16  # of the heaviest value's weight
 def settled_on_host(
     rows: np.ndarray, levels: np.ndarray, weights: np.ndarray, mask: np.ndarray | None, unit: np.ndarray, pin: bool
 ) -> np.ndarray:
-    """`settled` of NumPy's rows: of those that have a light value, in an order of their own."""
+    """Computes `settled` for NumPy rows; rows with a light value are summed in a fixed order, by value and weight."""
     counted = weights > 0 if mask is None else mask & (weights > 0)
     heaviest = np.max(np.where(counted, weights, 0), axis=1, initial=0).astype(np.float64)
     light = counted & (weights < heaviest[:, None] * _LIGHT)
@@ -40,7 +41,7 @@ def settled_on_host(
 def settled(
     rows: jax.Array, levels: jax.Array, weights: jax.Array, mask: jax.Array | None, unit: jax.Array, pin: bool, axes=()
 ) -> jax.Array:
-    """The levels, light ones at the means of the values nearest to them.
+    """Returns the levels, with each light level moved to the mean of the values nearest to it.
 
     Args:
       rows: `[R, N]` values, or this device's part of them.
@@ -48,7 +49,7 @@ def settled(
       weights: `[R, N]` non-negative.
       mask: `[R, N]` bool, or None.
       unit: `[R]` powers of two near the rows' largest magnitudes.
-      pin: whether a level is held at 0.
+      pin: whether there is a held zero, which stays where it is.
       axes: names of the mesh axes over which the values of a row are distributed.
     """
     rows = rows.astype(levels.dtype)

@@ -1,12 +1,12 @@
 """Rows on a mesh, fitted where they are.
 
-Short rows, and most without a proof, are one compiled programme (`fit_knq_part` on every device). The proof of others
-runs on the host, and how it comes by a row depends on the row:
+Short rows, and most rows without a proof, are fitted by one compiled program (`fit_knq_part` on every device). The
+proof of other rows runs on the host. What it transfers depends on the row:
 
-- one of at most 65,536 values, or one that a device holds whole, is brought to the host, some rows at a time;
-- of one of 16-bit values come the counts by bit pattern;
-- of any other only what the proof asks (`proof.mesh_row`): no device, and not the host, ever holds it whole. Also
-  without a proof the host decides whether such a row is searched again with narrower gaps.
+- A row of at most 65,536 values, or one that a device holds whole, is copied to the host, some rows at a time.
+- For a row of 16-bit values, the counts of its bit patterns are copied.
+- For any other row, only the answers to the proof's questions are copied (`proof.mesh_row`): no device, nor the host,
+  ever holds the whole row. Even without a proof, the host decides whether it is searched again with narrower gaps.
 
 The levels are bit for bit those of the same rows on one device.
 """
@@ -35,16 +35,16 @@ from nuqjax._src.knq.search.search import partition, polish
 from nuqjax._src.leaf.assign import Fit, assign, row_scale, working_dtype
 from nuqjax._src.platform.host import x64
 
-_BROUGHT = 2**22  # values of a device's rows that are brought to the host at once
-_COUNTED_AT_ONCE = 16  # rows of a group whose counts are
+_BROUGHT = 2**22  # values of a device's rows that are copied to the host at once
+_COUNTED_AT_ONCE = 16  # rows of a group of devices whose counts are copied to the host at once
 
 
 class Layout(NamedTuple):
-    """How an array is made of rows.
+    """How rows lie in an array on a mesh. The devices that hold parts of the same rows are a *group*.
 
     Attributes:
-      sharding: of the array.
-      shape: of the array.
+      sharding: the array's sharding.
+      shape: the array's shape.
       of_rows: its axes along which rows differ, ascending; the others hold the values of a row, in any order.
     """
 
@@ -54,17 +54,17 @@ class Layout(NamedTuple):
 
     @property
     def of_values(self) -> tuple[int, ...]:
-        """The other axes."""
+        """The axes that hold the values of a row."""
         return tuple(axis for axis in range(len(self.shape)) if axis not in self.of_rows)
 
     @property
     def spec(self) -> PartitionSpec:
-        """With an entry for every axis."""
+        """The array's partition spec, with an entry for every axis."""
         return PartitionSpec(*(*self.sharding.spec, *[None] * len(self.shape))[: len(self.shape)])
 
     @property
     def by_row(self) -> PartitionSpec:
-        """Of arrays with the axes of the rows, and then others."""
+        """The partition spec of arrays whose first axes are those of the rows."""
         return PartitionSpec(*(self.spec[axis] for axis in self.of_rows))
 
     @property
@@ -74,12 +74,12 @@ class Layout(NamedTuple):
 
     @property
     def shards(self) -> list[int]:
-        """Into how many parts each axis of the rows is parted."""
+        """The number of shards along each axis of the rows."""
         return [math.prod(self.sharding.mesh.shape[name] for name in _names(entry)) for entry in self.by_row]
 
     @property
     def place(self) -> Place:
-        """Where the rows are."""
+        """The mesh and its axes over which the rows are distributed."""
         row_axes, value_axes = (
             tuple(name for axis in axes for name in _names(self.spec[axis])) for axes in (self.of_rows, self.of_values)
         )
@@ -89,24 +89,24 @@ class Layout(NamedTuple):
         return Place(mesh, row_axes, value_axes, length)
 
     def rows(self, block: Any) -> Any:
-        """The rows `[L, n]` of a part of the array, inside `jax.shard_map`."""
+        """Returns the rows `[L, n]` of one device's block of the array, inside `jax.shard_map`."""
         if block is None:
             return None
         moved = block.transpose(*self.of_rows, *self.of_values)
         return moved.reshape(math.prod(moved.shape[: len(self.of_rows)]), -1)
 
     def some_rows(self, block: Any, start: Any, number: int) -> Any:
-        """Of those, `number` from `start` on."""
+        """Returns `number` of the rows of a block, from row `start` on."""
         return None if block is None else lax.dynamic_slice_in_dim(self.rows(block), start, number)
 
     def run(self, part, arrays: Sequence[Any], out_specs, *others: Any) -> Any:
-        """`part` of the devices' blocks of the arrays, some of them None, and of others that are the same for all."""
+        """Runs `part` on the devices' blocks of the arrays (or None), and on others that all devices have alike."""
         specs = [None if array is None else self.spec for array in arrays]
         return self.place.run(part, (*specs, *[PartitionSpec()] * len(others)), out_specs)(*arrays, *others)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that an entry of a spec names."""
+    """Returns the mesh axes that an entry of a spec names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -122,8 +122,8 @@ def fit_on_mesh(
 ) -> Fit:
     """Fits levels to the rows of an array with a `NamedSharding`.
 
-    Rows of at most 256 values have the bound of one dense programme, and come to the host where it does not do. Where
-    several processes hold the array, a `tolerance` asks for no more than such a bound.
+    Rows of at most 256 values have the bound of one dense program, and are copied to the host where it misses the
+    tolerance. Where several processes hold the array, such a bound is all that a `tolerance` asks for.
 
     Args:
       array: `[…]` floating.
@@ -135,7 +135,7 @@ def fit_on_mesh(
       tolerance: as in `knq.knq`.
 
     Returns:
-      A `Fit` of arrays that have the axes of the rows `[R₁, R₂, …]` first, distributed as these are.
+      A `Fit` whose arrays begin with the axes of the rows `[R₁, R₂, …]`, and are distributed as these axes are.
     """
     sharding = array.sharding
     assert isinstance(sharding, NamedSharding)
@@ -160,13 +160,13 @@ def fit_on_mesh(
 
 
 def _is_proven(fitted: Fit, tolerance: float) -> bool:
-    """Whether every bound is within the tolerance, with room for what the host's own test has seen as rounding."""
+    """Returns whether every bound is within half the tolerance, which leaves room for rounding in the host's test."""
     return bool(jnp.all(fitted.lower_bound >= fitted.sse * (1 - tolerance / 2)))
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "num_levels", "keep_zero", "tolerance"))
 def fit_at_once(array, weights, mask, *, layout: Layout, num_levels: int, keep_zero: bool, tolerance: float | None):
-    """As `fit_on_mesh`, in one programme."""
+    """Fits levels as `fit_on_mesh` does, in one compiled program."""
 
     def part(*blocks):
         shape = [blocks[0].shape[axis] for axis in layout.of_rows]
@@ -181,7 +181,7 @@ def fit_at_once(array, weights, mask, *, layout: Layout, num_levels: int, keep_z
 
 
 def _in_order(results: np.ndarray, layout: Layout) -> np.ndarray:
-    """`[R₁, R₂, …]` from `[G, L, …]`: of each group of devices, the rows that it holds."""
+    """Reorders results `[G, L, …]`, the L rows of each group of devices, to `[R₁, R₂, …]`."""
     parts = layout.shards
     held = [layout.shape[axis] // part for axis, part in zip(layout.of_rows, parts, strict=True)]
     own, many = results.shape[2:], len(parts)
@@ -192,18 +192,18 @@ def _in_order(results: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def _rows_of_each(layout: Layout) -> int:
-    """The number of rows of each group of devices."""
+    """Returns the number of rows of each group of devices."""
     return layout.count // math.prod(layout.shards)
 
 
 def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """The fields `[G, L, …]` of a `Fit`, from those of some rows of each group at a time."""
+    """Joins the fields of a `Fit` for some rows of each group at a time into fields `[G, L, …]`."""
     return [np.concatenate(field, axis=1) for field in zip(*parts, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "number"))
 def _some_rows(arrays, start, *, layout: Layout, number: int):
-    """Of each array `[G · number, N]`: rows of each group of devices, from its row `start` on, where they are."""
+    """Returns `[G · number, N]` of each array: `number` rows of each group from its row `start` on, left in place."""
 
     def part(*blocks):
         *blocks, start = blocks
@@ -215,7 +215,7 @@ def _some_rows(arrays, start, *, layout: Layout, number: int):
 
 
 def _blocks(array: jax.Array | None, groups: int) -> Iterator[np.ndarray | None]:
-    """An array `[G · c, …]`, group by group, on the host."""
+    """Yields the blocks of an array `[G · c, …]`, group by group, on the host."""
     if array is None:
         yield from [None] * groups
         return
@@ -229,11 +229,11 @@ def _blocks(array: jax.Array | None, groups: int) -> Iterator[np.ndarray | None]
 
 
 def _by_groups(fetch: Callable, fit: Callable, layout: Layout, number: int) -> list[np.ndarray]:
-    """`[G, L, …]`: what `fit` makes of the blocks that `fetch` gives of `number` rows of each group at a time."""
+    """Fetches `number` rows of each group at a time and fits each group's block; returns fields `[G, L, …]`."""
     each, groups = _rows_of_each(layout), math.prod(layout.shards)
     number, parts = min(number, each), []
     for start in range(0, each, number):
-        known = max(start + number - each, 0)  # the last rows overlap those before
+        known = max(start + number - each, 0)  # rows that the last call fetches again
         arrays = fetch(np.int32(start - known), number)
         blocks = zip(*(_blocks(array, groups) for array in arrays), strict=True)
         fitted = [fit(*(None if x is None else x[known:] for x in block)) for block in blocks]
@@ -242,7 +242,7 @@ def _by_groups(fetch: Callable, fit: Callable, layout: Layout, number: int) -> l
 
 
 def _fit_brought(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
-    """Rows are brought to the host."""
+    """Fits rows that are copied to the host."""
     dtype = working_dtype(arrays[0].dtype)
     return _by_groups(
         lambda start, number: _some_rows(arrays, start, layout=layout, number=number),
@@ -254,7 +254,7 @@ def _fit_brought(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("layout", "number"))
 def _some_counts(array, mask, start, *, layout: Layout, number: int):
-    """`[G · number, 2¹⁶]` how many values of a row have each bit pattern."""
+    """Returns `[G · number, 2¹⁶]` how many values of a row have each bit pattern."""
 
     def part(block, counted, start):
         rows, counted = (layout.some_rows(x, start, number) for x in (block, counted))
@@ -265,7 +265,7 @@ def _some_counts(array, mask, start, *, layout: Layout, number: int):
 
 
 def _fit_counts(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
-    """Rows are counted where they are."""
+    """Fits rows whose bit patterns are counted on the devices."""
     array, _, mask = arrays
     return _by_groups(
         lambda start, number: (_some_counts(array, mask, start, layout=layout, number=number),),
@@ -276,13 +276,13 @@ def _fit_counts(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
 
 
 class Known(NamedTuple):
-    """What the host knows of rows that devices hold, one of each group.
+    """What the host knows of rows that devices hold, one row of each group.
 
     Attributes:
       size: `[G]` int64 number of values that count.
       zero: `[G]` int64 cut just below the value zero.
       unit: `[G]` float64 powers of two, by which values are divided.
-      heaviest: `[G]` float64 the largest weight; 1 where there are none.
+      heaviest: `[G]` float64 the largest weight; 1 without weights.
     """
 
     size: Any
@@ -293,9 +293,10 @@ class Known(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("layout", "task"))
 def _searched(arrays, number, *, layout: Layout, task: Task):
-    """Of row `number` of each group what devices hold, what is known of it, and what a search finds.
+    """Sorts and searches row `number` of each group.
 
-    That is no gaps, the partition, and which gaps to narrow next if it is worth it, `[G]`.
+    Returns what the devices hold of it (`Held`), what the host knows of it (`Known`), no gaps, its partition, and the
+    gaps to narrow next with `[G]` whether that is worth a search.
     """
     place, dtype = layout.place, working_dtype(arrays[0].dtype)
 
@@ -321,7 +322,7 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
 
 @functools.partial(jax.jit, static_argnames=("place", "task"))
 def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task):
-    """Of the rows with narrower gaps what devices hold, their partition, and which gaps to narrow next."""
+    """Searches rows with narrower gaps; returns their `Held`, their partition, and the gaps to narrow next."""
 
     def part(held, gaps):
         rows = held_rows(held, place)
@@ -335,7 +336,7 @@ def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task):
 
 @functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
 def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
-    """Cuts `[G, K − 1]` polished."""
+    """Moves cuts `[G, K − 1]` by single values until no combination of small moves is better."""
 
     def part(held, cuts):
         return polish(held_rows(held, place), cuts, keep_zero)
@@ -345,7 +346,7 @@ def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
 
 @functools.partial(jax.jit, static_argnames=("layout", "keep_zero"))
 def _levels(arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: Layout, keep_zero: bool):
-    """The levels `[G, K]` of cuts of row `number` of each group, and their error `[G]` in float64."""
+    """Computes the levels `[G, K]` between cuts of row `number` of each group, and their float64 error `[G]`."""
     place = layout.place
 
     def part(arrays, number, held, narrowed, gaps, cuts, heaviest):
@@ -370,7 +371,7 @@ def _levels(arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heavie
 
 
 def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
-    """Rows stay where they are, one of each group at a time."""
+    """Fits rows that stay distributed, one row of each group at a time."""
     parts = []
     for number in range(_rows_of_each(layout)):
         with x64():
@@ -380,12 +381,12 @@ def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
 
 
 def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
-    """Row `number` of each group."""
+    """Fits row `number` of each group."""
     place, keep_zero, to_search = layout.place, task.keep_zero, task._replace(tolerance=None)
     held, *others = _searched(arrays, np.int32(number), layout=layout, task=to_search)
     known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
     narrowed, unit = held, known.unit
-    on_tpu = place.mesh.devices.flat[0].platform == "tpu"  # these have no bits of float64 to look for ranks by
+    on_tpu = place.mesh.devices.flat[0].platform == "tpu"  # TPUs cannot find ranks by the bits of a float64
     for _ in range(SEARCHES - 1):
         if task.num_levels == 1 or not worth.any() or on_tpu:
             break

@@ -1,4 +1,4 @@
-"""Rows fitted by XLA: traced ones, those on other devices than a CPU, and parts of those on a mesh."""
+"""Rows fitted by XLA: traced rows, rows on devices other than a CPU, and parts of rows on a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def fit_knq_part(
     count: int,
     axes: tuple[str, ...] = (),
 ) -> Fit:
-    """As `knq.knq` for what one device holds of rows that are distributed over a mesh, inside `jax.shard_map`.
+    """Fits one device's part of rows on a mesh as `knq.knq` fits whole rows, inside `jax.shard_map`.
 
     Args:
       rows: `[R, n]` this device's part.
@@ -32,15 +32,15 @@ def fit_knq_part(
       keep_zero: as in `knq.knq`.
       tolerance: as in `knq.knq`.
       count: number of rows on all devices.
-      axes: names of the mesh axes over which the values of a row are distributed; every device on them returns the
-        same. Of a row longer than 65,536 values, or of 16-bit values, only counts and sums are exchanged.
+      axes: names of the mesh axes over which the values of a row are distributed; every device along them returns the
+        same. For rows longer than 65,536 values, or of 16-bit values, devices exchange only counts and sums.
     """
     task = Task(num_levels, keep_zero, tolerance, dense_cuts(count, row_length(rows, axes)))
     return fit_traced(rows, weights, mask, task, working_dtype(rows.dtype), axes)
 
 
 def fit_traced(rows, weights, mask, task: Task, dtype, axes=()) -> Fit:
-    """Fits JAX rows `[R, N]`, traced or not; parts of rows, if `axes` names the mesh axes that they lie along."""
+    """Fits JAX rows `[R, N]`, traced or not; with `axes`, parts of rows that are distributed over these mesh axes."""
     scale = row_scale(rows, mask)
     scale = lax.pmax(scale, axes) if axes else scale
     rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows)
@@ -61,7 +61,7 @@ def fit_traced(rows, weights, mask, task: Task, dtype, axes=()) -> Fit:
 
     length = row_length(rows, axes)
     with x64():
-        # Programmes need some 8 MiB, or one long row is handled at a time.
+        # As many rows at once as need some 8 MiB; long rows are handled one at a time.
         chunk = 1 if length > LONG else min(max(1, 2**20 // min(length, task.dense_cuts) ** 2), rows.shape[0])
         whole = rows.shape[0] // chunk * chunk
         grouped = [x[:whole].reshape(-1, chunk, *x.shape[1:]) for x in inputs]
