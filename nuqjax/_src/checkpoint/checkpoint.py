@@ -44,7 +44,7 @@ def open_checkpoint(
       format: one of `READABLE`; None to detect it.
       separator: the text between the keys in a tensor's name (safetensors, npz). None takes the separator stored in the
         file, or else "/" if any name contains it, or else ".". "" does not split: each name is one key.
-      skip: a regular expression; leaves whose path it matches somewhere are left out.
+      skip: a regular expression; leaves with a match anywhere in their path are left out.
 
     Returns:
       The `Checkpoint`. A leaf with a dtype that cannot be read does not prevent reading the others: its `problem` says

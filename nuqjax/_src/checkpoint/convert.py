@@ -72,7 +72,8 @@ def compress_checkpoint(
       max_shard_size: as in `save`.
       format: the format of the source, as in `open_checkpoint`; None to detect it.
       separator: the text between the keys in a tensor's name, as in `open_checkpoint`. The file stores it.
-      skip: a regular expression; leaves whose path it matches somewhere are left out, such as those of unread dtypes.
+      skip: a regular expression; leaves with a match anywhere in their path are left out, such as leaves of a dtype
+        that cannot be read.
       resume: continue from `TARGET.partial`.
       progress: called after each leaf with its plan and its size in bytes before compression.
 

@@ -106,7 +106,7 @@ def _stored(cparams: Any) -> dict[str, np.ndarray]:
 
 
 def _pool(interpreter: Interpreter, site: Site, eqn: Any, operand: Any, *rest: Any) -> Sequence[Any]:
-    """Rewrites a pool as one over three axes, with all unpooled axes merged in front: runtimes pool no more axes."""
+    """Rewrites a pool as one of an array with at most three axes, as runtimes require: merges the unpooled axes."""
     window = eqn.params["window_dimensions"]
     pooled = [a for a, n in enumerate(window) if n > 1]
     if rest or len(window) <= 3 or len(pooled) > 2:

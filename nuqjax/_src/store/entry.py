@@ -28,7 +28,7 @@ _CODES = {
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-NUMPY_DTYPES = {code: name for name, code in _CODES.items()}  # by code
+NUMPY_DTYPES = {code: name for name, code in _CODES.items()}  # dtypes by code
 _AS_BYTES = {  # floats stored as their bits, one value to a byte: number of bits
     "float8_e4m3": 8, "float8_e3m4": 8, "float8_e4m3b11fnuz": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8,
     "float8_e8m0fnu": 8, "float6_e2m3fn": 6, "float6_e3m2fn": 6, "float4_e2m1fn": 4,

@@ -8,7 +8,7 @@ from typing import Any
 from nuqjax._src.store.file import MAX_HEADER, parse_json
 from nuqjax._src.store.write import to_json
 
-PLAIN, DEFLATED, POOLED = 1, 2, 3  # versions of the format: a layout has 1 or 3; either one, deflated, has 2 outside
+PLAIN, DEFLATED, POOLED = 1, 2, 3  # versions of the format: a plain layout has 1 or 3, the deflated form of either 2
 _EXPANSION, _FREE = 32, 1 << 16
 """A text of n characters never stands for more than 32·n + 65,536 bytes of JSON: what would, is left plain."""
 

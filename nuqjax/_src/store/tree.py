@@ -24,7 +24,7 @@ from nuqjax._src.leaf.paths import path_name
 
 MAX_DEPTH = 256
 MAX_KEY_DEPTH = 8  # nesting of tuples in a key
-_MAX_EQUAL_HASHES = 64  # in one dict: a few occur by chance or for small floats; n of them take time in n²
+_MAX_EQUAL_HASHES = 64  # in one dict: a few occur by chance or for small floats; n of them take n² steps
 _KEYED = {"dict": dict, "OrderedDict": OrderedDict}
 _COUNTED = {"list": list, "tuple": tuple}
 
