@@ -95,8 +95,8 @@ def write_checkpoint(
     Raises:
       ValueError: the format does not hold a leaf or a key, two leaves would have the same name, or the checkpoint is
         read from a file that would be replaced.
-      OSError: the file cannot be written, the path is not a regular file or belongs to files of others, or another
-        process is writing it.
+      OSError: the file cannot be written, the path is not a regular file, files that this library did not write would
+        be replaced, or another process is writing the file.
 
     >>> import jax.numpy as jnp, numpy, nuqjax, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
