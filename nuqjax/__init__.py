@@ -1,4 +1,4 @@
-"""Codebook quantization for JAX: any parameter pytree, k-means levels, the model unchanged."""
+"""Codebook quantization for JAX: compresses any parameter pytree to k-means levels and runs the unchanged model."""
 
 from nuqjax import calibration
 from nuqjax._src.apply.apply import apply

@@ -1,4 +1,4 @@
-"""`python -m nuqjax`: the command line."""
+"""Runs the command line: `python -m nuqjax`."""
 
 import sys
 

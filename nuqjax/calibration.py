@@ -1,11 +1,11 @@
-"""Compression with data: the parts behind `nuqjax.compress(params, fn=…, batches=…)`, each a pure function.
+"""Compression with data: the parts of `nuqjax.compress(params, fn=…, batches=…)`, each a pure function.
 
-`moments` finds what each leaf multiplies, and `correct_bias` corrects the offsets after compressed leaves: both know
-the model, through the function. `sensitivity` measures what each leaf costs the outputs at each width, and `allocate`
-gives each its width within a budget.
+`moments` computes second moments of the values that each leaf multiplies, and `correct_bias` corrects the biases after
+compressed leaves; both take the model as a function. `sensitivity` measures the output error that each leaf causes at
+each width, and `allocate` chooses each leaf's width within a budget.
 
-`Problem` and `Solution` are of one leaf, plain arrays; `shrunk` makes moments of few inputs fit to be trusted, and
-`quantize` finds the levels, scales and indices of least output error.
+`Problem` and `Solution` hold plain arrays for one leaf. `shrunk` regularizes moments that come from few inputs, and
+`quantize` finds the levels, scales and indices with the least output error.
 """
 
 from nuqjax._src.calibration.biases import correct_bias

@@ -1,4 +1,4 @@
-"""Fixed-point words: formats, rounding, overflow, values to raw integers and back."""
+"""Fixed-point words: formats, rounding, overflow, and conversion of values to raw integers and back."""
 
 from nuqjax._src.leaf.fixed_point import (
     OVERFLOW,

@@ -1,1 +1,1 @@
-"""What data tell: moments of what each parameter multiplies, and levels, scales and indices that fit them."""
+"""Compression with data: moments of what each parameter multiplies, and levels, scales and indices fitted to them."""

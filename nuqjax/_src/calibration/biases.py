@@ -1,4 +1,4 @@
-"""Bias correction: what compression adds to the mean of a layer's output, an offset after it takes away."""
+"""Bias correction: changes the offset after a layer to cancel the shift of the output's mean by compression."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,18 +16,18 @@ from nuqjax._src.leaf.paths import path_name
 def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Iterable[Any]) -> Any:
     """Corrects the offsets of a compressed tree so that each layer's output keeps its mean.
 
-    Replacing the weights W of a layer by Ŵ moves the mean of its output by (Ŵ − W)·E[x], x being what they multiply.
-    One pass over some batches finds E[x], and the leaf that is added after the layer takes the difference: the layer's
-    own bias, or the mean that a batch-norm after it subtracts. Useful for any compressed tree, whatever the method.
+    Replacing the weights W of a layer by Ŵ shifts the mean of its output by (Ŵ − W)·E[x], where x is what the weights
+    multiply. One pass over some batches computes E[x]. The offset after the layer is then changed to cancel the shift:
+    the layer's own bias, or the mean that a following batch-norm subtracts. This works for trees from any method.
 
     Args:
       fn: `fn(params, *inputs)`.
       params: the dense tree.
-      cparams: the tree that was made of it.
-      batches: inputs, each an array or a tuple of arrays; an iterable that can be gone through again.
+      cparams: the tree that was compressed from it.
+      batches: inputs, each an array or a tuple of arrays; an iterable that can be iterated over more than once.
 
     Returns:
-      The compressed tree with other offsets. A layer without one, or whose offset is compressed itself, stays as it is.
+      The compressed tree with corrected offsets. A layer without an offset, or with a compressed one, is not changed.
 
     Raises:
       ValueError: the trees differ, there are no batches, or `fn` fails.
@@ -46,13 +46,13 @@ def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Ite
 
 
 def corrected(params: Any, cparams: Any, means: Moments) -> tuple[Any, dict[str, str]]:
-    """The tree with corrected offsets, and by the path of each compressed leaf that is not, why not."""
+    """Returns the tree with corrected offsets, and by path why a compressed leaf has no correction."""
     dense, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
     leaves, other = jax.tree.flatten(cparams, is_leaf=is_codebook_array)
     if structure != other:
         raise ValueError(f"correct_bias: the trees differ: {structure} and {other}")
     place = {path_name(path): n for n, (path, _) in enumerate(dense)}
-    errors = {  # of the compressed leaves, W − Ŵ
+    errors = {  # W − Ŵ of each compressed leaf
         path: np.asarray(x, np.float64) - np.asarray(leaves[place[path]], np.float64)
         for path, x in ((path_name(p), x) for p, x in dense)
         if is_codebook_array(leaves[place[path]]) and not is_codebook_array(x)
@@ -84,7 +84,7 @@ def corrected(params: Any, cparams: Any, means: Moments) -> tuple[Any, dict[str,
 def _shift(
     slot: Slot, errors: Mapping[str, np.ndarray], records: Mapping[Any, Record], shape: Sequence[int]
 ) -> np.ndarray | None:
-    """What a slot's leaf has to be raised by, in its shape; None where steps of loops do not go together."""
+    """Returns the correction to add to a slot's leaf, in its shape; None where the steps of loops do not match."""
     entries = slot.entries(shape)
     values: Any = 0.0
     for use, numbers in slot.uses:

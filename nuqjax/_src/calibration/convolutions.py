@@ -1,4 +1,4 @@
-"""Depthwise convolutions as CPUs compute them fast."""
+"""Depthwise convolutions in a form that is fast on CPUs."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ _MOST_TAPS = 64
 
 
 def convolve(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
-    """What a convolution gives; a depthwise one on a CPU as a sum of shifted products.
+    """Computes a convolution; a depthwise one on a CPU becomes a sum of shifted products.
 
-    XLA on CPUs runs grouped convolutions ten times slower than this. Sums are the same but for their order.
+    XLA on CPUs runs grouped convolutions ten times slower than this. Only the order of the sums differs.
     """
     params = eqn.params
     numbers = params["dimension_numbers"]
@@ -44,7 +44,7 @@ def convolve(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
 
 
 def with_fast_convolutions(jaxpr: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
-    """The function's outputs, its convolutions computed by `convolve`."""
+    """Evaluates the function with its convolutions computed by `convolve`, and returns its outputs."""
 
     def rule(interpreter: Any, site: Any, eqn: core.JaxprEqn, *operands: Any) -> Any:
         if eqn.primitive.name == "conv_general_dilated":

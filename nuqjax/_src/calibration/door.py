@@ -1,4 +1,4 @@
-"""`nuqjax.compress`: a tree alone, or with a function and some inputs that tell what its leaves are used for."""
+"""`nuqjax.compress`: compresses a tree by itself, or with a function and inputs that show how its leaves are used."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -37,73 +37,74 @@ def compress(
     budget: int | str | None = None,
     rate: str | None = None,
 ) -> Any:
-    """Compresses a parameter tree: the same tree, its large floating leaves as `CodebookArray`.
+    """Compresses a parameter tree: returns the same tree with its large floating leaves as `CodebookArray`.
 
     A leaf is compressed if it is floating, has two or more axes (stack axes not counted) and at least `min_size`
-    values, and gets smaller; `plan` shows the choice, the report gives the reason for every leaf left dense, and a
-    `Rule` can overrule it. What is no parameter stays dense: Flax's other collections beside "params", and NNX
-    variables that are no `Param`. Stacked layers need a `Rule` with `stack_axes`; a sub-tree that looks like some is
-    named in a warning, in the plan and in the report. An array that stands at several places is compressed once, and
-    the result stands at all of them. The input is never changed; leaves that stay dense are the caller's own arrays, so
-    a later change in place of one that NumPy holds changes both trees. Leaves on the host, which NumPy holds or JAX on
-    one CPU, are compressed by NumPy, and nothing is compiled for them. Under `jit` (and `jax.eval_shape`) everything
-    works but what needs values: NaN cannot be reported, and `AutoQFormat` cannot choose.
+    values, and gets smaller. `plan` shows the choice, the report gives the reason for every leaf left dense, and a
+    `Rule` can overrule it. Anything that is not a parameter stays dense: Flax collections other than "params", and NNX
+    variables that are not `Param`. Stacked layers need a `Rule` with `stack_axes`; a warning, the plan and the report
+    name any sub-tree that looks like stacked layers. An array that occurs in several places is compressed once, and all
+    places share the result. The input is never changed. Leaves that stay dense are the caller's own arrays, so changing
+    a NumPy array in place later changes both trees. Leaves on the host (NumPy arrays, or JAX arrays on one CPU) are
+    compressed by NumPy, without compilation. Under `jit` and `jax.eval_shape` everything works except what needs
+    values: NaN cannot be reported, and `AutoQFormat` cannot choose.
 
-    With `fn` and `batches`, some hundred inputs without labels, it is the outputs of the layers that are kept, not the
-    weights: at 3 and 4 bits that decides whether a network survives. Each leaf is followed to where `fn` uses it; its
-    indices are chosen with error feedback, its levels and scales refitted, both for what it multiplies there, and the
-    offsets after it take up the rest (the parts are in `nuqjax.calibration`; guide: docs/calibration.md). Then
-    `scale=None` stands for `"channel"` where a codebook is shared by channels (a rule with `scale=None` leaves scales
-    out), and axes are those of the use: output axes where `axis` is −1, stack axes where a loop runs through a leaf. A
-    fifth of the batches is held out: the report says how far outputs are from the float ones on those. With a `budget`
-    each leaf has a width of its own: what each costs the outputs is measured on inputs that are held out, too.
+    With `fn` and `batches`, some hundred inputs without labels, compression preserves the outputs of the layers rather
+    than the weights. At 3 and 4 bits this decides whether a network still works. Each leaf is followed to its uses in
+    `fn`. For what it multiplies there, its indices are chosen with error feedback and its levels and scales are
+    refitted. The offsets after it take up the remaining shift. (The parts are in `nuqjax.calibration`; the guide is
+    docs/calibration.md.) With data, `scale=None` means `"channel"` where channels share a codebook (a rule with
+    `scale=None` leaves scales out), and the use determines axes: output axes where `axis` is −1, stack axes where a
+    loop slices a leaf. A fifth of the batches is held out: on these the report compares outputs with the float ones.
+    With a `budget` each leaf gets its own width; its effect on the outputs is measured on held-out inputs, too.
 
     Args:
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
       bits: index width, 1 to 8; a codebook has 2^bits levels.
       method: `"knq"` (global k-means optimum), `"enq"`, `"uniform"`, `"uniform_pow2"`, `"dfp"`, `"normal"`,
         `"quantile"` or `"pow2"`; see `nuqjax.fit`.
-      granularity: which values share a codebook: `"tensor"`, `"channel"` (each output channel its own),
+      granularity: which values share a codebook: `"tensor"`, `"channel"` (one for each output channel),
         `ChannelGroups(n)` (n neighbouring output channels) or `InputGroups(n)` (runs of n along the other axes of each
         output channel).
       axis: the output axis or axes of a leaf, stack axes not counted: −1 for Flax kernels, several for attention's
         `DenseGeneral`, 0 for `[out, in]` layouts.
       scale: None, `"channel"` or `InputGroups(n)`: the values of a channel (or of a run of n) are divided by their
-        largest magnitude before a shared codebook is fitted, in such a way that the leaf's squared error is minimised.
+        largest magnitude. A shared codebook is then fitted so that the leaf's squared error is minimised.
       codebook_format: how levels are stored: None for the leaf's dtype, a floating dtype (such as `jnp.bfloat16` or
-        `"float8_e4m3fn"`, into whose range levels saturate), a `QFormat`, or `AutoQFormat(word)`, which chooses each
+        `"float8_e4m3fn"`, to whose range levels saturate), a `QFormat`, or `AutoQFormat(word)`, which chooses each
         leaf's fraction bits to minimise its squared error. Indices are assigned to the rounded levels.
       keep_zero: one level is exactly 0, so that pruned weights stay pruned.
       rules: `Rule`s, or a single one; the first that matches a leaf's path sets its options.
-      sensitivity: a tree like `params` of non-negative importances (missing leaves: every value counts the same): the
-        squared error of each value is weighted by its own. Not with `fn`.
+      sensitivity: a tree like `params` of non-negative importances; each weights the squared error of its value. In a
+        missing leaf every value counts the same. Not allowed with `fn`.
       tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
-        relative gap that is left is reported as `certificate`. None leaves the proof out, and what it costs: on one
-        long row up to half the fit's time for 16 levels, on many rows of some thousand values twice it
-        (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` says what levels are then worth. Under
-        `jit`, of arrays that several processes hold, or of levels fitted to `batches`, nothing is proven.
+        remaining relative gap is reported as `certificate`. None skips the proof and its cost: on one long row up to
+        half the fit's time for 16 levels, on many rows of some thousand values twice the fit's time
+        (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` describes the quality of levels then.
+        Nothing is proven under `jit`, for arrays held by several processes, or for levels fitted to `batches`.
       min_size: leaves with fewer values stay dense.
-      return_report: return `(cparams, Report)`; this report has the methods and certificates too.
+      return_report: return `(cparams, Report)`; this report also has the methods and certificates.
       progress: show a progress bar; in a notebook `ipywidgets` draws it.
       fn: `fn(params, *inputs)`, any function that JAX can trace, such as `model.apply`.
-      batches: inputs for it, each an array or a tuple of arrays: a sequence, or an iterable that can be gone through
-        again.
-      output: which of the outputs of `fn` is compared on the batches held out: a function of them; None takes the
+      batches: inputs for `fn`, each an array or a tuple of arrays: a sequence, or an iterable that can be iterated over
+        more than once.
+      output: a function that selects, from the outputs of `fn`, the one to compare on held-out batches; None takes the
         first array.
-      budget: in place of `bits`: `"3bpw"` (bits a weight of all that is counted), bytes, or `"kl=0.05"` (nats of
-        divergence of the outputs); leaves get 2 to 8 bits. The report has them as rules, and what they were predicted
-        to cost.
+      budget: in place of `bits`: `"3bpw"` (bits a weight, everything counted), bytes, or `"kl=0.05"` (nats of
+        divergence of the outputs). Leaves get 2 to 8 bits. The report lists them as rules, with the predicted
+        divergence.
       rate: in place of `bits`, for a file that `save(…, entropy_coding=True)` writes: `"2.5bpw"`, bits a weight of the
-        coded file (its header not counted). Indices are chosen for the error and the length of their code together:
-        half a bit a weight less than a budget's file at the same outputs, but 6 bits each in memory.
+        coded file (its header not counted). Indices are chosen by error and code length together: at the same outputs
+        the file takes half a bit a weight less than with a budget, but each index takes 6 bits in memory.
 
     Returns:
-      The compressed tree, or with `return_report` the pair of it and its `Report`.
+      The compressed tree; with `return_report`, the compressed tree and its `Report`.
 
     Raises:
       ValueError: no leaf is an array, NaN or infinity in a leaf, an option out of range, an unknown method, a rule that
         matches nothing or is always overruled, a negative or misshaped sensitivity. The message names the leaf. With
-        data: no batches, or an iterator; `fn` fails, uses no leaf, or gives what is not finite; a budget out of reach.
+        data: no batches, or an iterator; `fn` fails, uses no leaf, or returns values that are not finite; a budget that
+        cannot be met.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
@@ -138,7 +139,7 @@ def compress(
     return (cparams, report()) if return_report else cparams
 
 
-_RATED_BITS = 6  # in memory: so many levels that the rare ones among them do not matter
+_RATED_BITS = 6  # index width in memory: with so many levels, further ones would be too rarely used to matter
 
 
 def _check_data(fn: Any, batches: Any, sensitivity: Any, options: Options, params: Any) -> None:

@@ -1,4 +1,4 @@
-"""How much each weight matters to a loss: the diagonal of the empirical Fisher information."""
+"""Importance of each weight for a loss: the diagonal of the empirical Fisher information."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,22 +12,23 @@ from jax import lax
 def fisher(
     loss_fn: Callable[[Any, Any], jax.Array], params: Any, batches: Iterable[Any], *, per_example: bool = False
 ) -> Any:
-    """The mean squared gradient of a loss for each parameter, to be given to `compress(sensitivity=…)`.
+    """Computes the mean squared gradient of a loss for each parameter, for `compress(sensitivity=…)`.
 
-    With the loss −log p(y|x) of single examples this is the diagonal of the empirical Fisher information, which a
-    second-order expansion of the loss puts before each weight's squared error (Kim et al., *SqueezeLLM*, section 4.1).
+    For the loss −log p(y|x) of single examples this is the diagonal of the empirical Fisher information: the factor of
+    each weight's squared error in a second-order expansion of the loss (Kim et al., *SqueezeLLM*, section 4.1).
     Batches are streamed: memory is two copies of the parameters and one backward pass.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`.
-      params: a pytree of arrays; those that are not floating are held fixed.
-      batches: an iterable of pytrees of arrays of equal shapes, each one argument of `loss_fn`.
-      per_example: square the gradient of every single example (a slice of length 1 along the first axis of each array
-        of the batch) rather than of the batch's mean loss: the usual definition, one backward pass an example.
+      params: a pytree of arrays; arrays that are not floating are held fixed.
+      batches: an iterable of pytrees of arrays with equal shapes; each is one argument of `loss_fn`.
+      per_example: square the gradient of each example (a slice of length 1 along the first axis of each array of the
+        batch) instead of that of the batch's mean loss. This is the usual definition; it needs one backward pass an
+        example.
 
     Returns:
-      A tree like `params` of float32 arrays with the parameters' shapes and shardings; None in place of leaves that are
-      not floating.
+      A tree like `params` of float32 arrays with the parameters' shapes and shardings; None for leaves that are not
+      floating.
 
     Raises:
       ValueError: there are no batches.

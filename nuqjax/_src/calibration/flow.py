@@ -1,4 +1,4 @@
-"""The flow with data: split the batches, gather moments, choose widths, solve leaf by leaf, correct, measure."""
+"""The flow with data: split the batches, gather moments, choose widths, solve leaf by leaf, correct biases, measure."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from nuqjax._src.report.report import build_report
 
 @contextmanager
 def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, int], Iterable[Any]]]:
-    """A function that shows how far one has come with some work of a known number of steps."""
+    """Yields a function that shows a progress bar for some work with a known number of steps."""
     if not show:
         yield lambda work, name, count: work
         return
@@ -40,7 +40,7 @@ def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, 
 
 @dataclass(frozen=True)
 class _Counted:
-    """Batches whose every pass is shown."""
+    """Batches that show a progress bar for each pass over them."""
 
     batches: Some
     shown: Callable[..., Iterable[Any]]
@@ -53,15 +53,15 @@ class _Counted:
 def calibrated(
     programs: Programs, batches: Any, options: Options, rules: Any, goal: Goal | None, progress: bool
 ) -> tuple[Any, Callable[[], Any], tuple[str, ...]]:
-    """A compressed tree, what gives its report, and what to warn of.
+    """Returns a compressed tree, a function that makes its report, and the warnings.
 
     Args:
-      programs: the function, and the dense tree.
-      batches: its inputs.
-      options: as the user gave them.
-      rules: likewise.
-      goal: what decides the bits of each leaf; None leaves them as the options and rules say.
-      progress: whether to show how far it has come.
+      programs: the function and the dense tree.
+      batches: inputs of the function.
+      options: the user's options.
+      rules: the user's rules.
+      goal: the budget or rate that decides the bits of each leaf; None leaves this to the options and rules.
+      progress: whether to show progress bars.
     """
     options = with_scales(options)
     flat, structure = jax.tree_util.tree_flatten_with_path(programs.params, is_leaf=is_codebook_array)
@@ -79,7 +79,7 @@ def calibrated(
             made, found = learned.solved(shown)
         else:
             table, prices = learned.sensitivities(Some(batches, split.tried), shown)
-            if split.tried != split.measured:  # what was tried may be learned from now
+            if split.tried != split.measured:  # the tried batches are no longer held out: learn from them, too
                 learned = learned.of_more(Some(batches, tuple(sorted(split.learned + split.tried))), shown)
             if goal.kind == "rate":
                 made, found = _at_rate(learned, table, prices, goal, shown)
@@ -117,9 +117,9 @@ def calibrated(
 def _at_rate(
     learned: "_Learned", table: Mapping[str, Mapping[int, float]], prices: Mapping[str, float], goal: Goal, shown: Any
 ) -> tuple[dict[str, Solved], dict[str, LeafMoments | str]]:
-    """The leaves in a code of so many bits a weight: one price of a bit for all, in nats of divergence, decides.
+    """Compresses the leaves to the rate of `goal` by searching for one price of a bit, in nats of divergence.
 
-    Four times the price takes about a bit off each weight, so that a few steps find it.
+    A price four times as high saves about one bit a weight, so a few steps find the price for the rate.
     """
     if not table:
         raise ValueError(f"compress: {goal.text}: no leaf is compressed; min_size= and rules choose them")
@@ -145,7 +145,7 @@ _RATE_STEPS = 6
 
 
 def _file_bits(made: Mapping[str, Solved], plans: Sequence[LeafPlan]) -> float:
-    """Bits a weight of the tree with its indices coded."""
+    """Returns the bits a weight of the tree when its indices are entropy-coded."""
     bits, weights = 0.0, 0
     for plan in plans:
         weights += math.prod(plan.shape)
@@ -160,16 +160,16 @@ def _file_bits(made: Mapping[str, Solved], plans: Sequence[LeafPlan]) -> float:
 
 @dataclass
 class _Learned:
-    """The moments of the leaves, as many leaves at a time as memory holds.
+    """Gathers the moments of the leaves, for as many leaves at a time as memory holds.
 
     Attributes:
-      programs: the function.
-      batches: what is learned from.
-      planned: the leaves, as the user's options say.
-      leaves: their arrays.
-      tied: by path, all the paths at which the same array stands, where there are several.
-      bits: of the leaves, where a budget has decided.
-      means: of all leaves.
+      programs: the function and the dense tree.
+      batches: the batches to learn from.
+      planned: the plans of the leaves by the user's options.
+      leaves: the arrays of the leaves.
+      tied: by path, all paths of the same array, for arrays that occur more than once.
+      bits: by path, the widths that a budget gives; empty without one.
+      means: the moments of all leaves without second moments; None before the first pass.
     """
 
     programs: Programs
@@ -182,7 +182,7 @@ class _Learned:
     _only: Any = None
 
     def groups(self, shown: Callable[..., Iterable[Any]]) -> Iterator[tuple[frozenset[str], Moments]]:
-        """Leaves and their moments. A single group's are kept, those of several gathered anew each time."""
+        """Yields groups of leaves with their moments; those of a single group are kept, others recomputed each time."""
         if self._only is not None:
             yield self._only
             return
@@ -202,18 +202,18 @@ class _Learned:
             yield group, moments
 
     def of_more(self, batches: Some, shown: Any) -> "_Learned":
-        """The same leaves, learned from other batches."""
+        """Returns an object for the same leaves that learns from other batches."""
         more = replace(self, batches=batches, means=None, _only=None)
         next(iter(more.groups(shown)))
         return more
 
     def plans(self, moments: Moments) -> list[LeafPlan]:
-        """The leaves' plans, with the axes that moments show and the bits that a budget gives."""
+        """Returns the leaves' plans with the axes that the moments show and the bits that a budget gives."""
         used = [as_used(plan, moments) for plan in self.planned]
         return [replanned_to(p, self.bits[p.path]) if p.path in self.bits and p.reason is None else p for p in used]
 
     def sensitivities(self, tried: Some, shown: Any) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-        """What each leaf costs at each width, and what a unit of its layer's error costs."""
+        """Returns by path the loss that each leaf causes at each width, and the loss per unit of its layer's error."""
         table, prices = {}, {}
         for group, moments in self.groups(shown):
             plans = [plan if plan.path in group else _left(plan) for plan in self.plans(moments)]
@@ -225,7 +225,10 @@ class _Learned:
     def solved(
         self, shown: Any, rates: Mapping[str, float] | None = None
     ) -> tuple[dict[str, Solved], dict[str, LeafMoments | str]]:
-        """Every leaf compressed, and what was known of it; `rates` are what a bit of code costs."""
+        """Compresses every leaf; also returns its moments without values, or why it has none, by path.
+
+        `rates` are the prices of a bit of code in units of each layer's error.
+        """
         made: dict[str, Solved] = {}
         found: dict[str, LeafMoments | str] = {}
         options: dict[str, str] = {}
@@ -263,7 +266,7 @@ def _examples(batches: Some) -> int:
 
 @dataclass(frozen=True)
 class _Told:
-    """What the report says of the data."""
+    """What the report says about the data and about the fit to them."""
 
     learned: int
     tried: int
@@ -277,7 +280,7 @@ class _Told:
     errors: Mapping[str, Mapping[str, float]]
 
     def lines(self) -> list[str]:
-        """In words."""
+        """Returns the facts as lines of text."""
         lines = [f"levels, scales and indices were fitted to {self.learned} examples"]
         if self.allocation is not None:
             by = "others" if self.same else "of them, before they were learned from"
@@ -297,7 +300,7 @@ class _Told:
         return lines
 
     def numbers(self) -> dict[str, Any]:
-        """As plain numbers and strings."""
+        """Returns the facts as plain numbers and strings, by name."""
         return {
             "examples": self.learned,
             "tried": self.tried,
@@ -326,7 +329,7 @@ def _measured(programs: Programs, cparams: Any, held: Some, shown: Callable[...,
 
 
 def _tied(flat: Sequence[tuple[Any, Any]]) -> dict[str, tuple[str, ...]]:
-    """By path, all the paths at which the same array stands, where there are several."""
+    """Returns by path all paths of the same array, for arrays that occur more than once."""
     places: dict[int, list[str]] = {}
     for path, leaf in flat:
         if hasattr(leaf, "shape"):
@@ -337,7 +340,7 @@ def _tied(flat: Sequence[tuple[Any, Any]]) -> dict[str, tuple[str, ...]]:
 def _groups(
     plans: Sequence[LeafPlan], sizes: Mapping[str, int], tied: Mapping[str, Sequence[str]]
 ) -> list[frozenset[str]]:
-    """The leaves whose moments are held in memory together: all that is compressed, mostly."""
+    """Splits the leaves into groups whose moments fit in memory together; usually one group holds all leaves."""
     groups: list[set[str]] = [set()]
     room, seen = _MOMENT_VALUES, set()
     for plan in plans:
@@ -358,7 +361,7 @@ _MOMENT_VALUES = 2**27  # a gigabyte in float64
 
 
 def _few(found: Mapping[str, LeafMoments | str], plans: Sequence[LeafPlan]) -> list[str]:
-    """Which layers have far more inputs than these examples can tell apart."""
+    """Returns a note on the layer with far more inputs than its examples can determine; empty if there is none."""
     worst: tuple[float, str] | None = None
     for plan in plans:
         here = found.get(plan.path)

@@ -1,4 +1,4 @@
-"""One leaf and its moments to a `CodebookArray`."""
+"""Compresses one leaf to a `CodebookArray` by its moments."""
 
 import math
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ class Solved(NamedTuple):
 
     Attributes:
       leaf: the compressed leaf.
-      method: what its levels and indices were fitted by.
-      errors: the layer's squared error after each stage, of all slices; empty where only a diagonal is known.
-      certificate: of a fit that is proven.
-      code_bits: of the indices, as an entropy coder makes them.
+      method: the method that fitted its levels and indices.
+      errors: the layer's squared error after each stage, summed over slices; empty if at most a diagonal is known.
+      certificate: the certificate of a proven fit, else None.
+      code_bits: total bits of the indices after entropy coding.
     """
 
     leaf: CodebookArray
@@ -37,12 +37,12 @@ class Solved(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The layer's squared error in the end (with a rate, the sum of error and cost of the code)."""
+        """The layer's final squared error (with a rate, the sum of the error and the cost of the code)."""
         return list(self.errors.values())[-1] if self.errors else 0.0
 
 
 def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments) -> list[Problem]:
-    """The layer-wise problem of each slice of a leaf."""
+    """Returns the layer-wise problem of each slice of a leaf."""
     slices = array.reshape(-1, *plan.slice_shape)
     groups = found.mean.shape[-2]
     second = found.second.reshape(len(slices), groups, *found.second.shape[found.mean.ndim - 1 :])
@@ -55,12 +55,12 @@ def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments) -> list[Prob
 
 
 def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) -> Solved:
-    """The leaf with the levels, scales and indices of least output error, or by its weights alone.
+    """Compresses the leaf for small output error, or by its weights alone if there are no moments.
 
     Args:
       leaf: the dense leaf.
       plan: its options.
-      found: its moments; None gives what `compress` gives without data.
+      found: its moments; with None the result is that of `compress` without data.
       **stages: `feedback`, `refit` and `rate` of `quantize`.
 
     Raises:
@@ -98,12 +98,12 @@ def _swapped(made: tuple[CodebookArray, float | None], method: str) -> Solved:
 
 
 def _after(solution: Solution, names: list[str], name: str) -> float:
-    """The error after a stage, or, where that was left out, after the last one before it."""
+    """Returns the error after a stage; if the stage was left out, the error after the last one before it."""
     return next(solution.errors[n] for n in names[names.index(name) :: -1] if n in solution.errors)
 
 
 def _of_one_format(each: list[Problem], made: list[Solution], given: dict[str, Any]) -> list[Solution]:
-    """The solutions, of which all slices' levels are of one format: the one of the widest range."""
+    """Returns solutions whose levels have one format in all slices: the one with the widest range."""
     fracs = {one.codebook_format.frac for one in made if hasattr(one.codebook_format, "frac")}
     if len(fracs) < 2:
         return made
@@ -115,9 +115,9 @@ def _of_one_format(each: list[Problem], made: list[Solution], given: dict[str, A
 
 
 def _importance(plan: LeafPlan, found: LeafMoments) -> np.ndarray:
-    """What each value of a leaf counts, in its shape: what it multiplies, squared.
+    """Returns the importance of each value of a leaf, in its shape: the mean square of what it multiplies.
 
-    An entry of a table that these inputs never looked up is looked up by others: it counts half of the mean.
+    Other inputs may look up a table's entry that these never did: it counts half as much as an average one.
     """
     second = found.second.reshape(-1, *found.second.shape[-2:])
     floor = 1.0 if found.look_up else 0.01

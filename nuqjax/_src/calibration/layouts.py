@@ -1,4 +1,4 @@
-"""Plans of leaves with what the function's use of them shows."""
+"""Completes the plans of leaves from their uses in the function."""
 
 from dataclasses import replace
 
@@ -9,13 +9,13 @@ from nuqjax._src.leaf.rows import ChannelGroups
 
 
 def with_scales(options: Options) -> Options:
-    """The options, with a scale for each channel where channels share a codebook and nothing is said of scales."""
+    """Returns the options with a scale for each channel, if channels share a codebook and no scale is given."""
     shared = options.granularity == "tensor" or isinstance(options.granularity, ChannelGroups)
     return replace(options, scale="channel") if options.scale is None and shared else options
 
 
 def as_used(plan: LeafPlan, moments: Moments) -> LeafPlan:
-    """The plan with the axes that the function's use shows, where the user has said nothing of them."""
+    """Returns the plan with the axes from the leaf's uses, where the user has not set them; offsets stay dense."""
     if plan.reason is not None:
         return plan
     options, shown = plan.options, moments.axes(plan.path)

@@ -1,4 +1,4 @@
-"""Levels and scales as their formats hold them."""
+"""Rounds levels and scales to their formats."""
 
 import math
 from typing import Any
@@ -11,14 +11,14 @@ from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
 
 
 def rounded_levels(levels: np.ndarray, codebook_format: Any, dtype: np.dtype) -> np.ndarray:
-    """The nearest values, float32, that a format of levels holds; `dtype`, the leaf's, where it is None."""
+    """Returns the nearest values of a format of levels, as float32; a format of None stands for the leaf's `dtype`."""
     if isinstance(codebook_format, QFormat):
         return decode_on_host(encode_on_host(np.asarray(levels, np.float64), codebook_format), codebook_format)
     return _rounded(levels, np.dtype(dtype if codebook_format is None else codebook_format))
 
 
 def rounded_scale(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The nearest values, float32, that a dtype holds."""
+    """Returns the nearest values of a dtype, as float32."""
     return _rounded(scale, dtype)
 
 
@@ -28,7 +28,7 @@ def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def scale_dtype(codebook_format: Any, dtype: np.dtype) -> np.dtype:
-    """The dtype of the scales beside levels of a format: of 16 bits if the levels have no more, else the leaf's."""
+    """Returns the dtype of the scales for a format of levels: 16 bits if the levels are no wider, else the leaf's."""
     if codebook_format is None or isinstance(codebook_format, QFormat | AutoQFormat):
         return np.dtype(dtype)
     levels = np.dtype(codebook_format)
@@ -36,7 +36,7 @@ def scale_dtype(codebook_format: Any, dtype: np.dtype) -> np.dtype:
 
 
 def level_unit(levels: np.ndarray, scale: np.ndarray, codebook_format: Any, dtype: np.dtype) -> float:
-    """By what levels are multiplied, and scales divided, to make the most of the range of their formats."""
+    """Returns the factor that multiplies levels and divides scales to use the range of their formats well."""
     largest = float(np.abs(levels).max(initial=0))
     if largest == 0:
         return 1.0
@@ -50,7 +50,7 @@ def level_unit(levels: np.ndarray, scale: np.ndarray, codebook_format: Any, dtyp
 
 
 def chosen_format(auto: AutoQFormat, levels: np.ndarray, has_scale: bool) -> QFormat:
-    """The `QFormat` that moves the levels least; those with a scale are within ±1 already, and take the finest."""
+    """Returns the `QFormat` that changes the levels least; levels with a scale are within ±1 and get the finest."""
     whole = 0 if has_scale else math.frexp(float(np.abs(levels).max(initial=0)))[1]
     full = auto.word - auto.signed - whole
 

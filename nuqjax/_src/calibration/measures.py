@@ -1,4 +1,4 @@
-"""How far outputs are from those of the float network."""
+"""Measures the distance of outputs from those of the float network."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -7,13 +7,13 @@ import numpy as np
 
 
 class Measured(NamedTuple):
-    """Outputs beside those of the float network, over all examples.
+    """Distances of outputs from those of the float network, over all examples.
 
     Attributes:
-      kl: mean KL divergence of the softmax over the last axis, nats; None of outputs with a single one.
-      agreement: share of rows whose largest output is the float network's; None likewise.
+      kl: mean KL divergence of the softmax over the last axis, nats; None if that axis has a single value.
+      agreement: share of rows in which both networks have the same largest output; None if `kl` is None.
       relative_error: Σ ‖Δ‖² / Σ ‖output‖².
-      rows: distributions that were compared (for a classifier, examples).
+      rows: number of distributions compared (for a classifier, of examples).
     """
 
     kl: float | None
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """What is to be small: the divergence, or of outputs without one their relative error."""
+        """The quantity to minimise: the divergence, or the relative error if there is none."""
         return self.relative_error if self.kl is None else self.kl
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
 def measured(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Measured:
     """Measures pairs `(float outputs, outputs)` of equal shapes, batch by batch.
 
-    Outputs that are probabilities already (non-negative, of sum 1 along the last axis) are taken as such.
+    Outputs that are already probabilities (non-negative, sum 1 along the last axis) are used as such.
 
     >>> measured([(np.array([[0.0, 1.0]]), np.array([[0.0, 1.0]]))]).kl
     0.0
@@ -73,10 +73,10 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def finite(outputs: np.ndarray, what: str, caller: str) -> np.ndarray:
-    """The outputs.
+    """Returns the outputs unchanged.
 
     Raises:
-      ValueError: some are not finite.
+      ValueError: some of them are not finite.
     """
     bad = ~np.isfinite(np.asarray(outputs, np.float64))
     if bad.any():
@@ -85,5 +85,5 @@ def finite(outputs: np.ndarray, what: str, caller: str) -> np.ndarray:
 
 
 def as_numbers(measured: Measured) -> dict[str, Any]:
-    """The measures as plain numbers."""
+    """Returns the measures that are not None as plain numbers, by name."""
     return {name: value for name, value in measured._asdict().items() if value is not None}

@@ -1,8 +1,8 @@
-"""Where the weights of a leaf find their codebook and their scale, in the order in which they are visited.
+"""The codebook and the scale of each weight of a leaf, in the order in which weights are visited.
 
-Values are held as `[G, I, P]`: G groups of weights that share what they are multiplied by, the I inputs of a group in
-the order of visit, and its P outputs side by side, so that a step for one input is one for many outputs. Where moments
-are known within stretches of inputs alone, each stretch of a group is a group of its own.
+Values are held as `[G, I, P]`: G groups of weights that multiply the same inputs, the I inputs of a group in the order
+of visit, and its P outputs next to one another, so that a step for one input serves many outputs. If moments are known
+only within stretches of inputs, each stretch of a group is a group of its own.
 """
 
 from typing import Any, NamedTuple
@@ -13,19 +13,19 @@ from nuqjax._src.leaf.rows import ChannelGroups, InputGroups, row_shape
 
 
 class Places(NamedTuple):
-    """Codebook and scale of the value at `[g, i, p]`: the sums of a part by output and a part by input.
+    """Codebook and scale of the value at `[g, i, p]`, each as the sum of a part by output and a part by input.
 
     Attributes:
       order: `[G, I]` the input of the group that is visited at each step.
-      stretches: how many groups, one after another, have the same outputs.
-      output: `[G, P]` the output.
-      book_of_output: `[G, P]`, `book_of_input`: `[G, I]`: their sum is the codebook.
-      scale_of_output: `[G, P]`, `scale_of_input`: `[G, I]`: their sum is the scale, counted in `[O, S]` row by row.
+      stretches: the number of consecutive groups that have the same outputs.
+      output: `[G, P]` the number of the output.
+      book_of_output: `[G, P]`, `book_of_input`: `[G, I]`: their sum is the number of the codebook.
+      scale_of_output: `[G, P]`, `scale_of_input`: `[G, I]`: their sum is the index of the scale in flattened `[O, S]`.
       books: R, the number of codebooks.
-      scales: S, the scales of an output; 0 where there are none.
-      system: `[G, P]` a number that outputs have in common if what a level does for one depends on what it does for
-        the other: that of the codebook, or of the output if it has several.
-      systems: how many systems; each has as many codebooks as any other.
+      scales: S, the number of scales of an output; 0 without scales.
+      system: `[G, P]` the number of the system of least squares for levels to which an output belongs. Outputs that
+        share a codebook are in one system; if outputs have several codebooks, each output is its own system.
+      systems: the number of systems; all have the same number of codebooks.
     """
 
     order: np.ndarray
@@ -42,7 +42,7 @@ class Places(NamedTuple):
 
 
 def places_of(outputs: int, order: np.ndarray, stretches: int, granularity: Any, scale: Any) -> Places:
-    """The places of `[O, I]` weights, of which each group's inputs are visited in the order `[G, I/stretches]`."""
+    """Returns the places of `[O, I]` weights; `order` `[G, I/stretches]` is the order of visit in each group."""
     groups, size = order.shape
     inputs = size * stretches
     output = np.repeat(np.arange(outputs).reshape(groups // stretches, -1), stretches, axis=0)
@@ -78,14 +78,14 @@ def places_of(outputs: int, order: np.ndarray, stretches: int, granularity: Any,
 
 
 def visited(channels: np.ndarray, places: Places) -> np.ndarray:
-    """`[O, I]` values as `[G, I, P]`, in the order of visit."""
+    """Returns `[O, I]` values as `[G, I, P]`, in the order of visit."""
     groups, size = places.order.shape
     values = channels.reshape(groups // places.stretches, -1, places.stretches, size).transpose(0, 2, 3, 1)
     return np.take_along_axis(values.reshape(groups, size, -1), places.order[:, :, None], axis=1)
 
 
 def channels_of(values: np.ndarray, places: Places) -> np.ndarray:
-    """The inverse of `visited`."""
+    """Returns `[G, I, P]` values in the order of visit as `[O, I]`; the inverse of `visited`."""
     groups, size, outputs = values.shape
     channels = np.empty_like(values)
     np.put_along_axis(channels, places.order[:, :, None], values, axis=1)

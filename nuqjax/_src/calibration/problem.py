@@ -1,7 +1,7 @@
-"""The layer-wise problem: weights, the second moments of what they multiply, and what solves it.
+"""The layer-wise problem: weights and the second moments of what they multiply; and its solution.
 
-An output of a layer is a sum w·x over the inputs x of a row w. If its weights are replaced by ŵ, the mean squared
-error of the output, its mean aside (which a bias takes up), is (w − ŵ) H (w − ŵ)ᵀ with H = E[(x − μ)(x − μ)ᵀ].
+An output of a layer is a sum w·x over the inputs x, where w is a row of weights. If ŵ replaces w, the mean squared
+error of the output, without its mean (which a bias takes up), is (w − ŵ) H (w − ŵ)ᵀ with H = E[(x − μ)(x − μ)ᵀ].
 """
 
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ import numpy as np
 
 
 class Problem(NamedTuple):
-    """The weights of one leaf, and what they multiply.
+    """The weights of one leaf, and the moments of what they multiply.
 
     Attributes:
-      weights: `[O, I]`: row o is what output o is made of, inputs in the leaf's own order of its other axes.
-      hessian: `[G, I, I]` centred second moments of the inputs, as `shrunk` gives them; G divides O, and the rows
-        g·O/G … (g + 1)·O/G share the g-th (dense layers: G = 1; depthwise ones: G = O). Or `[G, B, I/B, I/B]`: those
-        within B stretches of inputs, one after another, what lies between stretches being unknown (wide layers).
+      weights: `[O, I]`: row o holds the weights of output o, with inputs in the leaf's own order of its other axes.
+      hessian: `[G, I, I]` centred second moments of the inputs, as `shrunk` returns them. G divides O, and rows
+        g·O/G … (g + 1)·O/G share matrix g (dense layers: G = 1; depthwise ones: G = O). For wide layers
+        `[G, B, I/B, I/B]`: the moments within B consecutive stretches of inputs; those between stretches are unknown.
     """
 
     weights: np.ndarray
@@ -24,15 +24,15 @@ class Problem(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Codebooks, indices and scales of one leaf, laid out as `CodebookArray` has them.
+    """Codebooks, indices and scales of one leaf, laid out as in `CodebookArray`.
 
     Attributes:
-      levels: `[R, K]` float32 ascending values of the levels, which their format represents.
+      levels: `[R, K]` float32 ascending values of the levels, exactly representable in their format.
       indices: `[O, I]` uint8.
-      scale: `[O, S]` in the dtype in which it is stored, or None.
-      codebook_format: the format of the levels: as given, an `AutoQFormat` replaced by the `QFormat` chosen.
-      errors: tr((W − Ŵ) H (W − Ŵ)ᵀ) after each stage that was of use, in their order; they never rise.
-      bits_per_weight: the empirical entropy of the indices: what an entropy coder makes of them.
+      scale: `[O, S]` in its stored dtype, or None.
+      codebook_format: the format of the levels as given; an `AutoQFormat` is replaced by the chosen `QFormat`.
+      errors: tr((W − Ŵ) H (W − Ŵ)ᵀ) after each stage that lowered it, in order; they never rise.
+      bits_per_weight: the empirical entropy of the indices, which an entropy coder approaches.
     """
 
     levels: np.ndarray
@@ -44,18 +44,18 @@ class Solution(NamedTuple):
 
 
 def shrunk(second: np.ndarray, images: int, positions: int) -> np.ndarray:
-    """Second moments of a sample, drawn towards their diagonal as far as the sample is small.
+    """Shrinks the second moments of a sample towards their diagonal, the more the smaller the sample is.
 
-    Of few images the moments of many inputs tell more of those images than of others. Positions of one image resemble
-    one another: more than 16 of them tell no more.
+    Moments of many inputs from few images describe those images rather than images in general. Positions of one image
+    resemble one another, so at most 16 of them are counted.
 
     Args:
       second: `[G, I, I]` centred second moments, E[(x − μ)(x − μ)ᵀ].
-      images: how many images (or sequences) they are of.
-      positions: at how many places of each.
+      images: the number of images (or sequences) in the sample.
+      positions: the number of positions taken from each.
 
     Returns:
-      `[G, I, I]` float64, symmetric and positive definite: of inputs that never change too.
+      `[G, I, I]` float64, symmetric and positive definite, even for inputs that never change.
 
     Raises:
       ValueError: the moments are not `[G, I, I]` or not finite, or there are no images or positions.

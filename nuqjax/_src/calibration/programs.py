@@ -1,4 +1,4 @@
-"""A function of parameters and inputs, compiled once for each shape of a batch, and the batches themselves."""
+"""A function of parameters and inputs, compiled once for each shape of a batch; checks and splits of batches."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +19,10 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def checked_batches(batches: Any, caller: str) -> Iterable[Any]:
-    """The batches, which can be gone through more than once.
+    """Returns the batches, checked to be an iterable that allows more than one pass.
 
     Raises:
-      ValueError: they cannot, or there are none.
+      ValueError: they are not such an iterable, or there are none.
     """
     wanted = "a sequence of inputs is wanted, each an array or a tuple of arrays: batches=[images[:32], images[32:64]]"
     if isinstance(batches, _ARRAYS):
@@ -37,18 +37,18 @@ def checked_batches(batches: Any, caller: str) -> Iterable[Any]:
 
 
 def inputs_of(batch: Any) -> tuple[Any, ...]:
-    """The inputs of a batch: the items of a tuple or a list, else the batch itself."""
+    """Returns the inputs of a batch: the items of a tuple or a list, else the batch itself."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def example_count(batch: Any) -> int:
-    """How many examples a batch has: the length of its first array, at least 1."""
+    """Returns the number of examples in a batch: the length of its first array, at least 1."""
     shapes = [np.shape(x) for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, _ARRAYS)]
     return max(1, next((shape[0] for shape in shapes if shape), 1))
 
 
 def fingerprint(batch: Any) -> str:
-    """What tells a batch from others: a digest of its first array."""
+    """Returns a text that identifies a batch: dtype, shape and a digest of its first array."""
     first = next((x for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, _ARRAYS)), np.zeros(0))
     data = np.ascontiguousarray(np.asarray(first)).view(np.uint8).reshape(-1)
     digest = hashlib.sha1(data[: 2**16].tobytes() + data[-(2**16) :].tobytes(), usedforsecurity=False)
@@ -56,21 +56,21 @@ def fingerprint(batch: Any) -> str:
 
 
 def shapes_of(batch: Any) -> str:
-    """The inputs of a batch, for messages: `float32[32, 8], int32[32]`."""
+    """Describes the inputs of a batch for messages: `float32[32, 8], int32[32]`."""
     leaves = jax.tree.leaves(inputs_of(batch))
     return ", ".join(f"{x.dtype}{list(x.shape)}" if isinstance(x, _ARRAYS) else type(x).__name__ for x in leaves)
 
 
 @dataclass(eq=False)
 class Programs:
-    """`fn(params, *inputs)`, traced once for each shape of its inputs, of trees like `params`.
+    """`fn(params, *inputs)` for trees like `params`, traced once for each shape of its inputs.
 
     Attributes:
       fn: the function.
-      params: the tree, of dense leaves.
-      caller: what messages begin with.
-      output: which of the outputs is compared: a function of them; None for the first array.
-      collectors: programs that gather moments, by what they are for.
+      params: the tree, with dense leaves.
+      caller: the name with which messages begin.
+      output: a function that selects the output to compare; None for the first array.
+      collectors: the compiled programs that gather moments, by shapes and options.
     """
 
     fn: Callable[..., Any]
@@ -87,15 +87,15 @@ class Programs:
                 raise ValueError(f"{self.caller}: {path_name(path)} is compressed; dense parameters are wanted")
 
     def key(self, batch: Any) -> Any:
-        """What batches that share a program have in common."""
+        """Returns a key that is equal for batches that share a program: structure, shapes, dtypes, other values."""
         leaves, structure = jax.tree.flatten(inputs_of(batch))
         return structure, tuple((np.shape(x), x.dtype) if isinstance(x, _ARRAYS) else x for x in leaves)
 
     def traced(self, batch: Any) -> Traced:
-        """The function for inputs of a batch's shapes.
+        """Returns the function traced for inputs with the shapes of a batch.
 
         Raises:
-          ValueError: it fails.
+          ValueError: the function fails.
         """
         key = self.key(batch)
         if key not in self._traced:
@@ -110,18 +110,18 @@ class Programs:
         return self._traced[key]
 
     def names(self, batch: Any) -> list[str | None]:
-        """Of each array that the function takes, its path if it is a floating parameter."""
+        """Returns, for each array that the function takes, its path if it is a floating parameter, else None."""
         return [
             path_name(path[2:]) if path[1].idx == 0 and jnp.issubdtype(x.dtype, jnp.floating) else None
             for path, x in self.traced(batch).arrays
         ]
 
     def arrays(self, params: Any, batch: Any) -> list[Any]:
-        """What the traced function takes, in order."""
+        """Returns the arrays that the traced function takes, in order."""
         return [on_automatic(x) for x in jax.tree.leaves((params, *inputs_of(batch))) if isinstance(x, _ARRAYS)]
 
     def outputs(self, params: Any, batch: Any) -> np.ndarray:
-        """The output that is compared, of parameters like the function's own."""
+        """Runs the function with other parameters of the same structure; returns the output to compare."""
         key = self.key(batch)
         if key not in self._compiled:
             jaxpr = self.traced(batch).jaxpr
@@ -129,10 +129,10 @@ class Programs:
         return self.compared(batch, self._compiled[key](*self.arrays(params, batch)))
 
     def compared(self, batch: Any, outputs: Sequence[Any]) -> np.ndarray:
-        """The output that is compared, among all.
+        """Selects the output to compare from all outputs.
 
         Raises:
-          ValueError: there is none.
+          ValueError: no output is an array of floating values.
         """
         tree = jax.tree.unflatten(self.traced(batch).outputs, list(outputs)[: self.traced(batch).outputs.num_leaves])
         chosen = tree if self.output is None else self.output(tree)
@@ -147,7 +147,7 @@ class Programs:
 
 
 class Split(NamedTuple):
-    """Batches by number: learned from, tried leaf by leaf, and measured on."""
+    """Numbers of the batches to learn from, to try single leaves on, and to measure the result on."""
 
     learned: tuple[int, ...]
     tried: tuple[int, ...]
@@ -155,7 +155,7 @@ class Split(NamedTuple):
 
 
 def split_off(batches: Iterable[Any], thirds: bool = False) -> Split:
-    """A fifth of the batches, evenly spread, is held out if there are two; with `thirds` two fifths if there are three.
+    """Holds out a fifth of two or more batches, evenly spread; with `thirds`, two fifths of three or more.
 
     >>> split_off(range(10))
     Split(learned=(0, 1, 2, 3, 5, 6, 7, 8), tried=(4, 9), measured=(4, 9))
@@ -172,7 +172,7 @@ def split_off(batches: Iterable[Any], thirds: bool = False) -> Split:
 
 @dataclass(frozen=True)
 class Some:
-    """Some of the batches, by number: they are gone through anew each time."""
+    """Some of the batches, by number; each pass iterates over all batches again."""
 
     batches: Iterable[Any]
     numbers: tuple[int, ...]

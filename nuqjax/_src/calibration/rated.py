@@ -1,8 +1,8 @@
-"""Indices for entropy-coded files: of least error and code length together (ECSQ with error feedback).
+"""Indices for entropy-coded files: minimises error and code length together (ECSQ with error feedback).
 
-A coder takes −log2 p bits for an index of which a share p of the weights is made. Many levels at equal distances, most
-of them rare, and indices that go to a likelier level wherever it costs less than it saves, take half a bit a weight
-less than as many levels as bits allow, at the same error (*entropy-constrained scalar quantization*).
+A coder uses −log2 p bits for an index that a share p of the weights has. Levels are at equal distances, many of them
+rarely used, and an index moves to a likelier level wherever the error costs less than the bits save. At the same error
+this takes half a bit a weight less than 2^bits fitted levels (*entropy-constrained scalar quantization*).
 """
 
 import math
@@ -12,13 +12,13 @@ import numpy as np
 from nuqjax._src.calibration.stages import Prices, State, Task, evaluated, nearest, scale_of, with_better_values
 from nuqjax._src.calibration.sweeps import descent_matrix, sweep
 
-_ENOUGH = 1e-3  # the share of the sum that a round must take off for another one to follow
+_ENOUGH = 1e-3  # another round follows only if this one lowers the sum by more than this share
 
 
 def entropy_bits(indices: np.ndarray, num_levels: int) -> tuple[np.ndarray, float]:
-    """`[K]` the bits of each index in a code made for them, and those of all together.
+    """Returns the `[K]` bits of each index in an optimal code, and the total bits of all indices.
 
-    An index that is not used has a price, too: as if it were used half a time.
+    An unused index has a price, too: that of half an occurrence.
     """
     counts = np.bincount(indices.reshape(-1), minlength=num_levels).astype(np.float64)
     total = max(indices.size, 1)
@@ -27,9 +27,9 @@ def entropy_bits(indices: np.ndarray, num_levels: int) -> tuple[np.ndarray, floa
 
 
 def equal_steps(task: Task, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, rate: float) -> np.ndarray:
-    """`[R, K]` levels at equal distances, one of them 0, for weights divided by factors `[O, S]`.
+    """Returns `[R, K]` levels at equal distances, one of them 0, for weights divided by factors `[O, S]`.
 
-    Their steps are such that another bit a weight would take off the error just what it costs.
+    The step is such that a slightly finer one would add as much to the price of the bits as it takes off the error.
     """
     largest, size = float(np.abs(task.weights).max(initial=0)), 1.0
     if factors is not None and factors.size:
@@ -54,16 +54,16 @@ def rated_stages(
     task: Task, levels: np.ndarray, scale: np.ndarray | None, matrix: np.ndarray | None, pivots: np.ndarray, *,
     rate: float, refit: int,
 ) -> tuple[State, dict[str, float]]:  # fmt: skip
-    """The solution of least error + `rate` · bits that the stages come to, and that sum after each.
+    """Runs the stages that lower error + `rate` · bits; returns the solution, and that sum after each stage.
 
     Args:
       task: the problem.
-      levels: `[R, K]` to begin with.
-      scale: `[O · S]` to begin with.
-      matrix: of error feedback; None: without.
-      pivots: `[G, I]` what the squared distances from targets of error feedback count.
-      rate: what a bit costs.
-      refit: how many rounds of refit at most.
+      levels: `[R, K]` initial levels.
+      scale: `[O · S]` initial scales, or None.
+      matrix: the matrix of error feedback; None for no feedback.
+      pivots: `[G, I]` the weights of squared distances from the targets of error feedback.
+      rate: the price of a bit in units of the error.
+      refit: the largest number of refit rounds.
     """
     state = evaluated(task, levels, scale, sweep(task.weights, None, nearest(task, levels, scale))[0])
     sums = {"nearest": _total(state, rate)}

@@ -16,20 +16,20 @@ from nuqjax._src.trace.interpret import Site
 
 @dataclass(frozen=True)
 class LeafMoments:
-    """What a leaf multiplies, seen as `[O, I]`: output channel o is made of I inputs, in the leaf's order of them.
+    """Moments of what a leaf multiplies; the leaf is seen as `[O, I]`, output channels by inputs in the leaf's order.
 
     Attributes:
-      second: `[*S, G, I, I]` float64, E[x xᵀ], less μμᵀ where an offset after the layer can repair the mean's part;
-        rows g·O/G to (g + 1)·O/G share a matrix (G is the number of groups of a grouped convolution, O of a depthwise
-        one, else mostly 1). Of very many inputs `[*S, G, B, I/B, I/B]`, within B stretches of them, or `[*S, G, I]`,
-        the diagonal, as of look-ups.
+      second: `[*S, G, I, I]` float64, E[x xᵀ], minus μμᵀ if an offset after the layer can correct the error of the
+        mean. Rows g·O/G to (g + 1)·O/G share a matrix (G is the number of groups of a grouped convolution, O of a
+        depthwise one, else mostly 1). For very many inputs `[*S, G, B, I/B, I/B]`, the moments within B stretches of
+        inputs, or `[*S, G, I]`, the diagonal alone, as for look-ups.
       mean: `[*S, G, I]` float64, μ = E[x].
       axes: the output axes of a slice, as the function uses it.
-      stack_axes: how many leading axes are layers that a loop runs through.
-      images: examples that were seen.
-      positions: places of an example that were looked at.
-      look_up: whether it is a table whose entries are looked up: then the moments are counts.
-      uses: where it is used.
+      stack_axes: the number of leading axes that a loop runs through.
+      images: the number of examples seen.
+      positions: the number of positions taken from each example.
+      look_up: whether the leaf is a table with entries to look up; the moments are then counts.
+      uses: the places in the program where the leaf is used.
     """
 
     second: np.ndarray
@@ -43,16 +43,16 @@ class LeafMoments:
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether only the diagonal is known."""
+        """Whether only the diagonal of the second moments is known."""
         return self.second.ndim == self.mean.ndim
 
     def without_values(self) -> "LeafMoments":
-        """What is small of it."""
+        """Returns a copy with empty arrays, which takes little memory."""
         return replace(self, second=np.zeros(0), mean=np.zeros(0))
 
 
 class Record(NamedTuple):
-    """Sums over all batches: `first [N·B, I]` and `second [N·B, S, I/S, I/S]` (or `[N·B, I]`, or None), float64."""
+    """Sums for a use over all batches: `first [N·B, I]`, `second [N·B, S, I/S, I/S]` or `[N·B, I]` or None; float64."""
 
     use: Use
     count: int
@@ -61,12 +61,12 @@ class Record(NamedTuple):
 
     @property
     def mean(self) -> np.ndarray:
-        """`[N·B, I]`."""
+        """E[x], `[N·B, I]`."""
         return self.first / max(self.count, 1)
 
     @property
     def diagonal(self) -> np.ndarray:
-        """`[N·B, I]` E[x²]."""
+        """E[x²], `[N·B, I]`."""
         assert self.second is not None
         found = np.einsum("nsii->nsi", self.second) if self.use.stretches else self.second
         return found.reshape(self.first.shape) / max(self.count, 1)
@@ -74,15 +74,15 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Moments(Mapping[str, LeafMoments | str]):
-    """By the path of each floating leaf its `LeafMoments`, or why there are none.
+    """A mapping from the path of each floating leaf to its `LeafMoments`, or to the reason why it has none.
 
     Attributes:
-      shapes: of the leaves.
-      records: of each leaf.
-      slots: leaves that are added after others.
-      others: of each leaf, uses of which nothing is known.
-      images: examples that were seen.
-      seen: what tells the batches that were seen from others.
+      shapes: by path, the shape of the leaf.
+      records: by path, the sums for each use of the leaf.
+      slots: offsets: leaves that are added to the outputs of others.
+      others: by path, the uses that are not understood.
+      images: the number of examples seen.
+      seen: the fingerprints of the batches seen.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -102,13 +102,13 @@ class Moments(Mapping[str, LeafMoments | str]):
         return len(self.shapes)
 
     def axes(self, path: str) -> tuple[tuple[int, ...], int] | None:
-        """The output axes of a slice of the leaf, and its stack axes, as the function uses it; None if it does not."""
+        """Returns the output axes of a slice of the leaf and its number of stack axes, by its uses; None if unused."""
         records = self.records.get(path, ())
         main = next((r for r in records if r.use.stretches), records[0] if records else None)
         return None if main is None else _axes(main.use, self.shapes[path])
 
     def of(self, path: str, axes: Sequence[int] | None = None, stack_axes: int | None = None) -> LeafMoments | str:
-        """The moments of a leaf, with other output and stack axes than the function's use shows, if these are given.
+        """Returns the moments of a leaf, for the given output and stack axes, or else for those that its uses show.
 
         Raises:
           KeyError: there is no such leaf.
@@ -123,7 +123,7 @@ class Moments(Mapping[str, LeafMoments | str]):
         return _leaf_moments(shape, axes, stack_axes, records, self._repaired(), self.images)
 
     def joined(self, tied: Mapping[str, Sequence[str]]) -> "Moments":
-        """The moments where some paths hold the same array: its uses are those at all of them."""
+        """Returns the moments for tied paths, which hold the same array: each gets the uses at all of them."""
         together = {
             path: [r for name in dict.fromkeys(paths) for r in self.records.get(name, ())]
             for path, paths in tied.items()
@@ -131,12 +131,12 @@ class Moments(Mapping[str, LeafMoments | str]):
         return replace(self, records={**self.records, **{path: found for path, found in together.items() if found}})
 
     def without_second(self) -> "Moments":
-        """The means alone."""
+        """Returns a copy that has the means only."""
         records = {path: [r._replace(second=None) for r in some] for path, some in self.records.items()}
         return replace(self, records=records)
 
     def _repaired(self) -> frozenset[Use]:
-        """The uses after which a leaf can take the correction of their mean, and takes no other's."""
+        """Returns the uses followed by an offset that can correct their mean and corrects no other use."""
         found: dict[str, list[Use]] = {}
         for slot in self.slots:
             found.setdefault(slot.name, []).extend(use for use, _ in slot.uses)
@@ -151,24 +151,25 @@ def moments(
     positions: int = 64,
     widest: int = 4096,
 ) -> Moments:
-    """Means and second moments of what each leaf of the parameters multiplies in `fn(params, *inputs)`.
+    """Computes means and second moments of what each leaf of the parameters multiplies in `fn(params, *inputs)`.
 
-    A leaf is followed through casts, transposes, reshapes, slices, calls and loops to every dot, convolution and
-    look-up that it enters; several uses of a leaf add up. Batches are streamed, each compiled once for its shape; sums
-    are float32 within a batch and float64 over them, so that the split into batches changes nothing but roundings.
+    Each leaf is followed through casts, transposes, reshapes, slices, calls and loops to every dot, convolution and
+    look-up that it enters; several uses of a leaf add up. Batches are streamed, and `fn` is compiled once for each
+    shape. Sums are float32 within a batch and float64 over batches, so the split into batches affects rounding only.
 
     Args:
       fn: a function that JAX can trace.
       params: its first argument: any tree of dense arrays.
-      batches: inputs, each an array or a tuple of arrays; an iterable that can be gone through again.
-      positions: places of an example that are looked at in each layer, at most: a lattice of them.
-      widest: inputs between which second moments are taken: of a layer with more, within stretches of them.
+      batches: inputs, each an array or a tuple of arrays; an iterable that can be iterated over more than once.
+      positions: the largest number of positions, on a lattice, to take from an example in each layer.
+      widest: the largest number of inputs between which to take second moments; a layer with more inputs has its
+        moments within stretches of them.
 
     Returns:
       `Moments`: by path, `LeafMoments`, or the reason why there are none.
 
     Raises:
-      ValueError: there are no batches, `fn` fails, or what it computes is not finite.
+      ValueError: there are no batches, `fn` fails, or it computes values that are not finite.
 
     >>> import jax.numpy as jnp
     >>> found = moments(lambda p, x: x @ p["w"], {"w": jnp.ones((2, 3))}, [jnp.array([[1.0, 2.0], [3.0, 4.0]])])
@@ -188,15 +189,15 @@ def gather_moments(
     wanted: frozenset[str] | None = None,
     seen: Callable[[int, Any, Sequence[Any]], None] = lambda number, batch, outputs: None,
 ) -> Moments:
-    """`moments` of a program.
+    """Computes `moments` for a program.
 
     Args:
       programs: the function and its parameters.
       batches: the inputs.
       positions: as in `moments`.
       widest: as in `moments`.
-      wanted: of which leaves second moments are taken, the others have means alone; None for all.
-      seen: called with each batch's number, the batch and the outputs.
+      wanted: the leaves with second moments; the others get means only. None for all leaves.
+      seen: a function that is called with each batch's number, the batch and the outputs.
     """
     total: list[Record] = []
     first, recorder, images, prints = None, None, 0, []
@@ -241,7 +242,7 @@ def gather_moments(
 
 
 def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str, int]:
-    """By leaf, how many values the second moments take of what it multiplies; nothing is computed."""
+    """Returns by path the number of values in the second moments of a leaf, from shapes alone."""
     recorder = Recorder(lambda name: True, example_count(batch), 64, widest)
     names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
     jax.eval_shape(lambda *arrays: run(jaxpr, arrays, names, recorder), *programs.arrays(programs.params, batch))
@@ -262,7 +263,7 @@ def _compile(programs: Programs, batch: Any, recorder: Recorder) -> Any:
 
 
 def _record(use: Use, count: int, sums: Sums) -> Record:
-    """The sums on the host, `[*, B, …]` as `[N·B, …]` in float64."""
+    """Returns the sums on the host in float64, with `[*, B, …]` reshaped to `[N·B, …]`."""
 
     def flat(array: Any, axes: int) -> np.ndarray:
         array = np.asarray(array, np.float64)
@@ -278,7 +279,7 @@ def _joined(old: Record, new: Record) -> Record:
 
 
 def _axes(use: Use, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """The output axes of a slice, and how many leading axes the loops run through."""
+    """Returns the output axes of a slice, and the number of leading axes that loops run through."""
     depth = sum(isinstance(move, Slice) for move in use.moves)
     entries = use.entries(shape)
 
@@ -289,15 +290,16 @@ def _axes(use: Use, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
     stack = depth if depth and steps <= set(range(depth)) and not inputs & set(range(depth)) else 0
     outputs = varying(entries[:, :, :, 0]) - inputs - set(range(stack))
     others = [a for a in range(stack, len(shape)) if a not in inputs and a not in outputs]
-    if not outputs and others:  # a single output: the last axis of length 1 will do
+    if not outputs and others:  # a single output: take the last axis of length 1
         outputs = {others[-1]}
     return tuple(sorted(a - stack for a in outputs)), stack
 
 
 def _placed(use: Use, shape: Sequence[int], axes: Sequence[int], stack: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """`[N·B, O]` rows (slice · O + output channel) and `[N·B, I]` inputs of a leaf that a use's entries are.
+    """Returns which rows and inputs of a leaf the entries of a use are.
 
-    None where they do not go together: the use sees other axes as its inputs.
+    The rows are `[N·B, O]` (slice · O + output channel), the inputs `[N·B, I]`. The result is None if the entries do
+    not form rows and inputs of the leaf, because the use has other axes as its inputs.
     """
     slice_shape = tuple(shape[stack:])
     number = np.arange(math.prod(shape)).reshape(-1, *slice_shape)
@@ -357,7 +359,7 @@ def _leaf_moments(
     stretches = {part[-1] for part in parts}
     kind = stretches.pop() if len(stretches) == 1 else 0
     if kind > 1 and any((column != np.arange(inputs)).any() for column, *_ in parts):
-        kind = 0  # stretches of the operand's inputs are none of the leaf's
+        kind = 0  # stretches of the operand's inputs are not stretches of the leaf's
     if kind and slices * groups * inputs**2 // kind > MOST_VALUES:
         kind = 0
     size = inputs // max(kind, 1)

@@ -1,9 +1,10 @@
-"""The solver of the layer-wise problem: levels, scales and indices of least output error.
+"""The solver of the layer-wise problem: computes levels, scales and indices of small output error.
 
-In stages, of which none raises tr((W − Ŵ) H (W − Ŵ)ᵀ): the k-means levels and each weight's nearest; *error feedback*
-with those levels; and rounds of *refit*: levels, then scales, by least squares for the indices as they are, rounded as
-they are stored, then indices by coordinate descent for the levels as they are; every later round begins with error
-feedback once more. What is no improvement is left out: of indices for each output alone, of levels for each codebook.
+It works in stages, and no stage raises tr((W − Ŵ) H (W − Ŵ)ᵀ). First, k-means levels and the nearest level of each
+weight. Second, *error feedback* with these levels. Then rounds of *refit*: least squares fits levels, then scales, for
+the current indices and rounds them to their stored formats; coordinate descent then chooses indices for these levels.
+Every later round begins with error feedback again. A change that does not lower the error is dropped: indices for each
+output separately, levels for each codebook separately.
 """
 
 import math
@@ -36,8 +37,8 @@ from nuqjax._src.fit.methods import fit
 from nuqjax._src.leaf.qformat import AutoQFormat
 from nuqjax._src.leaf.rows import InputGroups, row_mask, to_rows
 
-_SAMPLE = 2**19  # values of a codebook that k-means looks at
-_ENOUGH = 1e-3  # the share of the error that a round must take off for another one to follow
+_SAMPLE = 2**19  # the most values of a codebook that k-means fits
+_ENOUGH = 1e-3  # another round follows only if this one lowers the error by more than this share
 
 
 def quantize(
@@ -52,28 +53,30 @@ def quantize(
     refit: int = 4,
     rate: float | None = None,
 ) -> Solution:
-    """Levels, scales and indices for one leaf whose output error is small: from its weights and moments alone.
+    """Computes levels, scales and indices with a small output error for one leaf, from its weights and moments.
 
     Everything is computed by NumPy, and the same problem gives the same bits.
 
     Args:
-      problem: the weights and the moments of what they multiply.
+      problem: the weights, and the moments of what they multiply.
       bits: index width, 1 to 8.
       granularity: which weights share a codebook, as in `nuqjax.compress`.
-      scale: None, `"channel"` or `InputGroups(n)`: which weights share a factor. It begins as a power mean of
-        their magnitudes: as the root mean square for 1 bit, for more of higher powers, as the largest come to matter.
+      scale: None, `"channel"` or `InputGroups(n)`: which weights share a factor. Its initial value is a power mean of
+        their magnitudes: the root mean square for 1 bit, and higher powers for more bits, where the largest weights
+        matter more.
       codebook_format: how levels are stored, as in `nuqjax.compress`. Scales are stored in 16 bits if levels are.
       keep_zero: one level is exactly 0, and weights of exactly 0 stay 0.
       feedback: choose indices with error feedback.
-      refit: how many rounds of refit at most.
-      rate: for entropy-coded files: what a bit of code costs, in units of the error. The sum of error and rate · bits
-        is made small, from levels at equal distances, and `errors` has that sum. With 6 to 8 bits there are enough.
+      refit: the largest number of refit rounds.
+      rate: for entropy-coded files: the price of a bit of code in units of the error. The solver then starts from
+        levels at equal distances and lowers error + rate · bits; `errors` holds this sum. 6 to 8 bits give enough
+        levels.
 
     Returns:
       A `Solution`.
 
     Raises:
-      ValueError: shapes that do not fit one another, values that are not finite, an option out of range.
+      ValueError: shapes that do not match, values that are not finite, an option out of range.
 
     >>> import numpy as np
     >>> weights = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
@@ -97,12 +100,12 @@ def quantize(
     task = Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
     matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
     if rate is None:
-        factors = _power_means(channels, scale, 2 * bits)  # 6 to 15 % less error than by squares
+        factors = _power_means(channels, scale, 2 * bits)  # 6 to 15 % less error than with power 2
         levels = _kmeans(task, channels, factors, pivots, 2**bits, granularity, scale, keep_zero)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = _stages(task, levels, factors, matrix, refit)
     else:
-        rate = min(rate / (unit**2 * moment), float(channels.size * channels.shape[1]))  # more than all errors
+        rate = min(rate / (unit**2 * moment), float(channels.size * channels.shape[1]))  # the cap exceeds any error
         factors = _power_means(channels, scale, 2)
         levels = equal_steps(task, factors, pivots, 2**bits, rate)
         task, levels, factors = _as_stored(task, levels, factors)
@@ -113,7 +116,7 @@ def quantize(
 def _stages(
     task: Task, levels: np.ndarray, scale: np.ndarray | None, matrix: np.ndarray | None, refit: int
 ) -> tuple[State, dict[str, float]]:
-    """The solution that the stages come to, and the error after each."""
+    """Runs the stages; returns the solution, and the error after each stage."""
     state = evaluated(task, levels, scale, sweep(task.weights, None, nearest(task, levels, scale))[0])
     errors = {"nearest": float(state.cost.sum())}
 
@@ -132,7 +135,7 @@ def _stages(
     descent = descent_matrix(task.hessian)
     for number in range(refit):
         before = state.cost.sum()
-        if number:  # with the levels of the round before
+        if number:  # error feedback with the levels of the previous round
             fed_back("refit")
         improved("refit", refitted(task, state, descent))
         if not state.cost.sum() < (1 - _ENOUGH) * before:
@@ -164,10 +167,10 @@ def _check(problem: Problem, bits: int, rate: float | None) -> None:
 
 
 def _ordered(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Moments `[G, I, I]` in the order of visit, those of an input that never changes a little above zero.
+    """Puts moments `[G, I, I]` in the order of visit, normalises them, and raises their diagonals to at least 1e-6.
 
     Returns:
-      The moments divided by the mean of their diagonals; `[G, I]` the inputs, that of the largest moment first; and
+      The moments divided by the mean of their diagonals; `[G, I]` the inputs in descending order of their moments; and
       that mean.
     """
     diagonal = np.einsum("gii->gi", hessian).astype(np.float64)
@@ -181,7 +184,7 @@ def _ordered(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _power_means(channels: np.ndarray, scale: Any, power: int) -> np.ndarray | None:
-    """`[O, S]` (mean |w|^power)^(1/power) of the weights `[O, I]` that share a scale; None where there is none."""
+    """Returns `[O, S]` (mean |w|^power)^(1/power) over the weights `[O, I]` that share a scale; None without scales."""
     if scale is None:
         return None
     outputs, inputs = channels.shape
@@ -196,14 +199,14 @@ def _power_means(channels: np.ndarray, scale: Any, power: int) -> np.ndarray | N
 
 
 def _run(scale: Any, inputs: int) -> int:
-    """How many weights of an output share a scale."""
+    """Returns how many weights of an output share a scale."""
     return min(scale.size if isinstance(scale, InputGroups) else inputs, max(inputs, 1))
 
 
 def _as_stored(
     task: Task, levels: np.ndarray, factors: np.ndarray | None
 ) -> tuple[Task, np.ndarray, np.ndarray | None]:
-    """The task with the units and the format that suit levels `[R, K]` and factors `[O, S]`, and both rounded."""
+    """Chooses units and format for levels `[R, K]` and factors `[O, S]`; returns the new task, and both rounded."""
     if factors is not None:
         unit = task.level_unit
         apart = level_unit(levels, factors * unit, task.codebook_format, task.dtype)
@@ -219,10 +222,10 @@ def _kmeans(
     task: Task, channels: np.ndarray, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, granularity: Any,
     scale: Any, keep_zero: bool,
 ) -> np.ndarray:  # fmt: skip
-    """`[R, K]` the k-means levels of weights divided by factors.
+    """Returns the `[R, K]` k-means levels of weights divided by factors.
 
-    Squared errors are weighted by the geometric mean of what they count by themselves, the moment of their input, and
-    after error feedback, its pivot: better than either. Of long rows a sample is fitted.
+    Squared errors are weighted by the geometric mean of the input's moment (the weight of an error by itself) and of
+    its pivot (the weight after error feedback); this is better than either. For long rows a sample is fitted.
     """
     outputs, inputs = channels.shape
     order = task.places.order
@@ -241,7 +244,7 @@ def _kmeans(
 
 
 def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
-    """`[R, n]` at most so many values of each row, at equal distances that meet every input alike; None as it is."""
+    """Samples at most `most` values of each row, `[R, n]`, in equal steps that hit inputs equally; None gives None."""
     if rows is None:
         return None
     step = -(-rows.shape[1] // most)

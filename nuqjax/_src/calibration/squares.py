@@ -1,7 +1,7 @@
-"""Least squares by conjugate gradients: the levels, or the scales, that are best for given indices.
+"""Least squares by conjugate gradients: computes the best levels, or the best scales, for given indices.
 
-Approximations ŵ = x[slot] · factor are linear in x, be it the levels (with the scales as factors) or the scales (with
-the levels). The normal equations are never written down: a step is one product with the moments.
+Approximations ŵ = x[slot] · factor are linear in x. Either x is the levels and the factors are the scales, or the other
+way round. The matrix of the normal equations is never formed: a step is one product with the moments.
 """
 
 import numpy as np
@@ -18,20 +18,20 @@ def least_squares(
     steps: int,
     held: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Values x with a lower error Σ (w − ŵ) H (w − ŵ)ᵀ, of ŵ = x[slots] · factors; after enough steps the least.
+    """Returns values x that lower the error Σ (w − ŵ) H (w − ŵ)ᵀ of ŵ = x[slots] · factors; enough steps minimise it.
 
     Args:
-      values: `[n]` x to begin with. One that nothing uses stays as it is.
-      slots: `[G, I, P]` which of the values each weight uses.
+      values: `[n]` the initial x. Values that no weight uses do not change.
+      slots: `[G, I, P]` the number of the value that each weight uses.
       factors: `[G, I, P]` float32, broadcast.
-      pull: `[G, I, P]` H (w − ŵ) at the beginning.
-      hessian: `[G, I, I]` float32.
-      systems: how many stretches of the values, all of one length, have nothing to do with one another.
-      steps: of the method; in exact arithmetic as many as a stretch has values are enough.
-      held: `[n]` bool, values that stay as they are.
+      pull: `[G, I, P]` H (w − ŵ) for the initial values.
+      hessian: `[G, I, I]` float32 moments.
+      systems: the number of independent systems: consecutive stretches of the values, all of the same length.
+      steps: the number of steps; in exact arithmetic as many steps as a stretch has values suffice.
+      held: `[n]` bool, values that must not change.
 
     Returns:
-      `[n]` float64.
+      `[n]` float64, the new values.
     """
     flat = slots.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""The stages of a solution: what it costs, and how indices, levels and scales become better."""
+"""The stages of the solver: evaluate a solution, and improve its indices, levels and scales."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,11 @@ from nuqjax._src.calibration.places import Places
 from nuqjax._src.calibration.squares import least_squares
 from nuqjax._src.calibration.sweeps import Choice, sweep
 
-_LEVEL_STEPS = 4  # of conjugate gradients in a round: the next round goes on from there
+_LEVEL_STEPS = 4  # steps of conjugate gradients in a round; the next round continues from the result
 
 
 class State(NamedTuple):
-    """A solution in the order of visit, and what it costs."""
+    """A solution in the order of visit, with its errors and costs."""
 
     levels: np.ndarray  # [R, K] float32
     scale: np.ndarray | None  # [O · S] float32
@@ -24,36 +24,36 @@ class State(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What stays the same from stage to stage, in units in which neither weights nor moments leave float32."""
+    """The data that all stages share, in units that keep weights and moments within the range of float32."""
 
     weights: np.ndarray  # [G, I, P] float32
     hessian: np.ndarray  # [G, I, I] float32
     places: Places
-    pinned: np.ndarray | None  # [G, I, P] bool: weights of exactly 0, which stay so
+    pinned: np.ndarray | None  # [G, I, P] bool: held zeros, weights of exactly 0 that stay 0
     codebook_format: Any
     dtype: np.dtype
-    level_unit: float  # what levels are multiplied by where they are stored
-    scale_unit: float  # and scales: together what the weights were divided by
+    level_unit: float  # factor of the stored levels
+    scale_unit: float  # factor of the stored scales; the weights were divided by the product of both factors
 
 
 def stored_levels(task: Task, levels: np.ndarray) -> np.ndarray:
-    """Levels as they are stored, in the units of the solver."""
+    """Returns levels rounded to their stored format, in the units of the solver."""
     stored = rounded_levels(levels * task.level_unit, task.codebook_format, task.dtype)
     return (stored / task.level_unit).astype(np.float32)
 
 
 def stored_scale(task: Task, scale: np.ndarray) -> np.ndarray:
-    """Scales as they are stored, in the units of the solver."""
+    """Returns scales rounded to their stored dtype, in the units of the solver."""
     stored = rounded_scale(scale * task.scale_unit, scale_dtype(task.codebook_format, task.dtype))
     return (stored / task.scale_unit).astype(np.float32)
 
 
 class Prices(NamedTuple):
-    """What an index costs beside its error.
+    """The prices of indices, which are added to their errors.
 
     Attributes:
-      of_index: `[K]` float32, in units of the error.
-      squares: `[G, I]` by what the squared distance from a target is multiplied to be an error.
+      of_index: `[K]` float32, the price of each index in units of the error.
+      squares: `[G, I]` the factor that turns a squared distance from a target into an error.
     """
 
     of_index: np.ndarray
@@ -61,7 +61,10 @@ class Prices(NamedTuple):
 
 
 def nearest(task: Task, levels: np.ndarray, scale: np.ndarray | None, prices: Prices | None = None) -> Choice:
-    """Chooses the nearest level of a target, of two the lower one; with prices that of least error and price."""
+    """Returns a function that chooses the level nearest to a target, the lower one of two equally near.
+
+    With prices it chooses among some levels the one of least error plus price.
+    """
     places, (count, num_levels) = task.places, levels.shape
     flat, cuts = levels.reshape(-1), (levels[:, :-1] + levels[:, 1:]) / 2
     zero = (levels == 0).argmax(axis=1)
@@ -95,7 +98,7 @@ _NEIGHBOURS = 3
 def _cheaper(
     index: np.ndarray, target: np.ndarray, levels: np.ndarray, start: np.ndarray, prices: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
-    """The best of the nearest level, some neighbours on the way to the cheapest one, and that."""
+    """Returns the best of the nearest level, the cheapest level, and a few levels from the nearest to the cheapest."""
     cheapest = int(prices.argmin())
     away = np.abs(cheapest - index)
     toward = np.sign(cheapest - index)
@@ -109,17 +112,17 @@ def _cheaper(
 
 
 def book_of(places: Places) -> np.ndarray:
-    """`[G, I, P]` the codebook of each weight."""
+    """Returns the number of each weight's codebook, `[G, I, P]`."""
     return places.book_of_output[:, None, :] + places.book_of_input[:, :, None]
 
 
 def scale_of(places: Places) -> np.ndarray:
-    """`[G, I, P]` the scale of each weight."""
+    """Returns the number of each weight's scale, `[G, I, P]`."""
     return places.scale_of_output[:, None, :] + places.scale_of_input[:, :, None]
 
 
 def _factors(task: Task, scale: np.ndarray | None) -> np.ndarray:
-    """What multiplies the level of each weight, broadcast."""
+    """Returns the factors that multiply the levels of the weights, in a shape that broadcasts to `[G, I, P]`."""
     if scale is None:
         return np.ones((1, 1, 1), np.float32)
     if task.places.scales == 1:
@@ -136,13 +139,13 @@ def evaluated(task: Task, levels: np.ndarray, scale: np.ndarray | None, indices:
 
 
 def better_indices(one: State, other: State) -> State:
-    """The better of two solutions with the same levels and scales: of each output in each group by itself."""
+    """Returns the better of two solutions with the same levels and scales, for each output in each group separately."""
     lower = other.cost < one.cost
     return other if lower.all() else _mixed(one, other, lower)
 
 
 def better_values(one: State, other: State, system: np.ndarray, systems: int) -> State:
-    """The better of two solutions: of each system of outputs, `system` `[G, P]`, with its codebooks or scales."""
+    """Returns the better of two solutions for each system of outputs, `system` `[G, P]`, with its levels and scales."""
     lower = np.bincount(system.reshape(-1), (other.cost - one.cost).reshape(-1), systems) < 0
     if lower.all():
         return other
@@ -168,14 +171,14 @@ def _mixed(one: State, other: State, lower: np.ndarray) -> State:
 
 
 def refitted(task: Task, state: State, descent: np.ndarray) -> State:
-    """One round: levels, scales, indices."""
+    """Runs one round of refit: improves levels, then scales, then indices."""
     state = with_better_values(task, state)
     indices, _ = sweep(task.weights, descent, nearest(task, state.levels, state.scale), state.errors)
     return better_indices(state, evaluated(task, state.levels, state.scale, indices))
 
 
 def with_better_values(task: Task, state: State) -> State:
-    """Levels, then scales, by least squares for the indices as they are."""
+    """Improves levels, then scales, by least squares for the current indices."""
     places = task.places
     state = better_values(state, _with_better_levels(task, state), places.system, places.systems)
     if state.scale is None:
@@ -209,6 +212,6 @@ def _with_better_scales(task: Task, state: State) -> State:
         state.scale, scale_of(task.places), values, state.pull, task.hessian,
         systems=_outputs(task.places), steps=min(task.places.scales, _LEVEL_STEPS),
     )  # fmt: skip
-    # A factor that changes sign, or runs away, fits indices that are about to change.
+    # A scale that changes sign or grows without bound fits only the current indices, which are about to change.
     scale = np.clip(found, state.scale * np.float32(0.3), state.scale * np.float32(3)).astype(np.float32)
     return evaluated(task, state.levels, stored_scale(task, scale), state.indices)

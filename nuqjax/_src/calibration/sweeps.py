@@ -1,9 +1,10 @@
-"""Indices chosen one input after another, each with an eye to the errors that the others leave.
+"""Chooses indices one input after another, taking into account the errors of the other inputs.
 
-The error of a layer, e H eᵀ with e = w − ŵ, is a square in each single ŵ_j, least at ŵ_j = w_j + Σ_{i≠j} e_i H_ij/H_jj:
-the level nearest to that lowers it (*coordinate descent*). With H = L D Lᵀ, L having ones on the diagonal and zeros
-below, the error is Σ D_j (e_j + Σ_{i<j} e_i L_ij)²: of one input after another, the level nearest to w_j + Σ_{i<j} e_i
-L_ij is the best that the errors before it allow (*error feedback*, GPTQ's or LDLQ's). Both visit w_j + Σ_i M_ji e_i.
+The error of a layer is e H eᵀ with e = w − ŵ. In each single ŵ_j it is quadratic, with its minimum at
+ŵ_j = w_j + Σ_{i≠j} e_i H_ij/H_jj; choosing the level nearest to it never raises the error (*coordinate descent*).
+Let H = L D Lᵀ with ones on the diagonal of L and zeros below it. Then the error is Σ D_j (e_j + Σ_{i<j} e_i L_ij)².
+Visiting the inputs in order, the level nearest to w_j + Σ_{i<j} e_i L_ij minimises term j, given the errors before it
+(*error feedback*, as in GPTQ and LDLQ). In both cases the target has the form w_j + Σ_i M_ji e_i.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import numpy as np
 
 Choice = Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-_BLOCK = 64  # inputs whose effect on those after the block is one product of matrices
+_BLOCK = 64  # inputs in a block; one matrix product adds the effect of errors known before it to all its targets
 
 
 def feedback_matrix(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """M, strictly lower, and D of error feedback for `[G, I, I]` positive definite moments: float32, `[G, I]` float64.
+    """Returns M and D of error feedback for `[G, I, I]` positive definite moments.
 
-    Moments that rounding keeps from being positive definite are damped until they are.
+    M is `[G, I, I]` float32 and strictly lower triangular, D is `[G, I]` float64. Moments that are not positive
+    definite because of rounding are damped until they are.
     """
     backwards = np.asarray(hessian, np.float64)[:, ::-1, ::-1]
     diagonal = np.einsum("gii->gi", backwards)
@@ -38,7 +40,7 @@ def feedback_matrix(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def descent_matrix(hessian: np.ndarray) -> np.ndarray:
-    """M of coordinate descent: `[G, I, I]` float32, zero on the diagonal."""
+    """Returns M of coordinate descent, `[G, I, I]` float32, zero on the diagonal."""
     diagonal = np.einsum("gii->gi", hessian)
     matrix = (hessian / diagonal[:, :, None]).astype(np.float32)
     np.einsum("gii->gi", matrix)[:] = 0
@@ -48,16 +50,16 @@ def descent_matrix(hessian: np.ndarray) -> np.ndarray:
 def sweep(
     weights: np.ndarray, matrix: np.ndarray | None, choose: Choice, errors: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses an index for each weight, one input after another, given the errors of the others at that time.
+    """Chooses an index for each weight, one input after another, given the current errors of the others.
 
     Args:
       weights: `[G, I, P]` float32.
-      matrix: M, `[G, I, I]` float32, strictly lower if no errors are given; None: errors do not matter.
-      choose: `choose(j, targets [G, P])` gives indices and values for input j.
-      errors: `[G, I, P]` w − ŵ before; None: there are none yet.
+      matrix: M, `[G, I, I]` float32, strictly lower triangular if no errors are given; None ignores errors.
+      choose: `choose(j, targets [G, P])` returns indices and values for input j.
+      errors: `[G, I, P]` w − ŵ before the sweep; None if there are no indices yet.
 
     Returns:
-      `[G, I, P]` uint8 indices, and the errors w − ŵ after.
+      `[G, I, P]` uint8 indices, and the errors w − ŵ after the sweep.
     """
     inputs = weights.shape[1]
     first = errors is None

@@ -1,9 +1,9 @@
-"""Where a function uses its parameters, and the moments of what each use multiplies.
+"""Finds where a function uses its parameters, and sums the moments of what each use multiplies.
 
-The function's jaxpr is re-run (`trace.interpret`) with its parameters lifted: each is followed through casts,
-transposes, reshapes, slices, calls and loops to the dots, convolutions and look-ups that it enters. There the sums of
-what meets it are taken, and the place after it where an offset could be corrected is noted. All else about a use is
-static: which entry of the leaf each entry of the operand is, is worked out afterwards, a leaf at a time.
+The function's jaxpr is re-run (`trace.interpret`) with its parameters lifted. Each is followed through casts,
+transposes, reshapes, slices, calls and loops to the dots, convolutions and look-ups that it enters. There the sums over
+the other operand are computed, and a following offset that could take a correction is recorded. Everything else about a
+use is static: which entry of the leaf each entry of the operand is, is computed afterwards, one leaf at a time.
 """
 
 import math
@@ -23,11 +23,11 @@ from nuqjax._src.trace.interpret import Interpreter, Rule, Site, bind, inline, s
 
 
 class Slice:
-    """Stands among moves for the slice that a step of a loop takes along the first axis."""
+    """A move: the slice along the first axis that a step of a loop takes."""
 
 
 class Part(NamedTuple):
-    """Stands among moves for one output of an equation that has several."""
+    """A move: one output, by number, of an equation with several outputs."""
 
     eqn: core.JaxprEqn
     number: int
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Parameter:
-    """A leaf of the parameters on its way: its array, and the moves that it has come through."""
+    """A leaf of the parameters at some point of the program: its array, its path, and the moves applied so far."""
 
     array: Any
     name: str
@@ -46,17 +46,17 @@ class Parameter:
 class Use:
     """A dot, a convolution or a look-up that a leaf enters.
 
-    Its operand, transposed by `order` and reshaped, is `[B, O, I]`: B parts that meet inputs of their own (groups of
-    a convolution, batch axes of a dot), O outputs made of I inputs each.
+    Its operand, transposed by `order` and reshaped, is `[B, O, I]`: B parts with separate inputs (groups of a
+    convolution, batch axes of a dot), and O outputs of I inputs each.
 
     Attributes:
       name: the leaf's path.
-      moves: from the leaf to the operand.
-      shape: of the operand.
-      order: the operand's axes.
+      moves: the moves from the leaf to the operand.
+      shape: the shape of the operand.
+      order: the order of the operand's axes.
       sizes: `(B, O, I)`.
-      site: where in the program.
-      stretches: second moments are known within each of so many stretches of the inputs; 0 for their diagonal alone.
+      site: the place in the program.
+      stretches: the number of stretches of inputs within which second moments are taken; 0 for the diagonal alone.
     """
 
     name: str
@@ -68,9 +68,9 @@ class Use:
     stretches: int
 
     def entries(self, leaf_shape: Sequence[int]) -> np.ndarray:
-        """`[N, B, O, I]` which entry of the leaf, counted row by row, each entry of the operand is.
+        """Returns the entry of the leaf, in row-major order, that each entry of the operand is, `[N, B, O, I]`.
 
-        N are the steps of the loops that slice the leaf.
+        N is the number of steps of the loops that slice the leaf.
         """
         found = _entries(leaf_shape, self.moves)
         found = np.broadcast_to(found, (len(found), *self.shape))
@@ -79,13 +79,13 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A leaf that is added to what uses give.
+    """An offset: a leaf that is added to the outputs of uses.
 
     Attributes:
-      uses: each with the number of its output (part · O + output) along the axes of the sum.
+      uses: each use with the numbers of its outputs (part · O + output) along the axes of the sum.
       name: the leaf's path.
-      moves: from the leaf to the sum.
-      negative: whether it is subtracted.
+      moves: the moves from the leaf to the sum.
+      negative: whether the leaf is subtracted.
     """
 
     uses: tuple[tuple[Use, np.ndarray], ...]
@@ -94,24 +94,24 @@ class Slot:
     negative: bool
 
     def entries(self, leaf_shape: Sequence[int]) -> np.ndarray:
-        """`[N, …]` which entry of the leaf is added where; of length 1 along axes that it is stretched over."""
+        """Returns which entry of the leaf is added where, `[N, …]`; axes along which it is broadcast have length 1."""
         return _entries(leaf_shape, self.moves)
 
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What uses give, before anything but offsets has been done with it."""
+    """The output of uses, before any operation other than moves and the addition of offsets."""
 
     array: Any
     made: tuple[tuple[Use, np.ndarray], ...]
 
 
 class Sums(NamedTuple):
-    """Of what a use multiplies, over its rows.
+    """Sums over the rows of what a use multiplies.
 
     Attributes:
-      first: `[*, B, I]`.
-      second: `[*, B, S, I/S, I/S]` with S stretches, `[*, B, I]` with none, or None.
+      first: `[*, B, I]` sums of x.
+      second: `[*, B, S, I/S, I/S]` sums of x xᵀ within S stretches; without stretches `[*, B, I]` sums of x²; or None.
     """
 
     first: Any
@@ -120,16 +120,17 @@ class Sums(NamedTuple):
 
 @dataclass(eq=False)
 class Recorder:
-    """What a run of the function has met.
+    """Records the uses and offsets that a run of the function finds.
 
     Attributes:
-      wanted: the leaves whose second moments are taken, too.
-      images: examples in the batch.
-      positions: how many places of an example are looked at, at most.
-      widest: inputs between which second moments are taken: of a use with more, within stretches of them.
-      records: use, rows, and sums.
-      slots: offsets.
-      others: by leaf, uses of which nothing is known.
+      wanted: tells by path for which leaves to take second moments, too.
+      images: the number of examples in the batch.
+      positions: the largest number of positions to take from an example.
+      widest: the largest number of inputs between which to take second moments; a use with more inputs has its moments
+        within stretches of them.
+      records: for each use, the use, its number of rows, and its sums.
+      slots: the offsets.
+      others: by path, the uses that are not understood.
     """
 
     wanted: Callable[[str], bool]
@@ -141,11 +142,11 @@ class Recorder:
     others: dict[str, list[str]] = field(default_factory=dict)
 
     def inside(self) -> "Recorder":
-        """An empty one for the body of a loop."""
+        """Returns an empty recorder with the same options, for the body of a loop."""
         return Recorder(self.wanted, self.images, self.positions, self.widest)
 
     def note(self, parameter: Any, why: str) -> None:
-        """Notes a use of which nothing is known."""
+        """Records a use of a parameter that is not understood, once for each reason."""
         if isinstance(parameter, Parameter):
             whys = self.others.setdefault(parameter.name, [])
             whys += [] if why in whys else [why]
@@ -169,13 +170,13 @@ def _split(eqn: core.JaxprEqn, array: np.ndarray) -> list[np.ndarray]:
 
 
 def run(jaxpr: core.ClosedJaxpr, arrays: Sequence[Any], names: Sequence[str | None], recorder: Recorder) -> list[Any]:
-    """The function's outputs; the recorder holds what was met.
+    """Runs the function and returns its outputs; fills the recorder with uses and offsets.
 
     Args:
       jaxpr: the function.
       arrays: its inputs.
-      names: of those that are parameters, their paths; None of others.
-      recorder: is filled.
+      names: for each input its path if it is a parameter, else None.
+      recorder: the recorder to fill.
     """
     lifted = [x if name is None else Parameter(x, name) for x, name in zip(arrays, names, strict=True)]
     interpreter = _Collector(_is_lifted, _lower, _RULES, _default, recorder)
@@ -197,7 +198,7 @@ def _lower(value: Any, others: Sequence[Any]) -> Any:
 
 
 def _default(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
-    """Of what happens to a parameter here nothing is known."""
+    """The rule for all other equations: records the use as not understood and binds the equation."""
     where = f" at {site.scope!r}" if site.scope else ""
     for x in operands:
         interpreter.recorder.note(x, f"{site.primitive}{where}")
@@ -205,7 +206,7 @@ def _default(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
 
 
 def _moved(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any, *rest):
-    """A change of place or dtype."""
+    """The rule for changes of place or dtype: a parameter or an output stays lifted."""
     [array] = bind(eqn, interpreter.lower_all((value, *rest)))
     if rest or not jnp.issubdtype(array.dtype, jnp.floating):
         return _default(interpreter, site, eqn, value, *rest)
@@ -216,7 +217,7 @@ def _moved(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any, *rest):
     return [Output(array, tuple((use, move(eqn, numbers)) for use, numbers in value.made))]
 
 
-_MOST_NUMBERS = 2**24  # values of an output whose channels are numbered one by one
+_MOST_NUMBERS = 2**24  # a larger output is not followed through moves that number its values one by one
 
 
 def _parted(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any):
@@ -230,7 +231,7 @@ def _parted(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any):
 
 
 def _add(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
-    """A parameter added to (or subtracted from) what uses gave can take their correction."""
+    """The rule for sums: a parameter added to (or subtracted from) an output of uses can take their correction."""
     outputs = [x for x in operands if isinstance(x, Output)]
     parameters = [x for x in operands if isinstance(x, Parameter)]
     subtracted = site.primitive == "sub"
@@ -254,7 +255,7 @@ def _wide(x: Any) -> Any:
 
 
 def _sums(x: Any, recorder: Recorder, use: Use) -> Sums:
-    """Of rows `[B, R, I]`."""
+    """Computes the sums over R of rows `[B, R, I]`."""
     x = _wide(x)
     first = x.sum(axis=1)
     if not recorder.wanted(use.name):
@@ -267,7 +268,7 @@ def _sums(x: Any, recorder: Recorder, use: Use) -> Sums:
 
 
 def _stretches(inputs: int, widest: int) -> int:
-    """The fewest equal stretches of no more than `widest` inputs; 0 where they would be less than half of that."""
+    """Returns the least number of equal stretches of at most `widest` inputs; 0 if they would be below half of it."""
     fewest = max(1, -(-inputs // widest))
     return next((n for n in range(fewest, 2 * fewest + 1) if inputs % n == 0), 0)
 
@@ -323,9 +324,10 @@ def _conv(interpreter: Any, site: Site, eqn: core.JaxprEqn, x: Any, kernel: Any)
 
 
 def _patch_sums(x, out_shape, params, recorder: Recorder, use: Use) -> tuple[int, Sums]:
-    """Rows, and the sums of the patches at some places of every example.
+    """Returns the number of rows, and the sums over the patches at some places of every example.
 
-    The places are a lattice of equal steps, half a step from the border, so that the border counts no more than it is.
+    The places form a lattice of equal steps that begins half a step from the border, so that patches at the border are
+    not overrepresented.
     """
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     spatial = len(out_shape) - 2
@@ -334,7 +336,7 @@ def _patch_sums(x, out_shape, params, recorder: Recorder, use: Use) -> tuple[int
     for a in range(spatial):
         length, taps = out_shape[numbers.out_spec[2 + a]], use.shape[numbers.rhs_spec[2 + a]]
         step, dilation = -(-length // per_axis), params["lhs_dilation"][a]
-        while math.gcd(step, dilation) > 1:  # every place between the dilated inputs gets its turn
+        while math.gcd(step, dilation) > 1:  # else some offsets between the dilated inputs would never be taken
             step += 1
         places = np.arange(min(step // 2, length - 1), length, step)
         index.append(places[:, None] * params["window_strides"][a] + np.arange(taps) * params["rhs_dilation"][a])
@@ -358,11 +360,11 @@ def _patch_sums(x, out_shape, params, recorder: Recorder, use: Use) -> tuple[int
     return places * x.shape[0], _in_blocks(sums_of, x, row)
 
 
-_BLOCK = 2**24  # values of patches at once
+_BLOCK = 2**24  # the most values of patches in memory at once
 
 
 def _in_blocks(sums_of: Callable[[Any], Sums], x: Any, row: int) -> Sums:
-    """The sums, of a few examples at a time where their patches are many."""
+    """Returns the sums over the examples of x, computed for a few examples at a time if the patches are large."""
     size = max(n for n in range(1, x.shape[0] + 1) if x.shape[0] % n == 0 and (n == 1 or n * row <= _BLOCK))
     if size == x.shape[0]:
         return sums_of(x)
@@ -376,7 +378,7 @@ def _in_blocks(sums_of: Callable[[Any], Sums], x: Any, row: int) -> Sums:
 
 
 def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index: Any):
-    """A look-up along one axis counts how often each of its entries is looked up."""
+    """The rule for look-ups along one axis: counts how often each entry is looked up."""
     recorder, numbers = interpreter.recorder, eqn.params["dimension_numbers"]
     [index] = interpreter.lower_all([index])
     sizes = eqn.params["slice_sizes"]
@@ -395,7 +397,7 @@ def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index:
 
 
 def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
-    """Sums of leaves that the loop slices are stacked, those of others added up."""
+    """The rule for loops: stacks the sums of leaves that the loop slices, and adds up those of other leaves."""
     recorder, body = interpreter.recorder, eqn.params["jaxpr"]
     first, second = scan_parts(eqn.params, len(operands))
     for x in operands[first:second]:

@@ -1,4 +1,4 @@
-"""Bits for each leaf: what a leaf costs at each width, measured one at a time, and the widths that a budget allows."""
+"""Bits for each leaf: measures the loss from each leaf at each width, and chooses widths within a budget."""
 
 import math
 import re
@@ -26,7 +26,7 @@ from nuqjax._src.report.render import add_row, render
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
-# The least mean squared errors of 2^bits levels for a normal distribution (Max, 1960): what a bit more or less brings.
+# The least mean squared errors of 2^bits levels for a normal distribution (Max, 1960): the effect of a bit on a loss.
 _NORMAL = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 6.442e-4, 7: 1.637e-4, 8: 4.13e-5}
 
 
@@ -41,27 +41,27 @@ def sensitivity(
     rules: Rule | Sequence[Rule] = (),
     **options: Any,
 ) -> dict[str, dict[int, float]]:
-    """What each leaf alone costs at each width: KL divergence of the outputs, nats, measured.
+    """Measures the KL divergence of the outputs, in nats, that compressing each leaf alone causes at each width.
 
     One leaf at a time is compressed (with feedback, one round of refit, corrected offsets), and `fn` runs. The
-    divergences of a whole tree's leaves add up to its own as long as that is below some 0.2 nats.
+    divergences of all leaves add up to that of the whole tree as long as the sum is below some 0.2 nats.
 
     Args:
       fn: `fn(params, *inputs)`.
       params: the dense tree.
       batches: inputs that are **not** those of the moments: on those, a leaf seems up to ten times as good as it is.
-      moments: of the leaves.
-      bits: widths that are measured; what others cost is inferred from the nearest of them.
+      moments: the moments of the leaves.
+      bits: the widths to measure; the divergences at other widths are inferred from the nearest of them.
       output: as in `nuqjax.compress`.
       rules: as in `nuqjax.compress`.
-      **options: as in `nuqjax.compress`: those of the layout.
+      **options: options of the layout, as in `nuqjax.compress`.
 
     Returns:
-      By the path of each leaf that is compressed, by width from 2 to 8 bits, the divergence (of outputs with a single
-      value along the last axis, the relative squared error).
+      For each compressed leaf, by path, the divergence at each width from 2 to 8 bits (for outputs with a single value
+      along the last axis, the relative squared error).
 
     Raises:
-      ValueError: a batch is one of those that the moments are of; there are none; `fn` fails.
+      ValueError: a batch was also used for the moments; there are no batches; `fn` fails.
     """
     programs = Programs(fn, params, "sensitivity", output)
     for number, batch in enumerate(checked_batches(batches, "sensitivity")):
@@ -82,14 +82,14 @@ def sensitivities(
     bits: Sequence[int],
     shown: Callable[..., Iterable[Any]] = lambda work, name, count: work,
 ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """`sensitivity` of leaves that are planned, and by path what a unit of a layer's error costs the outputs."""
+    """Returns the `sensitivity` of planned leaves, and by path the loss of the outputs per unit of a layer's error."""
     leaves, structure = jax.tree.flatten(programs.params, is_leaf=is_codebook_array)
     exact = [programs.outputs(programs.params, batch) for batch in batches]
     work = [n for n, plan in enumerate(plans) if plan.reason is None]
     known: dict[tuple[int, str], tuple[dict[int, float], float]] = {}
     table, prices = {}, {}
     for n in shown(work, "sensitivity", len(work)):
-        same = id(leaves[n]), repr(plans[n].options)  # a tied array counts once
+        same = id(leaves[n]), repr(plans[n].options)  # a tied array is measured once
         if same not in known:
             losses, price = {}, 0.0
             for width in sorted(bits):
@@ -107,12 +107,12 @@ def sensitivities(
 
 
 def replanned_to(plan: LeafPlan, bits: int) -> LeafPlan:
-    """The plan at another width; a rule or a budget has decided that it is compressed."""
+    """Returns the plan at another width, for a leaf that a rule or a budget has decided to compress."""
     return replanned(plan, replace(plan.options, bits=bits, skip=False))
 
 
 def _at_every_width(losses: Mapping[int, float]) -> dict[int, float]:
-    """What is measured, and the others by the nearest that is."""
+    """Returns the loss at every width: as measured, or inferred from the nearest measured width; it never rises."""
     table, least = {}, math.inf
     for width in WIDTHS:
         near = min(losses, key=lambda b: (abs(b - width), b))
@@ -122,14 +122,14 @@ def _at_every_width(losses: Mapping[int, float]) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits for each leaf: `str` prints the table.
+    """Bits for each leaf; `str` gives a table.
 
     Attributes:
       rules: for `nuqjax.compress(params, rules=allocation.rules, …)`: one for each leaf that is compressed or skipped.
-      bits: by path.
-      predicted: what the sensitivities add up to: the KL divergence to expect, nats.
-      nbytes: of the tree.
-      weights: values in the tree.
+      bits: the width of each compressed leaf, by path.
+      predicted: the sum of the sensitivities, which is the expected KL divergence in nats.
+      nbytes: bytes of the compressed tree.
+      weights: number of values in the tree.
     """
 
     rules: tuple[Rule, ...]
@@ -140,7 +140,7 @@ class Allocation:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of all that is counted."""
+        """Bits a weight of the whole tree, everything counted."""
         return 8 * self.nbytes / self.weights if self.weights else 0.0
 
     def __str__(self) -> str:
@@ -154,13 +154,13 @@ class Allocation:
 
 
 class Goal(NamedTuple):
-    """What decides the bits of the leaves.
+    """The budget or rate that decides the bits of the leaves.
 
     Attributes:
-      kind: "bytes", "bpw" (bits a weight of all that is counted), "kl" (nats of divergence), or "rate" (bits a weight
-        of the coded file).
-      amount: how much.
-      text: as the user said it.
+      kind: "bytes", "bpw" (bits a weight, everything counted), "kl" (nats of divergence), or "rate" (bits a weight of
+        the coded file).
+      amount: the amount in the unit of `kind`.
+      text: the user's argument, for messages.
     """
 
     kind: str
@@ -169,10 +169,10 @@ class Goal(NamedTuple):
 
 
 def goal_of(budget: Any, rate: Any) -> Goal | None:
-    """The goal that a budget or a rate is; None of neither.
+    """Returns the goal that a budget or a rate states; None if neither is given.
 
     Raises:
-      ValueError: both are given, or what is given is none.
+      ValueError: both are given, or the given one is not valid.
 
     >>> goal_of("3bpw", None)[:2], goal_of(2_000_000, None)[:2], goal_of("kl=0.05", None)[:2], goal_of(None, "2bpw")[:2]
     (('bpw', 3.0), ('bytes', 2000000.0), ('kl', 0.05), ('rate', 2.0))
@@ -195,7 +195,7 @@ def goal_of(budget: Any, rate: Any) -> Goal | None:
 
 
 def _amount(text: Any, pattern: str) -> float | None:
-    """The positive number in a text; None if there is none."""
+    """Returns the positive number in a text of this pattern; None if there is none."""
     match = re.fullmatch(pattern, text.replace(" ", "")) if isinstance(text, str) else None
     try:
         number = float(match[1]) if match else 0.0
@@ -213,13 +213,13 @@ def allocate(
     rules: Rule | Sequence[Rule] = (),
     **options: Any,
 ) -> Allocation:
-    """The widths with which a tree fits a budget at the least divergence, or is the smallest for one.
+    """Chooses widths of least divergence within a budget of bytes, or of least size within one of divergence.
 
     Args:
       params: the dense tree.
-      sensitivity: what each leaf costs at each width, as `sensitivity` gives it.
-      budget: `"3bpw"` (bits a weight of all that is counted), bytes, or `"kl=0.05"` (nats).
-      moments: tell the axes of the leaves, as the function uses them.
+      sensitivity: the divergence from each leaf at each width, as `sensitivity` returns it.
+      budget: `"3bpw"` (bits a weight, everything counted), bytes, or `"kl=0.05"` (nats).
+      moments: the moments of the leaves, whose uses give the axes; None takes the axes from the options.
       rules: as in `nuqjax.compress`.
       **options: as in `nuqjax.compress`.
 
@@ -227,7 +227,7 @@ def allocate(
       An `Allocation`, with the rules.
 
     Raises:
-      ValueError: the budget is none, or cannot be reached.
+      ValueError: the budget is not valid, or cannot be met.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
@@ -250,7 +250,7 @@ def allocated(
     goal: Goal,
     options: Options,
 ) -> Allocation:
-    """`allocate` for leaves that are planned: as the user's rules say, and with the axes that the function shows."""
+    """Allocates as `allocate` does, for leaves planned by the user's rules, and planned with the axes of their uses."""
     kind, amount = goal.kind, goal.amount
     chosen = {plan.path: plan for plan in used if plan.reason is None and plan.path in table}
     weights = sum(math.prod(plan.shape) for plan in used)
@@ -276,7 +276,7 @@ def allocated(
         return {p: min(WIDTHS, key=lambda b: (table[p][b] + price * sizes[p][b], b)) for p in chosen}
 
     fits = lambda bits: cost(bits)[0] <= limit if kind == "kl" else cost(bits)[1] <= limit  # noqa: E731
-    low, high = 1e-18, 1e6  # nats a byte, from many bits to few
+    low, high = 1e-18, 1e6  # prices in nats a byte: the lowest gives most bits, the highest fewest
     for _ in range(100):
         middle = math.sqrt(low * high)
         if fits(at(middle)) == (kind == "kl"):
@@ -285,14 +285,14 @@ def allocated(
             high = middle
     bits = at(low if kind == "kl" else high)
     bits = bits if fits(bits) else dict(most if kind == "kl" else least)
-    while better := _step(bits, table, sizes, fits, down=kind == "kl"):  # what is left of the budget
+    while better := _step(bits, table, sizes, fits, down=kind == "kl"):  # uses what is left of the budget
         bits = better
     predicted, size = cost(bits)
     return Allocation(tuple(_rules(planned, bits, options)), bits, predicted, size, weights)
 
 
 def _step(bits, table, sizes, fits, down: bool) -> dict[str, int] | None:
-    """One leaf at its next width, the one of most use for its bytes that still fits; None if none does."""
+    """Moves one leaf to its next width: the best trade of nats for bytes that still fits; None if none fits."""
     best, result = 0.0, None
     for path, b in bits.items():
         others = [w for w in WIDTHS if (w < b if down else w > b)]
@@ -308,7 +308,7 @@ def _step(bits, table, sizes, fits, down: bool) -> dict[str, int] | None:
 
 
 def nbytes(plan: LeafPlan) -> int:
-    """Bytes of a leaf with levels, indices and scales as calibration stores them: scales in 16 bits if levels are."""
+    """Returns the bytes of a leaf as calibration stores it: like any other, but scales have 16 bits if levels do."""
     options, dtype = plan.options, jnp.dtype(plan.dtype)
     if options.scale is None:
         return plan.nbytes_after
@@ -318,7 +318,7 @@ def nbytes(plan: LeafPlan) -> int:
 
 
 def _rules(planned: Sequence[LeafPlan], bits: Mapping[str, int], options: Options) -> Iterable[Rule]:
-    """For every leaf that is compressed, or that a rule leaves alone, a rule of its own."""
+    """Yields a rule for every leaf that is compressed or that a rule skips."""
     names = [f.name for f in fields(Rule) if f.name not in ("pattern", "bits", "skip")]
     options = with_scales(options)
     for plan in planned:

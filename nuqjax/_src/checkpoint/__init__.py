@@ -1,1 +1,1 @@
-"""Other files in and out, streamed and resumed."""
+"""Reads and writes checkpoints of other formats, and compresses them leaf by leaf, with resuming."""

@@ -1,7 +1,7 @@
-"""Checkpoints, tensor by tensor: safetensors (also sharded), npz, npy, Flax msgpack, orbax, HDF5, and files of `save`.
+"""Checkpoints by tensor: safetensors (sharded too), npz, npy, Flax msgpack, orbax, HDF5, and files written by `save`.
 
-A checkpoint is opened without being read: its leaves have paths, shapes and dtypes, and each is read when it is asked
-for. (A msgpack file can be read only whole.)
+Opening a checkpoint reads no values: its leaves have paths, shapes and dtypes, and each leaf is read on request. (A
+msgpack file can only be read as a whole.)
 """
 
 import os
@@ -20,15 +20,15 @@ from nuqjax._src.store.file import Stored
 from nuqjax._src.store.store import shard_size
 from nuqjax._src.store.write import replacing, to_json, write
 
-FORMATS = ("safetensors", "npz", "msgpack", "orbax")  # that are written; `READABLE` has those that are read
+FORMATS = ("safetensors", "npz", "msgpack", "orbax")  # formats that can be written; `READABLE` lists those to read
 
 
 def detect_format(path: str | os.PathLike[str]) -> str:
-    """The format of a checkpoint, by what is there.
+    """Returns the format of the checkpoint at a path, found from its contents and name.
 
     Raises:
-      OSError: nothing is there.
-      ValueError: it is none of the known formats.
+      OSError: nothing is at the path.
+      ValueError: the format is not a known one.
     """
     return locate(path)[1]
 
@@ -36,22 +36,22 @@ def detect_format(path: str | os.PathLike[str]) -> str:
 def open_checkpoint(
     path: str | os.PathLike[str], format: str | None = None, separator: str | None = None, skip: str | None = None
 ) -> Checkpoint:
-    """Opens a checkpoint.
+    """Opens a checkpoint without reading its values.
 
     Args:
-      path: a safetensors file, its index or the name its shards share; an npz, npy, msgpack or HDF5 file; an orbax
-        directory; or a folder: a Hugging Face model, or a `CheckpointManager`'s, of whose steps the newest is opened.
-      format: one of `READABLE`; None to see by what is there.
-      separator: what parts the keys in a tensor's name (safetensors, npz): None for what the file remembers, or else
-        "/" where names have it and "." where not; "" for none, so that names are keys as they are.
-      skip: a regular expression: the leaves that it is found in are left out.
+      path: a safetensors file, its index or the common name of its shards; an npz, npy, msgpack or HDF5 file; an orbax
+        directory; or a folder: a Hugging Face model, or a `CheckpointManager`'s folder, whose newest step is opened.
+      format: one of `READABLE`; None to detect it.
+      separator: the text between the keys in a tensor's name (safetensors, npz). None takes the separator stored in the
+        file, or else "/" if any name contains it, or else ".". "" does not split: each name is one key.
+      skip: a regular expression; leaves with a match anywhere in their path are left out.
 
     Returns:
-      The `Checkpoint`. A leaf of a dtype that is not read does not keep the others from being read: its `problem` says
+      The `Checkpoint`. A leaf with a dtype that cannot be read does not prevent reading the others: its `problem` says
       what it holds, and its `read` raises.
 
     Raises:
-      ValueError: the file is damaged or of another kind, or a name is the beginning of another.
+      ValueError: the file is damaged or of another kind, or a name is a prefix of another.
       OSError: there is no such file.
       ImportError: the library of the format is not installed.
 
@@ -79,23 +79,24 @@ def write_checkpoint(
     separator: str | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Writes the leaves of a checkpoint, decoded, as a dense checkpoint of another format.
+    """Decodes the leaves of a checkpoint and writes them as a dense checkpoint, in the same or another format.
 
-    safetensors and npz are written leaf by leaf; msgpack and orbax need the tree in memory.
+    safetensors and npz are written leaf by leaf; msgpack and orbax need the whole tree in memory.
 
     Args:
-      path: what to write; a file that is there is replaced, with its permissions kept. A directory is not, nor what is
-        no file, nor a file that the checkpoint is read from.
-      checkpoint: where the leaves come from.
+      path: the file to write. An existing file is replaced and its permissions are kept, unless the checkpoint is read
+        from it. A directory or a special file is never replaced.
+      checkpoint: the source of the leaves.
       format: one of `FORMATS`.
-      separator: what joins keys to a tensor's name (safetensors, npz); None for what parted them in the checkpoint's
-        source, "." where nothing did. Where names alone do not give the keys back, the file has notes that do.
-      max_shard_size: of a safetensors file, as in `save`.
+      separator: the text that joins keys to a tensor's name (safetensors, npz); None for that of the checkpoint, or "."
+        if it has none. Where the names alone do not determine the keys, the file stores notes that do.
+      max_shard_size: for a safetensors file, as in `save`.
 
     Raises:
-      ValueError: a leaf or a key is of a kind that the format does not hold, two leaves would have one name, or a file
-        would be replaced that is read.
-      OSError: the file cannot be written, what is there is no file or not this library's, or another process writes it.
+      ValueError: the format does not hold a leaf or a key, two leaves would have the same name, or the checkpoint is
+        read from a file that would be replaced.
+      OSError: the file cannot be written, the path is not a regular file, files that this library did not write would
+        be replaced, or another process is writing the file.
 
     >>> import jax.numpy as jnp, numpy, nuqjax, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +123,7 @@ def write_checkpoint(
     elif format == "orbax":
         ocp = orbax()
         _check_keys(checkpoint, format)
-        names_of(checkpoint, ".")  # orbax has them so, and merges what is named alike
+        names_of(checkpoint, ".")  # raises on equal names: orbax joins keys by ".", and merges leaves of the same name
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(os.path.abspath(path), checkpoint.read())
     else:
@@ -130,7 +131,7 @@ def write_checkpoint(
 
 
 def _check_keys(checkpoint: Checkpoint, format: str) -> None:
-    """Raises ValueError for what msgpack and orbax would change without a word."""
+    """Raises ValueError for keys and values that msgpack or orbax would change silently or cannot hold."""
     kinds = {"msgpack": (bool, int, float, complex, str), "orbax": (bool, int, float, str)}[format]
     most = {"msgpack": 2**64, "orbax": 2**63}[format]
     flat, _ = jax.tree_util.tree_flatten_with_path(checkpoint.tree(range(len(checkpoint.leaves))))
@@ -147,7 +148,7 @@ def _check_keys(checkpoint: Checkpoint, format: str) -> None:
             if format == "orbax" and 0 in leaf.shape:
                 raise ValueError(f"{where} has no values, and orbax holds no such arrays")
             if leaf.dtype is None:
-                leaf.read()  # raises what is wrong with it
+                leaf.read()  # raises the leaf's problem
             elif format == "orbax" and leaf.dtype.name in _NOT_ORBAX:
                 raise ValueError(f"{where} has dtype {leaf.dtype}, which orbax lacks")
             continue
@@ -165,7 +166,7 @@ def _what(value: Any) -> str:
 def _named_arrays(
     checkpoint: Checkpoint, separator: str, format: str
 ) -> tuple[Sequence[tuple[str, Leaf]], Mapping[str, Any]]:
-    """Leaves by name, Python's numbers as arrays without axes, and the notes that tell them and the keys."""
+    """Returns leaves by name, with Python numbers as arrays without axes, and notes that restore numbers and keys."""
     names, types, named = names_of(checkpoint, separator), {}, []
     for number, (name, leaf) in enumerate(zip(names, checkpoint.leaves, strict=True)):
         if leaf.shape is None:
@@ -178,7 +179,7 @@ def _named_arrays(
             types[str(number)] = type(value).__name__
             leaf = Leaf(leaf.path, (), array.dtype, lambda array=array: array)
         elif leaf.dtype is None:
-            leaf.read()  # raises what is wrong with it
+            leaf.read()  # raises the leaf's problem
         named.append((name, leaf))
     return named, notes_for(checkpoint, names, separator, types)
 
@@ -218,11 +219,11 @@ def _write_npz(path: Any, checkpoint: Checkpoint, separator: str) -> None:
             if leaf.dtype is None or not (leaf.dtype.type.__module__ == "numpy" or leaf.dtype == jnp.bfloat16):
                 raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which npz lacks")
             array = np.asarray(leaf.read())
-            info = zipfile.ZipInfo(f"{name}.npy")  # without the time of day: the same leaves give the same bytes
+            info = zipfile.ZipInfo(f"{name}.npy")  # no time of writing: the same leaves give the same bytes
             info.comment = part
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 _NOT_ORBAX = {"float8_e4m3", "float6_e2m3fn", "float6_e3m2fn", "uint4", "uint2"}
-_COMMENT = 65_535  # bytes of a zip archive's comment, of each of its members', and of a name
+_COMMENT = 65_535  # most bytes in the comment of a zip archive, in that of a member, and in a member's name

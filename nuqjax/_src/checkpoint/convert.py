@@ -1,4 +1,4 @@
-"""A checkpoint on disk to a compressed file, leaf by leaf: memory for the largest leaf, and it can be resumed."""
+"""Compresses a checkpoint on disk leaf by leaf: memory holds one leaf at a time, and a stopped run can be resumed."""
 
 import hashlib
 import os
@@ -47,17 +47,18 @@ def compress_checkpoint(
     resume: bool = False,
     progress: Callable[[LeafPlan, int], None] | None = None,
 ) -> Report:
-    """Compresses a checkpoint into a file that `load` reads, one leaf in memory at a time.
+    """Compresses a checkpoint into a file that `load` reads, with one leaf in memory at a time.
 
-    What headers tell is checked before any work. What is done is kept in the folder `TARGET.partial` until all is: a
-    run that is interrupted, killed or fails leaves that, and what was at the target. With `resume` the next one goes on
-    from there, to the same file byte for byte; a leaf is done again only where its own options have changed.
+    Everything that headers show is checked before any work. The folder `TARGET.partial` holds the finished leaves until
+    all are done. A run that is interrupted, is killed or fails leaves this folder, and the old file at the target. With
+    `resume` the next run continues from it and writes the same file, byte for byte; it repeats a finished leaf only if
+    the options of that leaf have changed.
 
     Args:
-      source: what `open_checkpoint` opens; its tensors' names, parted at `separator`, are the keys of nested dicts. A
-        msgpack file is read whole.
+      source: anything that `open_checkpoint` opens. The tensors' names, split at `separator`, are the keys of nested
+        dicts. A msgpack file is read as a whole.
       target: the file to write, as in `save`.
-      bits: as in `compress`, like all that follow to `min_size`.
+      bits: as in `compress`, like all arguments up to `min_size`.
       method: how levels are fitted.
       granularity: which values share a codebook.
       axis: the output axis or axes: −1 for Flax kernels, 0 for PyTorch's `[out, in]` and OIHW. It is never guessed.
@@ -69,20 +70,21 @@ def compress_checkpoint(
       min_size: leaves with fewer values stay dense.
       entropy_coding: as in `save`.
       max_shard_size: as in `save`.
-      format: of the source, as in `open_checkpoint`; None to see by what is there.
-      separator: what parts the keys in a tensor's name, as in `open_checkpoint`. The file remembers it.
-      skip: a regular expression: leaves that it is found in are left out, such as those of a dtype that is not read.
-      resume: go on from `TARGET.partial`.
-      progress: called with the plan of each leaf that is done, and the bytes that it had before.
+      format: the format of the source, as in `open_checkpoint`; None to detect it.
+      separator: the text between the keys in a tensor's name, as in `open_checkpoint`. The file stores it.
+      skip: a regular expression; leaves with a match anywhere in their path are left out, such as leaves of a dtype
+        that cannot be read.
+      resume: continue from `TARGET.partial`.
+      progress: called after each leaf with its plan and its size in bytes before compression.
 
     Returns:
-      The `Report`, which is kept in the file too. A warning says so where the file is larger than the source.
+      The `Report`, which the file also holds. A warning is given if the file is larger than the source.
 
     Raises:
-      ValueError: as in `compress`; the source is damaged, changes meanwhile, or would be replaced; what is to be
-        resumed is of another source. A note of the error says where finished leaves are.
-      OSError: a file cannot be read or written; another process writes the target; what is there is not this
-        library's.
+      ValueError: as in `compress`; the source is damaged, changes during the run, or would be replaced; the run to
+        resume is of another source. A note on the error says where the finished leaves are.
+      OSError: a file cannot be read or written; another process is writing the target; a file at the target was not
+        written by this library.
 
     >>> import jax.numpy as jnp, nuqjax, numpy, pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as name:
@@ -102,7 +104,7 @@ def compress_checkpoint(
         raise ValueError(f"{checkpoint.path} is compressed already")
     for leaf in checkpoint.leaves:
         if leaf.problem is not None:
-            leaf.read()  # raises it, before any work
+            leaf.read()  # raises the problem before any work
     specs = checkpoint.tree(leaf.spec for leaf in checkpoint.leaves)
     plans = plan_leaves(specs, options, rules)
     nodes, _ = tree_to_nodes(specs)
@@ -120,7 +122,7 @@ def compress_checkpoint(
             for leaf, plan, key in zip(checkpoint.leaves, plans, keys, strict=True):
                 if key not in journal:
                     kept, leaf_report = _compressed(leaf, plan)
-                    _check_source(checkpoint, source_is)  # before the leaf counts as one of it
+                    _check_source(checkpoint, source_is)  # before the leaf is recorded as one of this source
                     journal.add(key, *described(plan.path, kept, entropy_coding), leaf_report)
                 if progress is not None:
                     progress(plan, plan.nbytes_before)
@@ -148,7 +150,7 @@ def compress_checkpoint(
 
 
 def _compressed(leaf: Leaf, plan: LeafPlan) -> tuple[Any, LeafReport]:
-    """A leaf as it is kept, and its report."""
+    """Returns a leaf as the file stores it, compressed or dense, and its report."""
     dense = leaf.read()
     if plan.reason is not None:
         return dense, report_leaf(plan.path, dense, dense, plan.reason)
@@ -158,13 +160,13 @@ def _compressed(leaf: Leaf, plan: LeafPlan) -> tuple[Any, LeafReport]:
 
 
 def _of_source(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the file keeps of its source: its metadata, and what parted the names of its tensors."""
+    """Returns the metadata that the file takes from its source, including the separator of its names."""
     separator = {} if checkpoint.separator is None else {"nuqjax.separator": checkpoint.separator}
     return dict(checkpoint.metadata) | separator
 
 
 def _check_headers(plans: Sequence[LeafPlan], leaves: Sequence[Leaf], entropy_coding: bool) -> None:
-    """Raises for what would go wrong behind hours of work and is known before: dtypes, and what is not installed."""
+    """Raises before the work for errors that would come after hours of it: unknown dtypes, a missing library."""
     for leaf, plan in zip(leaves, plans, strict=True):
         if leaf.dtype is not None:
             to_part(np.empty(0, leaf.dtype), plan.path)
@@ -173,7 +175,7 @@ def _check_headers(plans: Sequence[LeafPlan], leaves: Sequence[Leaf], entropy_co
 
 
 def _identity(checkpoint: Checkpoint) -> list[Any]:
-    """What tells the source's files from any that take their place."""
+    """Returns path, size, modification time and inode of each source file, to detect a changed or replaced one."""
     found = []
     for path in checkpoint.files:
         status = os.stat(path)

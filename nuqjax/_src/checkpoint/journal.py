@@ -1,4 +1,4 @@
-"""What a conversion has done, so that the next goes on from there: tensors in one file, lines of JSON in another."""
+"""Records the finished leaves of a conversion for resuming: tensors in one file, a line of JSON for each in another."""
 
 import os
 import zlib
@@ -20,17 +20,17 @@ _FIELDS = {"key", "entry", "tensors", "report"}
 
 
 class Journal:
-    """Finished leaves by a key that says all that they depend on but the source, which `mark` stands for.
+    """The finished leaves, each by a key that covers all it depends on except the source, which `mark` identifies.
 
-    A line is the CRC-32 of its JSON and the JSON: what a kill or a disk left of it half is told from what is whole, and
-    so are a leaf's tensors by their own checksums. What is not whole is done again.
+    A line holds JSON and its CRC-32, so that a line cut off by a kill or a full disk is detected. A leaf's tensors have
+    checksums of their own for the same purpose. A leaf that is not complete is compressed again.
     """
 
     def __init__(self, folder: str, mark: str, resume: bool):
-        """Opens the journal in a folder; without `resume`, one that is there is removed.
+        """Opens the journal in a folder; without `resume`, an existing one is removed first.
 
         Raises:
-          ValueError: what is to be resumed is of another source, or of another version of the library.
+          ValueError: the existing journal is of another source, or of another version of the library.
         """
         self._folder, self._data = folder, os.path.join(folder, _TENSORS)
         self._records: dict[str, dict[str, Any]] = {}
@@ -58,7 +58,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # what could not be written is of no leaf that is done
+        with suppress(OSError):  # bytes that cannot be flushed here belong to no finished leaf
             self._files.close()
         if not self._records:
             self.remove()
@@ -70,14 +70,14 @@ class Journal:
         return len(self._records)
 
     def remove(self) -> None:
-        """Forgets all."""
+        """Removes all records and the files that hold them."""
         self._records = {}
         for name in (_TENSORS, _LINES):
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._folder, name))
 
     def _take_over(self, lines: BinaryIO, head: str) -> int:
-        """Takes over what is whole; the length of the journal up to its last line that is not cut."""
+        """Reads the complete records; returns the length of the journal up to its last complete line."""
         length = 0
         for number, line in enumerate(lines):
             if not line.endswith(b"\n"):
@@ -93,7 +93,7 @@ class Journal:
         return length
 
     def _is_whole(self, record: Mapping[str, Any]) -> bool:
-        """Whether the tensors of a line are on disk as they were written."""
+        """Returns whether the tensors of a record are on disk with the right checksums."""
         for tensor in record["tensors"].values():
             if checksum(self._chunks(tensor["begin"], tensor["nbytes"])) != tensor["reference"]["crc32"]:
                 return False
@@ -114,7 +114,7 @@ class Journal:
         stored: Mapping[str, Stored],
         report: LeafReport,
     ) -> None:
-        """A leaf that is done, as `described` gives it: its tensors first, then the line that says they are there."""
+        """Records a finished leaf, as `described` returns it: writes its tensors first, then its line."""
         with naming(self._folder):
             self._add(key, entry, references, stored, report)
 
@@ -136,7 +136,7 @@ class Journal:
         self._records[key] = parse_json(text, self._folder)
 
     def leaf(self, key: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored], LeafReport]:
-        """A leaf that is done: its entry, references and tensors, which are read when they are written, and report."""
+        """Returns a finished leaf: entry, references, tensors (read only when they are written out) and report."""
         record = self._records[key]
         stored = {}
         for role, tensor in record["tensors"].items():

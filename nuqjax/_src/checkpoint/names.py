@@ -1,9 +1,9 @@
-"""Keys to tensors' names and back, so that nothing merges and nothing is renamed.
+"""Converts keys to names of tensors and back, so that no leaves merge and no keys change.
 
-Where names alone do not give the keys back (numbers, keys that have the separator in them, Python's numbers among the
-leaves), safetensors and npz files of this library have notes that do: JSON of `separator` and, if need be, of the
-tree's nodes as `store.tree` has them, the tensors' `names` in the tree's order, and `types` of those that stand for
-numbers of Python.
+Sometimes names alone do not determine the keys: keys are integers or contain the separator, or leaves are Python
+numbers. Then the safetensors and npz files of this library hold notes that do. The notes are JSON of `separator` and,
+if needed, of the tree's `nodes` (as in `store.tree`), of the tensors' `names` in the tree's order, and of the `types`
+of tensors that represent Python numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _TYPES = {"bool": bool, "int": int, "float": float, "complex": complex}
 
 @dataclass(frozen=True)
 class Notes:
-    """What a file says of its names; `nodes` is None where they give the keys when parted at `separator`."""
+    """A file's notes on its names; `nodes` is None if splitting the names at `separator` gives the keys."""
 
     separator: str
     nodes: list[Any] | None = None
@@ -33,10 +33,10 @@ class Notes:
 
 
 def remembered(metadata: Mapping[str, Any], where: str) -> Notes | None:
-    """The notes in a file's metadata, if it has some.
+    """Returns the notes in a file's metadata, or None if it has none.
 
     Raises:
-      ValueError: they are not what `notes_for` makes.
+      ValueError: they do not have the form that `notes_for` makes.
     """
     text = metadata.get(NOTES)
     if text is None:
@@ -58,16 +58,16 @@ def remembered(metadata: Mapping[str, Any], where: str) -> Notes | None:
 def named_tree(
     where: str, named: Mapping[str, Leaf], separator: str | None, notes: Notes | None
 ) -> tuple[Any, str | None]:
-    """Leaves by name as a tree, and the separator that parted the names.
+    """Returns leaves by name as a tree, and the separator at which the names were split.
 
     Args:
       where: the file, for messages.
-      named: the leaves.
-      separator: as asked; None for that of the notes, or else by what the names have.
-      notes: of the file, where it has some and none was asked.
+      named: the leaves by name.
+      separator: the requested separator; None for that of the notes, or else a guess from the names.
+      notes: the file's notes; None if it has none, or if a separator was requested.
 
     Raises:
-      ValueError: a name is the beginning of another; notes are of other names.
+      ValueError: a name is a prefix of another, or the notes are of other names.
     """
     if notes is None or notes.nodes is None:
         parted = notes.separator if notes else guessed_separator(named) if separator is None else separator
@@ -85,7 +85,7 @@ def named_tree(
 
 
 def _typed(where: str, leaf: Leaf, kind: str | None) -> Leaf:
-    """The leaf, or the number of Python that it stands for."""
+    """Returns the leaf, or a leaf that reads the Python number it represents if the notes give a `kind`."""
     if kind is None:
         return leaf
     wanted = np.asarray(_TYPES[kind]()).dtype
@@ -95,10 +95,10 @@ def _typed(where: str, leaf: Leaf, kind: str | None) -> Leaf:
 
 
 def names_of(checkpoint: Checkpoint, separator: str) -> list[str]:
-    """The name of each leaf: its keys, joined.
+    """Returns the name of each leaf: its keys, joined by the separator.
 
     Raises:
-      ValueError: two leaves would have the same.
+      ValueError: two leaves would have the same name.
     """
     seen: dict[str, str] = {}
     names = []
@@ -115,13 +115,13 @@ def names_of(checkpoint: Checkpoint, separator: str) -> list[str]:
 
 
 def notes_for(checkpoint: Checkpoint, names: Sequence[str], separator: str, types: Mapping[str, str]) -> dict[str, Any]:
-    """What a file must say of these names so that they are read as the keys that they are of; empty where nothing.
+    """Returns the notes that a file needs so that its names are read back as the same keys; empty if none are needed.
 
     Args:
-      checkpoint: whose keys.
-      names: what its leaves are called.
-      separator: that joined them.
-      types: by number of the leaf, which type of Python's numbers it is of.
+      checkpoint: the checkpoint with the keys.
+      names: the names of its leaves.
+      separator: the separator that joined the keys.
+      types: the type of Python number that a leaf is, by the leaf's number.
     """
     numbers = list(range(len(names)))
     wanted = tree_to_nodes(checkpoint.tree(numbers))

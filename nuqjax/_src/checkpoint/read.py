@@ -1,4 +1,4 @@
-"""Readers of checkpoints: each gives a `Checkpoint`, and a ValueError that begins with the file's name for all else."""
+"""Readers of checkpoints: each returns a `Checkpoint`, or raises a ValueError that begins with the file's name."""
 
 import math
 import os
@@ -26,19 +26,19 @@ READABLE = ("safetensors", "npz", "npy", "msgpack", "orbax", "h5")
 CODES = NUMPY_DTYPES | {
     "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
 }  # fmt: skip
-_DEFLATED, _ZSTD = 1032, 1 << 15  # bytes that a byte of zlib's stands for, at most, and one of Zstandard's
+_DEFLATED, _ZSTD = 1032, 1 << 15  # the most bytes that one byte of zlib, and of Zstandard, can expand to
 
 
 def locate(path: str | os.PathLike[str], format: str | None = None) -> tuple[str, str]:
-    """Where a checkpoint is and of which format: in a folder, the one that is meant.
+    """Returns the path and the format of a checkpoint; for a folder, those of the checkpoint in it.
 
     Args:
-      path: a file, or a folder: an orbax checkpoint, a step or all steps of a `CheckpointManager`, or a model's.
-      format: what it is said to be; None to see by what is there.
+      path: a file, or a folder: an orbax checkpoint, one step or all steps of a `CheckpointManager`, or a model.
+      format: the format that the caller states; None to detect it.
 
     Raises:
-      OSError: nothing is there, or no regular file.
-      ValueError: it is none of the known formats, or which of a folder's files is meant is not clear.
+      OSError: nothing is at the path, or it is not a regular file.
+      ValueError: the format is not a known one, or a folder has several candidates.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -65,7 +65,7 @@ def locate(path: str | os.PathLike[str], format: str | None = None) -> tuple[str
 
 
 def _seen(path: str, start: bytes) -> str | None:
-    """The format of a file, by its beginning or its name."""
+    """Returns the format of a file by its first bytes or its name; None if neither tells."""
     for sign, format in ((b"PK\x03\x04", "npz"), (b"PK\x05\x06", "npz"), (b"\x93NUMPY", "npy"), (b"\x89HDF\r\n", "h5")):
         if start.startswith(sign):
             return format
@@ -75,7 +75,7 @@ def _seen(path: str, start: bytes) -> str | None:
 
 
 def _is_msgpack(start: bytes) -> bool:
-    """Whether this begins a map, or an array that stands alone."""
+    """Returns whether msgpack data begin with a map, an array or an extension (a single array of Flax's)."""
     return bool(start) and (start[0] >> 4 in (8, 9) or start[0] in (0xC7, 0xC8, 0xC9, 0xDC, 0xDD, 0xDE, 0xDF))
 
 
@@ -130,7 +130,7 @@ def _is_step(path: str) -> bool:
 
 
 def open_safetensors(path: str, separator: str | None, skip: str | None) -> Checkpoint:
-    """A safetensors file, shards with an index, or a file of `save`."""
+    """Opens a safetensors file, shards with an index, or a file written by `save`."""
     bundle = open_bundle(path)
     nbytes = sum(file.start for file in {file.name: file for file in bundle.files.values()}.values())
     if "nuqjax" in bundle.metadata:
@@ -150,19 +150,19 @@ def open_safetensors(path: str, separator: str | None, skip: str | None) -> Chec
 
 
 def _of_bundle(bundle: Bundle) -> list[str]:
-    """The files that a bundle is of: its index, where it has one, and its shards."""
+    """Returns the files of a bundle: its single file, or its index and its shards."""
     return sorted({bundle.name, *(file.name for file in bundle.files.values())})
 
 
 def _own(metadata: dict[str, Any]) -> dict[str, str]:
-    """What a file says of itself, without what this library says."""
+    """Returns the metadata of a file without those of this library."""
     return {
         key: value for key, value in metadata.items() if isinstance(value, str) and key.partition(".")[0] != "nuqjax"
     }
 
 
 def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    """Reads a tensor into memory of its own: what is mapped would count as the process's for as long as it is open."""
+    """Returns a function that reads a tensor into new memory: mapped pages would count as memory of the process."""
 
     def read() -> np.ndarray:
         raw = np.fromfile(name, np.uint8, entry.end - entry.begin, offset=start + entry.begin)
@@ -174,7 +174,7 @@ def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable
 
 
 def _open_saved(path: str, bundle: Bundle, nbytes: int, skip: str | None) -> Checkpoint:
-    """A file of `save`: its compressed leaves decode when they are read."""
+    """Opens a file written by `save`; its compressed leaves are decoded when they are read."""
     structure, entries, _ = read_layout(bundle, verify=True)
     leaves = []
     for entry in entries:
@@ -200,7 +200,7 @@ def _open_saved(path: str, bundle: Bundle, nbytes: int, skip: str | None) -> Che
 
 
 def open_npz(path: str, separator: str | None, skip: str | None) -> Checkpoint:
-    """An npz file: its members' headers are read."""
+    """Opens an npz file; only the headers of its members are read."""
     named: dict[str, Leaf] = {}
     size = os.path.getsize(path)
     with reading(path, "a damaged npz file"), zipfile.ZipFile(path) as archive:
@@ -222,7 +222,7 @@ def open_npz(path: str, separator: str | None, skip: str | None) -> Checkpoint:
 
 
 def _comments(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """What this library noted in the comments of a zip archive."""
+    """Returns the notes of this library that are stored in the comments of a zip archive."""
     text = b"".join([archive.comment, *(info.comment for info in archive.infolist())])
     return {"nuqjax.notes": text.removeprefix(b"nuqjax ").decode()} if text.startswith(b"nuqjax ") else {}
 
@@ -236,7 +236,7 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
     if info.file_size > (1 if info.compress_type == zipfile.ZIP_STORED else _DEFLATED) * (info.compress_size + 1):
         raise ValueError(f"{where} says that it expands to {info.file_size} bytes, more than it can")
 
-    def read() -> np.ndarray:  # by the member's place: a ZipFile would read the names of all members each time
+    def read() -> np.ndarray:  # seeks to the member: opening a ZipFile reads the names of all members each time
         with open(path, "rb") as file:
             file.seek(info.header_offset)
             lengths = struct.unpack("<26x2H", file.read(30))
@@ -249,7 +249,7 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
 
 
 def _npy_leaf(path: str, name: str, file: Any, size: int, read: Callable[[], Any]) -> Leaf:
-    """A leaf by the header of an npy file of `size` bytes."""
+    """Returns a leaf from the header of an npy file of `size` bytes."""
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
@@ -260,7 +260,7 @@ def _npy_leaf(path: str, name: str, file: Any, size: int, read: Callable[[], Any
         return unreadable(path, name, f"values whose dtype NumPy does not know ({error})"[:200])
     where = f"{path}: {name[:200]!r}"
     count = check_shape(list(shape), where)
-    if dtype == np.dtype("V2"):  # how NumPy writes bfloat16
+    if dtype == np.dtype("V2"):  # NumPy writes bfloat16 like this
         dtype = np.dtype(jnp.bfloat16)
     if not dtype.hasobject and file.tell() + count * dtype.itemsize != size:
         raise ValueError(f"{where} is not as long as its shape {shape} says")
@@ -273,7 +273,7 @@ def _npy_array(file: Any) -> np.ndarray:
 
 
 def open_npy(path: str, skip: str | None) -> Checkpoint:
-    """An npy file: one array, without a name."""
+    """Opens an npy file: one array without a name."""
 
     def read() -> np.ndarray:
         with open(path, "rb") as file:
@@ -289,7 +289,7 @@ def open_npy(path: str, skip: str | None) -> Checkpoint:
 
 
 def open_msgpack(path: str, skip: str | None) -> Checkpoint:
-    """A msgpack file as Flax writes it, read whole."""
+    """Reads a whole msgpack file as Flax writes it."""
     try:
         import msgpack
     except ImportError as error:
@@ -299,14 +299,14 @@ def open_msgpack(path: str, skip: str | None) -> Checkpoint:
         if code == 2:  # a complex number
             real, imaginary = msgpack.unpackb(data)
             return complex(real, imaginary)
-        if code in (1, 3):  # an array, or a scalar of NumPy's
+        if code in (1, 3):  # an array, or a NumPy scalar
             shape, name, raw = msgpack.unpackb(data, raw=True)
             return _array_of_bytes(path, shape, name.decode(), raw)
         return unreadable(path, "", f"an extension of msgpack, {code}")
 
     def from_pairs(pairs: list[tuple[Any, Any]]) -> Any:
         for key, _ in pairs:
-            if not isinstance(key, str | int):  # of 64 bits: few of them have equal hashes
+            if not isinstance(key, str | int):  # msgpack integers have 64 bits: few of them have equal hashes
                 raise ValueError(f"{path}: a map with a key that is {type(key).__name__}; str and int are read")
         made = dict(pairs)
         if len(made) < len(pairs):
@@ -322,7 +322,7 @@ def open_msgpack(path: str, skip: str | None) -> Checkpoint:
 
 
 def _array_of_bytes(path: str, shape: Any, name: str, raw: Any) -> Any:
-    """The array in an extension of Flax's, or a leaf that says that it cannot be read."""
+    """Returns the array in a msgpack extension of Flax, or an unreadable leaf if its dtype is unknown."""
     count = check_shape(list(shape), path)
     try:
         dtype = np.dtype({"V2": "bfloat16"}.get(name, name))
@@ -334,7 +334,7 @@ def _array_of_bytes(path: str, shape: Any, name: str, raw: Any) -> Any:
 
 
 def _joined(path: str, chunked: dict[Any, Any]) -> np.ndarray:
-    """An array that was too large for one object of msgpack."""
+    """Joins the chunks of an array that was too large for one msgpack object."""
     shape = [chunked["shape"][str(i)] for i in range(len(chunked["shape"]))]
     chunks = [chunked["chunks"][str(i)] for i in range(len(chunked["chunks"]))]
     check_shape(shape, path)
@@ -344,7 +344,7 @@ def _joined(path: str, chunked: dict[Any, Any]) -> np.ndarray:
 
 
 def _leaves_in(path: str, tree: Any) -> Any:
-    """The tree with a `Leaf` for each of its values, without recursion: it may be as deep as whoever made it liked."""
+    """Replaces each value of the tree by a `Leaf`, without recursion, because a file may hold a tree of any depth."""
     top: list[Any] = [tree]
     stack: list[Any] = [top]
     while stack:
@@ -371,7 +371,7 @@ def _in_memory(path: str, value: Any) -> Leaf:
 
 
 def orbax() -> Any:
-    """The orbax library."""
+    """Returns the `orbax.checkpoint` module; where it is missing, the ImportError says how to install it."""
     try:
         import orbax.checkpoint
     except ImportError as error:
@@ -380,7 +380,7 @@ def orbax() -> Any:
 
 
 def open_orbax(path: str, skip: str | None) -> Checkpoint:
-    """An orbax checkpoint of one tree, each array of which is read when it is asked for."""
+    """Opens an orbax checkpoint of one tree; each array is read on request."""
     ocp = orbax()
     path = os.path.abspath(path)
     files, nbytes = _files_of(path)
@@ -391,7 +391,7 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
             raise ValueError("it names no tree")
         metadata = found.tree
     stack: list[tuple[Any, int]] = [(metadata, 0)]
-    while stack:  # before JAX sees it, which recurses
+    while stack:  # checks the depth before JAX, which recurses, sees the tree
         here, depth = stack.pop()
         if depth > 256:
             raise ValueError(f"{path}: a tree deeper than 256 levels")
@@ -411,9 +411,9 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
         )
         return {number: found[number] for number in numbers}
 
-    run_of, held = _runs(flat), {}  # orbax reads the whole tree's metadata for each call: neighbours come together
+    run_of, held = _runs(flat), {}  # each orbax call reads the metadata of the whole tree: neighbours are read together
 
-    left = nbytes * _ZSTD  # bytes that those of the files can stand for
+    left = nbytes * _ZSTD  # bytes to which the files can expand
 
     def leaf(number: int, info: Any) -> Leaf:
         nonlocal left
@@ -425,12 +425,12 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
             with reading(f"{path}: {info.name[:200]!r}", "cannot be read"):
                 try:
                     held.update(restored(run_of[number]))
-                except Exception:  # noqa: BLE001 - one of its neighbours may be damaged
+                except Exception:  # noqa: BLE001 - a neighbour may be damaged: read this leaf alone
                     return restored([number])[number]
                 return held.pop(number)
 
         found = _orbax_leaf(path, info, read)
-        if found.nbytes > left:  # chunks that are missing stand for zeros, if the metadata say so
+        if found.nbytes > left:  # metadata may declare missing chunks as zeros, and so claim any size
             what = f"{found.nbytes} bytes, more than its files can stand for"
             return unreadable(path, info.name, what, found.shape)
         left -= found.nbytes
@@ -441,7 +441,7 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
 
 
 def _runs(infos: Sequence[Any]) -> list[list[int]]:
-    """For each leaf the numbers of those that are read with it: neighbours, of 16 MiB together or alone."""
+    """Returns, for each leaf, the numbers of the leaves read with it: neighbours of 16 MiB in total, or one leaf."""
     runs: list[list[int]] = [[]]
     size = 0
     for number, info in enumerate(infos):
@@ -474,7 +474,7 @@ def _orbax_leaf(path: str, info: Any, read: Callable[[], Any]) -> Leaf:
     with reading(path, "an array of no known dtype"):
         dtype = np.dtype(dtype)
         check_shape(list(shape), path)
-    if type(info).__name__ == "ScalarMetadata" and dtype.name in ("bool", "int64", "float64"):  # Python's own numbers
+    if type(info).__name__ == "ScalarMetadata" and dtype.name in ("bool", "int64", "float64"):  # Python numbers
         return Leaf("", None, None, lambda: _python(read()))
     return array_leaf(path, info.name, shape, dtype, read)
 
@@ -484,7 +484,7 @@ def _python(value: Any) -> Any:
 
 
 def _files_of(path: str) -> tuple[list[str], int]:
-    """The files below a folder and their bytes; one that would be waited for is refused."""
+    """Returns the files below a folder and their total bytes; raises for pipes and devices, which could block."""
     files, nbytes = [], 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -501,7 +501,7 @@ def _files_of(path: str) -> tuple[list[str], int]:
 
 
 def open_h5(path: str, skip: str | None) -> Checkpoint:
-    """An HDF5 file: groups are dicts, and datasets leaves. Attributes and links are not followed."""
+    """Opens an HDF5 file: groups become dicts, datasets become leaves; attributes and links are not followed."""
     try:
         import h5py
     except ImportError as error:
@@ -555,7 +555,7 @@ def _h5_leaf(path: str, size: int, where: str, item: Any) -> Leaf:
 
 
 def open_as(path: str, format: str, separator: str | None, skip: str | None) -> Checkpoint:
-    """The checkpoint at a path, by the reader of its format."""
+    """Opens the checkpoint at a path with the reader of its format."""
     readers: dict[str, Callable[[], Checkpoint]] = {
         "safetensors": lambda: open_safetensors(path, separator, skip),
         "npz": lambda: open_npz(path, separator, skip),

@@ -1,4 +1,4 @@
-"""What a checkpoint is, whatever its format: leaves that are read when asked for, in a tree that was checked."""
+"""An open checkpoint of any format: a checked tree of leaves that are read on request."""
 
 import errno
 import math
@@ -19,9 +19,9 @@ _SYSTEM = {getattr(errno, name) for name in ("EACCES", "EPERM", "EIO", "EMFILE",
 
 
 class Leaf(NamedTuple):
-    """A leaf of a checkpoint: its path, its shape and dtype (None for what is no array), and how to read it.
+    """A leaf of a checkpoint: its path, its shape and dtype (None if it is not an array), and a function to read it.
 
-    `problem` says what it holds that cannot be read, if so: `read` raises ValueError, and the other leaves can be read.
+    If the leaf cannot be read, `problem` says what it holds and `read` raises ValueError. Other leaves stay readable.
     """
 
     path: str
@@ -32,28 +32,28 @@ class Leaf(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array; 0 for what is no array."""
+        """Number of bytes of the array; 0 if the leaf is not an array."""
         return 0 if self.shape is None or self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def spec(self) -> Any:
-        """A `jax.ShapeDtypeStruct`; of what is no array, the value."""
+        """A `jax.ShapeDtypeStruct` of the array; the value itself if the leaf is not an array."""
         return self.read() if self.shape is None else jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is open: its format, its leaves in JAX's order, their structure, and the files it is of.
+    """An open checkpoint: its format, its leaves in JAX's order, their structure, and its files.
 
     Attributes:
-      path: the file or folder, the newest step of those that a folder has.
-      format: one of `FORMATS`, "npy", "h5", or "nuqjax" for a file of `save`.
+      path: the file or folder; for a folder of steps, the newest step.
+      format: one of `FORMATS`, "npy", "h5", or "nuqjax" for a file written by `save`.
       leaves: a `Leaf` for each leaf.
-      structure: their `PyTreeDef`.
-      files: whose change means another checkpoint.
-      separator: what parted the tensors' names into keys; None where the format has keys of its own.
-      metadata: what the file says of itself, such as `{"format": "pt"}`.
-      skipped: the paths of the leaves that were left out on request.
+      structure: the leaves' `PyTreeDef`.
+      files: the files of the checkpoint; if one changes, it is no longer the same checkpoint.
+      separator: the text at which tensors' names were split into keys; None if the format stores keys itself.
+      metadata: the metadata of the file, such as `{"format": "pt"}`, without those of this library.
+      skipped: the paths of the leaves that `skip` left out.
     """
 
     path: str
@@ -66,25 +66,25 @@ class Checkpoint:
     skipped: tuple[str, ...] = ()
 
     def tree(self, leaves: Iterable[Any]) -> Any:
-        """The tree with these in place of its leaves."""
+        """Returns the tree with the given values in place of its leaves."""
         return jax.tree.unflatten(self.structure, leaves)
 
     def read(self) -> Any:
-        """The tree, read whole."""
+        """Reads all leaves and returns the tree."""
         return self.tree(leaf.read() for leaf in self.leaves)
 
     @property
     def keys(self) -> list[tuple[Any, ...]]:
-        """The keys that lead to each leaf: of dicts as they are, of lists and tuples numbers."""
+        """The keys that lead to each leaf: the keys of dicts, and positions in lists and tuples."""
         flat, _ = jax.tree_util.tree_flatten_with_path(self.tree(range(len(self.leaves))))
         return [tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path) for path, _ in flat]
 
 
 @contextmanager
 def reading(where: str, what: str) -> Iterator[None]:
-    """Whatever is wrong with a file's contents becomes a ValueError that begins with its name.
+    """Turns any error about a file's contents into a ValueError that begins with the file's name.
 
-    What the system says of a file (no permission, a failing disk) and a library that is not installed stay as they are.
+    Errors of the system (no permission, a failing disk) and of missing libraries pass unchanged.
     """
     try:
         yield
@@ -100,14 +100,14 @@ def reading(where: str, what: str) -> Iterator[None]:
 
 
 def array_leaf(where: str, name: str, shape: Iterable[int], dtype: np.dtype, read: Callable[[], Any]) -> Leaf:
-    """A leaf that is an array, in this machine's byte order, whatever the file's; a problem where none holds its dtype.
+    """Returns a leaf that reads an array in native byte order; if the dtype is not supported, an unreadable leaf.
 
     Args:
       where: the file, for messages.
-      name: its path.
-      shape: its shape.
-      dtype: as the file has it.
-      read: gives the array as the file has it.
+      name: the path of the leaf.
+      shape: the shape of the array.
+      dtype: the dtype in the file.
+      read: returns the array as it is in the file.
     """
     if not is_stored(dtype):
         text = dtype.kind in "SUTO"
@@ -123,7 +123,7 @@ def array_leaf(where: str, name: str, shape: Iterable[int], dtype: np.dtype, rea
 
 
 def unreadable(where: str, name: str, what: str, shape: Iterable[int] | None = None) -> Leaf:
-    """A leaf that is there and cannot be read: what it holds is said when it is asked for."""
+    """Returns a leaf that cannot be read: its `read` raises ValueError and says what the leaf holds."""
 
     def read() -> Any:
         raise ValueError(f"{where}: {name[:200]!r} holds {what}, which is not read; skip={name[:200]!r} leaves it out")
@@ -132,10 +132,10 @@ def unreadable(where: str, name: str, what: str, shape: Iterable[int] | None = N
 
 
 def nested(where: str, named: Mapping[str, Any], separator: str) -> dict[str, Any]:
-    """Leaves by name as a tree of dicts, whose keys are the parts of the names.
+    """Returns leaves by name as a tree of dicts whose keys are the parts of the names, split at the separator.
 
     Raises:
-      ValueError: a name is the beginning of another, or of more parts than a tree has levels.
+      ValueError: a name is a prefix of another, or has more parts than a tree may have levels.
     """
     tree: dict[str, Any] = {}
     for name, leaf in named.items():
@@ -160,7 +160,7 @@ def nested(where: str, named: Mapping[str, Any], separator: str) -> dict[str, An
 
 
 def guessed_separator(names: Iterable[str]) -> str:
-    """What parts names, by the names alone."""
+    """Guesses the separator from the names: "/" if any name contains it, else "."."""
     return "/" if any("/" in name for name in names) else "."
 
 
@@ -175,11 +175,11 @@ def checkpoint_of(
     separator: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """A checkpoint of a tree of `Leaf`, of dicts, lists, tuples and None, which comes from `nbytes` bytes.
+    """Returns a checkpoint from a tree of `Leaf` in dicts, lists and tuples, with None, read from `nbytes` bytes.
 
     Raises:
-      ValueError: the tree is too deep, has keys that have no order, or paths far longer than the file; `skip` is no
-        regular expression, or no leaf is such.
+      ValueError: the tree is too deep, has keys without a common order, or paths far longer than the file; `skip` is
+        not a regular expression, or matches no leaf.
     """
     check_tree(path, tree, nbytes)
     with reading(path, "a tree that JAX does not take"):
@@ -208,7 +208,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def check_tree(where: str, tree: Any, nbytes: int) -> None:
-    """Raises ValueError for a tree that is too deep, or whose paths would take the square of `nbytes`."""
+    """Raises ValueError for a tree that is too deep, or whose paths are far longer than `nbytes` in total."""
     room = PathRoom(nbytes)
     stack: list[tuple[Any, int, int]] = [(tree, 0, 0)]
     while stack:
@@ -245,7 +245,7 @@ def _matching(where: str, skip: str, paths: list[str]) -> list[str]:
 
 
 def _without(tree: Any, marked: Any) -> Any:
-    """The tree without the leaves that are None in the other one; lists keep their places, with None in them."""
+    """Returns the tree without the leaves that are None in `marked`; lists and tuples keep None at these places."""
     if isinstance(tree, dict):
         both = {key: (child, marked[key]) for key, child in tree.items()}
         return type(tree)((k, _without(a, b)) for k, (a, b) in both.items() if not (_is_leaf(a) and b is None))

@@ -1,1 +1,1 @@
-"""Programs that run without nuqjax."""
+"""Exports models as programs that run without nuqjax."""

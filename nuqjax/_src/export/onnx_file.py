@@ -1,4 +1,4 @@
-"""A model on compressed weights as an ONNX file, its weights packed: by `jax2onnx`, for runtimes that know no JAX."""
+"""Exports a model with compressed weights as an ONNX file with packed weights, by `jax2onnx`, for non-JAX runtimes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,23 +21,23 @@ from nuqjax._src.trace.interpret import Interpreter, Site, bind
 def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path: str | os.PathLike[str]) -> None:
     """Exports `fn(decompress(cparams), *inputs)` as an ONNX file with packed weights, by the `jax2onnx` converter.
 
-    The packed indices and codebooks are the file's initializers, under their names in `nuqjax.save`, and the graph
-    decodes them by shifts, masks and `Gather`; levels that are fixed-point words are written as floats. A runtime that
-    folds constants, as ONNX Runtime does, decodes once when it loads the file, and holds dense weights from then on.
+    The packed indices and codebooks are the file's initializers, with the names of `nuqjax.save`. The graph decodes
+    them by shifts, masks and `Gather`; levels that are fixed-point words are written as floats. A runtime that folds
+    constants, such as ONNX Runtime, decodes once when it loads the file and holds dense weights from then on.
 
-    What runs is what the converter has and the runtime has kernels for: feed-forward networks in float32 of
-    convolutions, dense layers, rectifiers, pools and element-wise operations are tested. Results are those of
-    `apply(fn)` up to the order of sums.
+    An operation works if the converter supports it and the runtime has a kernel for it. Tested are feed-forward
+    networks in float32 with convolutions, dense layers, rectifiers, pools and element-wise operations. Results equal
+    those of `apply(fn)` up to the order of sums.
 
     Args:
       fn: as in `export`.
       cparams: as in `export`.
-      example_inputs: a tuple of arrays or `jax.ShapeDtypeStruct`, or the only one. Shapes are fixed. The file's inputs
+      example_inputs: a tuple of arrays or `jax.ShapeDtypeStruct`, or a single one. Shapes are fixed. The file's inputs
         are named `input_0`, `input_1` …, its outputs `output_0` …
-      path: the file to write, `….onnx` by custom; it is replaced whole.
+      path: the file to write, by convention `….onnx`; an existing file is replaced as a whole.
 
     Raises:
-      ValueError: an input is no array, or a leaf's dtype one that the program could not read.
+      ValueError: an input is not an array, or the program could not read the dtype of a leaf.
       NotImplementedError: the converter has no rule for an operation of `fn`.
       ImportError: `jax2onnx` is missing.
       OSError: the file cannot be written.
@@ -67,8 +67,8 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
         check_kept(before, arguments, "export_onnx")
         return jax.tree.leaves(outputs)
 
-    # Traced and rewritten here, so that the converter finds plain primitives: its own tracing replaces functions of
-    # Flax by others, which do not take all of their arguments.
+    # The function is traced and rewritten here, so that the converter sees plain primitives: its own tracing replaces
+    # functions of Flax by versions that do not accept all of their arguments.
     traced = jax.make_jaxpr(dense)(*inputs, *tensors.values())
     rewritten = jax.make_jaxpr(lambda *arrays: _POOLS.evaluate(traced, arrays))(*inputs, *tensors.values())
     names = [f"input_{number}" for number in range(count)]
@@ -89,13 +89,13 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
 
 
 def _with_float_levels(leaf: Any) -> Any:
-    """The leaf with floats for fixed-point words: of the decoding of words, the converter makes float64."""
+    """Returns the leaf with float levels instead of fixed-point words: the converter would decode words in float64."""
     fixed = is_codebook_array(leaf) and leaf.codebook_format
     return with_levels(leaf, level_values(leaf)) if fixed else leaf
 
 
 def _stored(cparams: Any) -> dict[str, np.ndarray]:
-    """The tensors that `nuqjax.save` stores of a tree, by name."""
+    """Returns the tensors that `nuqjax.save` stores for a tree, by name."""
     nodes, named = tree_to_nodes(cparams)
     layout, found = Layout(nodes), {}
     for path, leaf in named:
@@ -106,7 +106,7 @@ def _stored(cparams: Any) -> dict[str, np.ndarray]:
 
 
 def _pool(interpreter: Interpreter, site: Site, eqn: Any, operand: Any, *rest: Any) -> Sequence[Any]:
-    """A pool along some axes as one of three axes, the others as one in front: runtimes have pools of three at most."""
+    """Rewrites a pool as one of an array with at most three axes, as runtimes require: merges the unpooled axes."""
     window = eqn.params["window_dimensions"]
     pooled = [a for a, n in enumerate(window) if n > 1]
     if rest or len(window) <= 3 or len(pooled) > 2:

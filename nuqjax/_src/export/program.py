@@ -1,7 +1,7 @@
-"""A model on compressed weights as a program that needs no nuqjax: a `jax.export` artifact, the weights beside it.
+"""Exports a model with compressed weights as a program that needs no nuqjax: a `jax.export` artifact and its weights.
 
-The program takes the tensors of the weights file by their names, a plain dict, and the model's inputs. What decodes the
-tensors is a part of it; the packed bytes are not.
+The program takes a plain dict of the weights file's tensors by name, and the model's inputs. It contains the decoding
+of the tensors, but not the packed bytes.
 """
 
 import os
@@ -28,13 +28,13 @@ PROGRAM, WEIGHTS = "program.jax_export", "weights.safetensors"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Exported:
-    """What `export` makes: a program and the weights that it runs on.
+    """The result of `export`: a program and its weights.
 
     Attributes:
-      program: takes `(weights, *inputs)`, weights being a dict of arrays by their names in the file: what
-        `safetensors.numpy.load_file` returns. `program.call` runs it, `program.platforms` are those it runs on.
+      program: takes `(weights, *inputs)`, where `weights` is a dict of arrays by their names in the file, as
+        `safetensors.numpy.load_file` returns it. `program.call` runs it on any of `program.platforms`.
       serialized: the program as bytes, for `jax.export.deserialize`.
-      cparams: the weights, as they were given.
+      cparams: the weights as given to `export`.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> predict = lambda params, x: x @ params["w"]
@@ -51,10 +51,10 @@ class Exported:
         return f"Exported({len(self.serialized)} bytes, platforms={self.program.platforms})"
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `program.jax_export` and `weights.safetensors` into a folder, which is made if there is none.
+        """Writes `program.jax_export` and `weights.safetensors` into a folder, which is created if it is missing.
 
-        The weights are a file as `nuqjax.save` writes it, every tensor under its own name; `nuqjax.load` reads it. Each
-        file is written whole or not at all; what was there is replaced.
+        The weights file has the format of `nuqjax.save`, each tensor with its own name; `nuqjax.load` reads it. Each
+        file is written completely or not at all; existing files are replaced.
 
         Raises:
           OSError: the folder cannot be made or written to.
@@ -75,27 +75,26 @@ def export(
 ) -> Exported:
     """Exports `apply(fn)(cparams, *inputs)` as a program that runs without nuqjax and without the model's code.
 
-    The program is StableHLO in JAX's own container, for one device of any of the platforms, under the promises of
-    compatibility of `jax.export`. It holds how the weights are decoded, not the weights: those are its first argument,
-    packed as they are. Leaves that are Python's numbers are constants of it, and so is whatever `fn` closes over.
-    `docs/export.md` has the few lines that load and run it.
+    The program is StableHLO in JAX's own container, for one device of any of the platforms, with the compatibility
+    guarantees of `jax.export`. It contains the decoding of the weights, but not the weights: those are its first
+    argument, in packed form. Leaves that are Python numbers become constants of the program, and so do all values that
+    `fn` closes over. `docs/export.md` shows the few lines that load and run it.
 
     Args:
-      fn: a function of the parameters and of arrays. Options are bound before: `functools.partial(model.apply,
+      fn: a function of the parameters and of arrays. Bind options beforehand: `functools.partial(model.apply,
         train=False)`.
-      cparams: its parameters, compressed or not: any pytree that `nuqjax.save` takes.
-      example_inputs: the other arguments: a tuple of them, or the only one. Each is an array, a `jax.ShapeDtypeStruct`
-        or a tree of these in dicts, lists and tuples; only shapes and dtypes count. Axes of any size are dimensions of
-        `jax.export.symbolic_shape`.
-      platforms: for which it is compiled: "cpu", "cuda", "rocm", "tpu". None of them need be at hand.
+      cparams: the parameters, compressed or not: any pytree that `nuqjax.save` takes.
+      example_inputs: the other arguments: a tuple of them, or a single one. Each is an array, a `jax.ShapeDtypeStruct`
+        or a tree of these in dicts, lists and tuples; only shapes and dtypes count. For axes of any size, use the
+        dimensions of `jax.export.symbolic_shape`.
+      platforms: the target platforms: "cpu", "cuda", "rocm", "tpu". None of them needs to be present.
 
     Returns:
       The program and the weights; `.save(folder)` writes both.
 
     Raises:
-      ValueError: an input is no array; the function changes one of its arguments in place; an input or output is of a
-        type of node that JAX cannot write down; a leaf has a dtype that no program could read from the file; a platform
-        is unknown.
+      ValueError: an input is not an array; the function changes one of its arguments in place; JAX cannot serialize a
+        node type of an input or output; no program could read the dtype of a leaf from the file; a platform is unknown.
       ImportError: `flatbuffers` is missing, which JAX needs to serialize a program.
 
     >>> import jax, jax.numpy as jnp, nuqjax
@@ -129,13 +128,13 @@ def export(
     exported = jax.export.export(program, platforms=tuple(platforms))(tensors, *inputs)
     try:
         serialized = bytes(exported.serialize())
-    except ValueError as error:  # a pytree node that JAX does not know how to write
+    except ValueError as error:  # a pytree node that JAX cannot serialize
         raise ValueError(f"export: inputs and outputs are trees of dicts, lists and tuples only: {error}") from error
     return Exported(exported, serialized, cparams)
 
 
 def check_kept(before: Sequence[tuple[Any, Any]], arguments: Any, caller: str) -> None:
-    """Raises ValueError, naming the leaf, where a function has replaced one of its arguments' leaves in place."""
+    """Raises ValueError, naming the leaf, if a function has replaced a leaf of its arguments in place."""
     old, new = dict(before), dict(jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0])
     for path in old | new:
         if old.get(path) is not new.get(path):
@@ -146,7 +145,7 @@ def check_kept(before: Sequence[tuple[Any, Any]], arguments: Any, caller: str) -
 
 
 def checked_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """The inputs as a tuple, with the shape and dtype of each of their arrays."""
+    """Returns the inputs as a tuple, each array replaced by its shape and dtype; raises ValueError for other leaves."""
     inputs = example_inputs if type(example_inputs) is tuple else (example_inputs,)
 
     def shape_of(path, x):
@@ -161,10 +160,10 @@ def checked_inputs(example_inputs: Any) -> tuple[Any, ...]:
 
 
 def by_name(cparams: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[Mapping[str, Any]], Any]]:
-    """The tensors that `nuqjax.save` stores of a tree, by name, and the function that makes the tree of such tensors.
+    """Returns the tensors that `nuqjax.save` stores for a tree, by name, and a function that rebuilds the tree.
 
     Raises:
-      ValueError: a dtype of the tree is not one that can be made of what is stored.
+      ValueError: a dtype of the tree cannot be rebuilt from its stored form.
     """
     nodes, named = tree_to_nodes(cparams)
     layout, tensors = Layout(nodes), {}
@@ -205,7 +204,7 @@ def _check_dtype(name: str, where: str) -> None:
 
 
 def _restored(stored: jax.Array, name: str) -> jax.Array:
-    """An array of the dtype of this name, of what `store.entry` stores of it."""
+    """Rebuilds an array of the dtype with this name from the form in which `store.entry` stores it."""
     dtype = jnp.dtype(name)
     if stored.dtype == dtype:
         return stored

@@ -1,1 +1,1 @@
-"""Trees in files."""
+"""Saves trees to files and loads them."""

@@ -1,11 +1,11 @@
-"""Packed indices to an entropy-coded stream and back: asymmetric numeral systems, by the `constriction` library.
+"""Entropy coding of packed indices: asymmetric numeral systems, by the `constriction` library.
 
-A leaf has one model for all its indices. What is stored of it are small integer weights `w[k]`; with K = 2^bits and
-W = Σ w, index k has the frequency `F[k+1] − F[k]` out of 2^24, where
+A leaf has one model for all its indices. The file stores the model as small integer weights `w[k]`. With K = 2^bits
+and W = Σ w, index k has the frequency `F[k+1] − F[k]` out of 2^24, where
 
     F[k] = k + ⌊(w[0] + … + w[k−1]) · (2^24 − K) / W⌋
 
-in whole numbers, so that every machine has the same. Indices are coded in the order in which they are packed.
+in integer arithmetic, so that every machine computes the same. Indices are coded in the order in which they are packed.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ import numpy as np
 from nuqjax._src.leaf import packing
 
 _PRECISION = 24
-_STRETCH = 1 << 21  # indices decoded at once
+_STRETCH = 1 << 21  # indices coded or decoded at once
 _EXPANSION, _FREE = 64, 1 << 16
 """A stream of n bytes never stands for more than 64·n + 65,536 bytes of packed indices: what would, is not coded."""
 
 
 def constriction_library() -> Any:
-    """The library that codes; ImportError says how it is installed."""
+    """Returns the `constriction` module; where it is missing, the ImportError says how to install it."""
     try:
         import constriction
     except ImportError as error:
@@ -31,12 +31,12 @@ def constriction_library() -> Any:
 
 
 def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The stream and the model's weights of packed rows; None where they would take no less room.
+    """Returns the coded stream of packed rows and the model's weights; None where they take as much room or more.
 
     Args:
       packed: `[…, B]` uint8, rows of packed indices.
-      bits: index width.
-      count: indices in a row.
+      bits: index width in bits.
+      count: number of indices in a row.
 
     Returns:
       `[n]` uint32 words and `[K]` uint8 or uint16 weights, or None.
@@ -69,18 +69,18 @@ def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.nd
 
 
 def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count: int) -> np.ndarray:
-    """`[rows, B]` uint8: the packed indices that `encode` was given.
+    """Returns the packed indices that `encode` was given, `[rows, B]` uint8.
 
     Args:
       stream: `[n]` uint32 words.
       weights: `[K]` unsigned weights of the model.
-      bits: index width.
+      bits: index width in bits.
       rows: number of rows.
-      count: indices in a row.
+      count: number of indices in a row.
 
     Raises:
       ImportError: `constriction` is not installed.
-      ValueError: the stream cannot stand for so many indices, or ends elsewhere than they do.
+      ValueError: the stream is too short for so many indices, or does not end with the last of them.
     """
     size = rows * packing.packed_size(count, bits)
     if size == 0:
@@ -103,13 +103,13 @@ def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count:
 
 
 def _padding(rows: np.ndarray, bits: int, count: int) -> bool:
-    """Whether the bits behind the last index of a row are not all zero: a stream would lose them."""
+    """Returns whether any padding bit after the last index of a row is set: a stream would lose it."""
     rest = count * bits % 8
     return bool(rest) and bool((rows[:, -1] >> rest).any())
 
 
 def _stretches(rows: int, count: int, bits: int) -> Iterator[tuple[slice, slice]]:
-    """Rows, or of long rows columns that begin on a whole byte, in the order of the indices."""
+    """Yields blocks of rows, or of columns of one long row, in coding order; each begins on a whole byte."""
     height, width = max(1, _STRETCH // count), min(count, _STRETCH)
     for row in range(0, rows, height):
         for column in range(0, count, width):
@@ -122,7 +122,7 @@ def _unpack(rows: np.ndarray, bits: int, row: slice, column: slice) -> np.ndarra
 
 
 def _weights(counts: np.ndarray) -> np.ndarray:
-    """The counts as uint8 or uint16, whichever makes stream and weights smaller together."""
+    """Scales the counts to uint8 or uint16 weights, whichever makes the stream and the weights smaller in total."""
     made = []
     for dtype in (np.uint8, np.uint16):
         most = int(np.iinfo(dtype).max)
@@ -133,13 +133,13 @@ def _weights(counts: np.ndarray) -> np.ndarray:
 
 
 def _frequencies(weights: np.ndarray) -> np.ndarray:
-    """`[K]` the frequencies out of 2^24, each 1 or more."""
+    """Returns the `[K]` frequencies out of 2^24 of the module docstring, each at least 1."""
     levels = weights.size
     before = np.concatenate([[0], np.cumsum(weights, dtype=np.int64)])
     return np.diff(np.arange(levels + 1) + before * ((1 << _PRECISION) - levels) // int(before[-1]))
 
 
 def _model(library: Any, weights: np.ndarray):
-    # The library gives symbol k the share p[k]/Σp of 2^24 − K, rounded down cumulatively, and 1 more. Of whole numbers
-    # that sum to 2^24 − K nothing is rounded: the frequencies are exactly those above.
+    # The library gives symbol k the share p[k]/Σp of 2^24 − K, rounded down cumulatively, plus 1. For integers p that
+    # sum to 2^24 − K nothing is rounded: the frequencies are exactly those of `_frequencies`.
     return library.stream.model.Categorical((_frequencies(weights) - 1).astype(np.float64), lazy=False, perfect=False)

@@ -1,6 +1,6 @@
-"""A leaf as an entry of the layout and the tensors that it names, and back.
+"""Turns a leaf into an entry of the layout with named tensors, and back.
 
-`docs/format.md` describes the entries; what it promises is checked here, for the file may come from anyone.
+`docs/format.md` describes the entries. Everything it promises is checked here, because the file may come from anyone.
 """
 
 import copy
@@ -22,26 +22,26 @@ from nuqjax._src.platform.host import to_jax
 from nuqjax._src.store import entropy as store_entropy
 from nuqjax._src.store.file import ITEMSIZE, Bundle, check_shape
 
-# A dtype's code in the file. Others have none that every reader knows, and are stored as what stands beside them below.
+# The codes of dtypes in the file. A dtype without a code that every reader knows is stored in the form given below.
 _CODES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
-NUMPY_DTYPES = {code: name for name, code in _CODES.items()}  # by code
-_AS_BYTES = {  # floats by their bits, one to a byte: how many bits that are
+NUMPY_DTYPES = {code: name for name, code in _CODES.items()}  # dtypes by code
+_AS_BYTES = {  # floats stored as their bits, one value to a byte: number of bits
     "float8_e4m3": 8, "float8_e3m4": 8, "float8_e4m3b11fnuz": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8,
     "float8_e8m0fnu": 8, "float6_e2m3fn": 6, "float6_e3m2fn": 6, "float4_e2m1fn": 4,
 }  # fmt: skip
 _AS_INTEGERS = {"int4": ("int8", -8, 7), "uint4": ("uint8", 0, 15), "int2": ("int8", -2, 1), "uint2": ("uint8", 0, 3)}
-_AS_PAIRS = {"complex64": "float32", "complex128": "float64"}  # real and imaginary part along a last axis
-_MAX_GROUP = 2**62  # values that share a codebook or a scale
+_AS_PAIRS = {"complex64": "float32", "complex128": "float64"}  # real and imaginary part along an added last axis
+_MAX_GROUP = 2**62  # limit on the number of values that share a codebook or a scale
 _PYTHON = {"bool": bool, "int": int, "float": float, "complex": complex, "str": str}
-_KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # random keys: words of each
+_KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # kinds of random keys: 32-bit words in one key
 
 
 class Part(NamedTuple):
-    """A tensor of a leaf: its dtype's name, its shape, and what is stored of it under which code."""
+    """A tensor of a leaf: the name of its dtype, its shape, and the array stored for it with that array's code."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,33 +50,33 @@ class Part(NamedTuple):
 
 
 def storage_dtype(name: str) -> str:
-    """The dtype in which values of a dtype are stored."""
+    """Returns the name of the dtype in which values of dtype `name` are stored."""
     if name in _AS_BYTES:
         return "uint8"
     return _AS_INTEGERS[name][0] if name in _AS_INTEGERS else _AS_PAIRS.get(name, name)
 
 
 def stored_bytes(reference: Mapping[str, Any]) -> int:
-    """Bytes that a tensor takes in the file, from the dtype and shape of a reference to it."""
+    """Returns the bytes that a tensor takes in the file, from the dtype and shape in a reference to it."""
     code, shape = _stored_form(reference["dtype"], reference["shape"])
     return math.prod(shape) * ITEMSIZE[code]
 
 
 def _stored_form(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """Code and shape under which values of a dtype and shape are stored."""
+    """Returns the code and shape with which values of a dtype and shape are stored."""
     return _CODES[storage_dtype(dtype)], (*shape, 2) if dtype in _AS_PAIRS else tuple(shape)
 
 
 def is_stored(dtype: np.dtype) -> bool:
-    """Whether the format holds arrays of this dtype, in whatever byte order they are."""
+    """Returns whether the format holds arrays of this dtype, in any byte order."""
     return storage_dtype(dtype.name) in _CODES
 
 
 def to_part(array: Any, path: str) -> Part:
-    """What is stored of an array, in whatever order its bytes and axes are.
+    """Returns the stored form of an array, which may have any byte order and memory layout.
 
     Raises:
-      ValueError: its dtype has no place in the format.
+      ValueError: the format does not hold the array's dtype.
     """
     array = np.asarray(array)
     name = array.dtype.name
@@ -97,10 +97,10 @@ def to_part(array: Any, path: str) -> Part:
 
 
 def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any], dict[str, Part]]:
-    """The entry of a leaf, its tensors not yet named, and those tensors.
+    """Returns the entry of a leaf, without names of tensors, and the leaf's tensors by role.
 
     Raises:
-      ValueError: the leaf's arrays do not fit its layout, or it holds what the format does not.
+      ValueError: the leaf's arrays do not fit its layout, or the format does not hold the leaf's contents.
     """
     entry: dict[str, Any] = {"path": path}
     if is_codebook_array(leaf):
@@ -134,7 +134,7 @@ def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any]
 
 
 def _check_kinds(leaf: CodebookArray, path: str) -> None:
-    """Raises ValueError unless the leaf is such as `load` takes: what it refuses must not be saved either."""
+    """Raises ValueError for a compressed leaf that `load` would refuse: such a leaf is not saved."""
     check_structure(leaf, path)
     dtypes = {"dtype": leaf.dtype, "scale": None if leaf.scale is None else leaf.scale.dtype}
     dtypes["levels"] = None if leaf.codebook_format else leaf.levels.dtype
@@ -168,14 +168,14 @@ def _layout(leaf: CodebookArray) -> dict[str, Any]:
 
 
 def checksum(chunks: Iterable[Any]) -> int:
-    """The CRC-32 of bytes that come in chunks."""
+    """Returns the CRC-32 of bytes that come in chunks."""
     value = 0
     for chunk in chunks:
         value = zlib.crc32(chunk, value)
     return value
 
 
-# Back: every field of an entry is checked before it is used.
+# From an entry to a leaf: every field of the entry is checked before it is used.
 
 
 def _field(entry: Mapping[str, Any], name: str, kinds: Any, where: str) -> Any:
@@ -194,14 +194,14 @@ def _only(entry: Mapping[str, Any], names: set[str], where: str) -> None:
 
 
 class Entry:
-    """A leaf's entry, its own form and its tensors' headers checked; `read` gives the leaf.
+    """A leaf's entry, checked in itself and against the headers of its tensors; `read` returns the leaf.
 
     Attributes:
       path: the leaf's path.
-      where: what messages call it.
-      layout: the entry itself.
+      where: the file and path as messages name them.
+      layout: the entry itself, as JSON.
       tensors: by role, the reference to each of its tensors: name, dtype, shape and checksum.
-      same_as: the number of the earlier leaf whose arrays it shares; None of others.
+      same_as: the number of the earlier leaf whose arrays it shares, or None.
     """
 
     same_as: int | None = None
@@ -215,10 +215,10 @@ class Entry:
     }  # fmt: skip
 
     def __init__(self, entry: Any, path: str, bundle: Bundle):
-        """Checks everything but the tensors' bytes.
+        """Checks everything except the bytes of the tensors.
 
         Raises:
-          ValueError: what is wrong with the entry.
+          ValueError: the entry is wrong; the message says how.
         """
         self.path, self._bundle = path, bundle
         self.where = f"{bundle.name}: leaf {path[:200]!r}"
@@ -275,7 +275,7 @@ class Entry:
         except TypeError as error:
             raise ValueError(f"{where}: dtype {dtype!r}, which this NumPy does not have") from error
         wanted, header = _stored_form(dtype, shape), self._bundle.entry(name)
-        if "at" in reference:  # in a tensor of several small ones
+        if "at" in reference:  # part of a tensor that joins several small ones
             begin, size = _field(reference, "at", int, where), stored_bytes(reference)
             if header.code != wanted[0] or not 0 <= begin <= begin + size <= header.end - header.begin:
                 raise ValueError(
@@ -380,11 +380,11 @@ class Entry:
         self._value = value
 
     def is_absent(self) -> str | None:
-        """The name of the type of what the file could not hold; None for a leaf that it holds."""
+        """Returns the type name of a leaf that the file could not hold; None for any other leaf."""
         return self.layout["type"] if self.kind == "absent" else None
 
     def shape_and_dtype(self) -> tuple[tuple[int, ...], str] | None:
-        """Shape and dtype of the dense array that the leaf stands for; None for what is no array."""
+        """Returns shape and dtype of the dense array that the leaf represents; None if it is not an array."""
         if self.kind == "codebook":
             return tuple(self.layout["shape"]), self.layout["dtype"]
         if self.kind == "array":
@@ -392,13 +392,13 @@ class Entry:
         return None
 
     def read(self, verify: bool) -> Any:
-        """The leaf, its arrays views of the file where they can be.
+        """Returns the leaf; its arrays are views of the file where possible.
 
         Args:
           verify: compare checksums, which reads every byte.
 
         Raises:
-          ValueError: bytes that are not those that were saved, or that stand for nothing.
+          ValueError: the bytes are not those that were saved, or are not valid values, or the file holds no such leaf.
         """
         if self.kind == "python":
             return self._value
@@ -454,18 +454,18 @@ class Entry:
         return _viewed(raw, dtype).reshape(shape)
 
     def nbytes(self, *roles: str) -> int:
-        """Bytes that these tensors of the leaf take in the file."""
+        """Returns the bytes that the tensors with these roles take in the file."""
         return sum(self._raw(role).size for role in roles if role in self.tensors)
 
     def _raw(self, role: str) -> np.ndarray:
-        """`[n]` uint8: a tensor's bytes, as a view of the file."""
+        """Returns a tensor's bytes as a view of the file, `[n]` uint8."""
         reference = self.tensors[role]
         raw = self._bundle.array(reference["name"])
         return raw[reference["at"] :][: stored_bytes(reference)] if "at" in reference else raw
 
 
 def is_floating(dtype: str) -> bool:
-    """Whether this names a floating dtype of the format that this NumPy has: not any text that `np.dtype` takes."""
+    """Returns whether the text names a floating dtype that both the format and this NumPy have."""
     if not (dtype in _CODES or dtype in _AS_BYTES) or "float" not in dtype:
         return False
     try:
@@ -479,10 +479,10 @@ def _viewed(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def tied(entry: Mapping[str, Any], path: str, earlier: Sequence[Entry], name: str) -> Entry:
-    """The entry of a leaf that has the arrays of an earlier one.
+    """Returns the entry of a leaf that shares the arrays of an earlier one.
 
     Raises:
-      ValueError: what is wrong with the entry.
+      ValueError: the entry is wrong; the message says how.
     """
     where = f"{name}: leaf {path[:200]!r}"
     _only(entry, {"path", "kind", "to"}, where)

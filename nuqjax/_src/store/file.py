@@ -1,7 +1,7 @@
-"""Safetensors files: a header that is trusted in nothing, tensors mapped and not read.
+"""Opens safetensors files: checks every field of the header, and maps the tensors without reading them.
 
-The container is that of `safetensors`: eight bytes with the length of the header, the header as JSON, the tensors'
-bytes one behind the other. Several files with an index are laid out as Hugging Face lays them out.
+The container is that of `safetensors`: eight bytes with the length of the header, the header as JSON, then the bytes
+of the tensors without gaps. Several files with an index follow Hugging Face's layout.
 """
 
 import json
@@ -21,14 +21,14 @@ ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of dtypes that share bytes, which are passed over, not read
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # dtypes whose values share bytes: bits of a value; skipped, not read
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_COUNT = 2**63 - 1
 _CHUNK = 1 << 24
 
 
 class Entry(NamedTuple):
-    """A tensor as a header has it: its dtype's code, its shape, and its bytes in the data, `begin` to `end`."""
+    """A tensor in a header: the code of its dtype, its shape, and its bytes in the data, from `begin` to `end`."""
 
     code: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class File:
-    """A safetensors file whose header was checked; `data`, from byte `start` on, is mapped or in memory, not read."""
+    """A safetensors file with a checked header; `data` is its bytes from `start` on, mapped or in memory."""
 
     name: str
     start: int
@@ -47,13 +47,13 @@ class File:
     data: np.ndarray
 
     def array(self, name: str) -> np.ndarray:
-        """`[n]` uint8: the bytes of a tensor, as a view."""
+        """Returns the bytes of a tensor as a view, `[n]` uint8."""
         entry = self.entries[name]
         return self.data[entry.begin : entry.end]
 
 
 class Stored(NamedTuple):
-    """A tensor to write: its bytes come in chunks, so that they need not be in memory at once."""
+    """A tensor to write; `chunks` gives its bytes piece by piece, so that they need not be in memory at once."""
 
     name: str
     code: str
@@ -62,12 +62,12 @@ class Stored(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Number of bytes in the file."""
         return math.prod(self.shape) * ITEMSIZE[self.code]
 
 
 def from_array(name: str, code: str, array: np.ndarray) -> Stored:
-    """A tensor to write from an array whose bytes are its own (little-endian, in C order)."""
+    """Returns a tensor to write whose bytes are those of an array (little-endian, in C order)."""
 
     def chunks() -> Iterator[memoryview]:
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -81,10 +81,10 @@ def from_array(name: str, code: str, array: np.ndarray) -> Stored:
 
 
 def parse_json(text: bytes | str, what: str) -> Any:
-    """JSON, strictly: UTF-8, no key twice, no NaN, no depth that Python cannot hold.
+    """Parses JSON strictly: UTF-8, no repeated key, no NaN or infinity, no nesting too deep for Python.
 
     Raises:
-      ValueError: it is none; `what` is named.
+      ValueError: the text is not such JSON; the message begins with `what`.
     """
 
     def no_constant(name: str) -> None:
@@ -110,14 +110,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse(data: np.ndarray, name: str) -> File:
-    """The file in these bytes, its header checked.
+    """Checks the header of the file in these bytes and returns the file.
 
     Args:
       data: `[n]` uint8, the file from its first byte to its last.
-      name: what messages call it.
+      name: the name of the file in messages.
 
     Raises:
-      ValueError: what is wrong, and with which entry.
+      ValueError: the file is damaged; the message says how, and names the entry.
     """
     if data.size < 8:
         raise ValueError(f"{name}: {data.size} bytes, too few for a safetensors file")
@@ -159,7 +159,7 @@ def _entry(value: Any, where: str) -> Entry:
     if not 0 <= begin <= end <= _MAX_COUNT:
         raise ValueError(f"{where}: data_offsets from {begin} to {end}")
     bits = _BITS.get(code, 8 * ITEMSIZE.get(code, 0))
-    size = -(-count * bits // 8) if bits else end - begin  # of what is not known, the others are read
+    size = -(-count * bits // 8) if bits else end - begin  # an unknown dtype does not prevent reading other tensors
     if end - begin != size:
         raise ValueError(
             f"{where}: {code} of shape {shape} takes {size} bytes, but its data_offsets hold {end - begin}"
@@ -168,10 +168,10 @@ def _entry(value: Any, where: str) -> Entry:
 
 
 def check_shape(shape: Any, where: str) -> int:
-    """The number of values of a shape that came from a file.
+    """Checks a shape that came from a file and returns its number of values.
 
     Raises:
-      ValueError: it is no list of at most 64 whole numbers, or their product (zeros left out) is beyond any memory.
+      ValueError: it is not a list of at most 64 whole numbers, or their product without zeros exceeds any memory.
     """
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"{where}: a shape that is no list of whole numbers, 0 or more")
@@ -183,7 +183,7 @@ def check_shape(shape: Any, where: str) -> int:
 
 
 def check_regular(path: str) -> None:
-    """Raises OSError where there is nothing, a directory, or what would wait for a writer (a pipe, a device)."""
+    """Raises OSError unless a regular file is at the path: reading a pipe or a device could wait forever."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a directory; a file is wanted")
@@ -192,7 +192,7 @@ def check_regular(path: str) -> None:
 
 
 def open_mapped(path: str) -> File:
-    """The file at a path, mapped: nothing but its header is read."""
+    """Maps the file at a path; reads only its header."""
     check_regular(path)
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: 0 bytes, too few for a safetensors file")
@@ -203,31 +203,31 @@ def open_mapped(path: str) -> File:
 
 
 class Bundle(NamedTuple):
-    """All tensors of a checkpoint, of one file or of shards: their files by tensor, and the metadata."""
+    """All tensors of a checkpoint in one file or in shards: the file that holds each tensor, and the metadata."""
 
     name: str
     files: dict[str, File]
     metadata: dict[str, Any]
 
     def entry(self, tensor: str) -> Entry:
-        """The header's entry of a tensor."""
+        """Returns the header's entry for a tensor."""
         return self.files[tensor].entries[tensor]
 
     def array(self, tensor: str) -> np.ndarray:
-        """`[n]` uint8: the bytes of a tensor, as a view."""
+        """Returns the bytes of a tensor as a view, `[n]` uint8."""
         return self.files[tensor].array(tensor)
 
 
 def bundle_file(file: File) -> Bundle:
-    """A single file as a bundle."""
+    """Returns a single file as a bundle."""
     return Bundle(file.name, dict.fromkeys(file.entries, file), dict(file.metadata))
 
 
 def bundle_index(text: bytes, name: str, open_shard: Callable[[str], File]) -> Bundle:
-    """Shards as a bundle: the index's text, and a function that opens a shard by its file name.
+    """Returns shards as a bundle, from the text of their index and a function that opens a shard by file name.
 
     Raises:
-      ValueError: the index is not what Hugging Face's is, names a file outside its folder, or disagrees with a shard.
+      ValueError: the index is not in Hugging Face's form, names a file outside its folder, or disagrees with a shard.
     """
     index = parse_json(text, name)
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
@@ -247,7 +247,7 @@ def bundle_index(text: bytes, name: str, open_shard: Callable[[str], File]) -> B
     for shard, tensors in shards.items():
         file = open_shard(shard)
         asked = set(tensors)
-        # An index of others may be laid over shards that hold more; one of `save` names all that they hold.
+        # An index from `save` names all tensors of its shards; a foreign index may leave some out.
         wrong = sorted(asked ^ file.entries.keys() if "nuqjax" in metadata else asked - file.entries.keys())
         if wrong:
             there = "not in it" if wrong[0] in asked else "in it, but not in the index"
@@ -258,12 +258,12 @@ def bundle_index(text: bytes, name: str, open_shard: Callable[[str], File]) -> B
 
 
 def is_plain_name(shard: str) -> bool:
-    """Whether this names a safetensors file in the index's own folder."""
+    """Returns whether the text names a safetensors file in the folder of the index."""
     return bool(re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", shard)) and not shard.startswith(".")
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """The tensors at a path: a safetensors file, an index, or the name that shards were saved under.
+    """Opens the tensors at a path: a safetensors file, an index, or the name under which shards were saved.
 
     Raises:
       OSError: there is no such file.
@@ -290,5 +290,5 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def index_path(path: str) -> str:
-    """Where the index of shards saved under this name is."""
+    """Returns the path of the index for shards saved under this name."""
     return path if path.endswith(".index.json") else f"{path}.index.json"

@@ -1,12 +1,12 @@
-"""What a file is that is none of ours, told by its first bytes, so that a message names it before more is read."""
+"""Recognizes files of other formats by their first bytes, so that the message can say what they are."""
 
 import re
 import zipfile
 
 _SAFE = "save its weights as safetensors or npz where they were made"
 _PICKLE = f"which can run code and is never loaded: {_SAFE}"
-# The first bytes of a file, what it is, and what to do. None of them begins a safetensors file of less than 16 MB of
-# header, or a msgpack file.
+# The first bytes of a file as a pattern; what the file is, and what to do. No pattern matches a msgpack file, or a
+# safetensors file whose header is below 16 MB.
 _SIGNS: tuple[tuple[bytes, str], ...] = (
     (rb"version https://git-lfs", "a git-LFS pointer to a file that is not here: `git lfs pull` fetches it"),
     (rb"\x89HDF\r\n\x1a\n", 'an HDF5 file: `nuqjax.open_checkpoint` and `nuqjax compress` read it as format "h5"'),
@@ -23,11 +23,11 @@ _SIGNS: tuple[tuple[bytes, str], ...] = (
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a page of HTML or XML, as a failed download leaves it: fetch it again"),
     (rb"PK\x03\x04|PK\x05\x06", "a zip archive: an npz file is read by `nuqjax.open_checkpoint` and `nuqjax compress`"),
 )
-SIGNED = 512  # bytes that are looked at
+SIGNED = 512  # number of first bytes to compare
 
 
 def foreign_file(path: str) -> str | None:
-    """What the file at a path is, and what to do; None where its first bytes do not tell."""
+    """Returns what the file at a path is and what to do; None where its first bytes match no known format."""
     with open(path, "rb") as file:
         start = file.read(SIGNED)
     if not start.startswith(b"PK") or start[8:9] == b"{":
@@ -40,18 +40,18 @@ def foreign_file(path: str) -> str | None:
 
 
 def foreign(start: bytes) -> str | None:
-    """What a file with these first bytes is, and what to do; None where they do not tell.
+    """Returns what a file with these first bytes is and what to do; None where they match no known format.
 
     >>> foreign(b"GGUF" + bytes(12))
     "a GGUF file, whose weights are quantized: take the model's safetensors"
     """
-    if start[8:9] == b"{":  # a safetensors file, whatever its length looks like
+    if start[8:9] == b"{":  # a safetensors file, even if the length of its header looks like a sign above
         return None
     return next((what for sign, what in _SIGNS if re.match(sign, start, re.DOTALL)), None)
 
 
 def foreign_zip(archive: zipfile.ZipFile) -> str | None:
-    """What a zip archive is that is no npz, and what to do."""
+    """Returns what a zip archive is and what to do; None for an npz file or an empty archive."""
     names = archive.namelist()
     if any(name.endswith("data.pkl") for name in names):
         return f"a PyTorch file, a pickle in a zip, {_PICKLE} (`safetensors.torch.save_file`)"

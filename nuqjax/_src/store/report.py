@@ -1,4 +1,4 @@
-"""A report as JSON and back, and what the file alone says of a leaf."""
+"""Converts reports to JSON and back, and reports on a leaf from the file alone."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from nuqjax._src.store.entry import Entry, is_floating
 
 
 def report_to_json(report: Report) -> list[dict[str, Any]]:
-    """A report's leaves as JSON; numbers that are not finite as strings."""
+    """Returns a report's leaves as JSON; numbers that are not finite become strings."""
 
     def plain(value: Any) -> Any:
         return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -30,10 +30,10 @@ _MOST = 2**63
 
 
 def report_from_json(value: Any, where: str) -> Report:
-    """The report in a layout.
+    """Returns the report that is stored in a layout.
 
     Raises:
-      ValueError: a field is missing, unknown or of another type.
+      ValueError: a field is missing, unknown, or of the wrong type.
     """
     if not isinstance(value, list):
         raise ValueError(f"{where}: the report is no list")
@@ -53,7 +53,7 @@ def report_from_json(value: Any, where: str) -> Report:
 
 
 def _field(name: str, item: Any) -> tuple[bool, Any]:
-    """Whether this can be a field's value, and the value."""
+    """Returns whether the item is a valid value of a field, and the value itself."""
     if name == "shape":
         good = isinstance(item, list) and all(type(n) is int and 0 <= n < _MOST for n in item)
         return good, tuple(item) if good else item
@@ -62,18 +62,18 @@ def _field(name: str, item: Any) -> tuple[bool, Any]:
         if type(number) is float or (type(number) is int and abs(number) < _MOST):
             return name == "certificate" or not number < 0, number
         return number is None, number
-    if isinstance(item, int):  # sizes and counts; a bool is none
+    if isinstance(item, int):  # sizes and counts; a bool is not accepted
         return type(item) is int and 0 <= item < _MOST and isinstance(item, _HINTS[name]), item
     return isinstance(item, _HINTS[name]), item
 
 
 def with_coded_sizes(report: Report, sizes: Mapping[str, int]) -> Report:
-    """The report with the sizes of coded indices, by path."""
+    """Returns the report with the sizes of entropy-coded indices, given by path, filled in."""
     return replace(report, leaves=tuple(replace(leaf, nbytes_coded=sizes.get(leaf.path)) for leaf in report.leaves))
 
 
 def report_entry(entry: Entry, verify: bool) -> LeafReport:
-    """What the file alone says of the leaf, where no report was stored."""
+    """Returns the report of a leaf from the file alone, for a file without a stored report."""
     if entry.kind in ("python", "absent", "key"):
         kind = str(entry.layout.get("type", entry.layout.get("impl")))
         size = entry.nbytes("data")
@@ -104,7 +104,7 @@ def report_entry(entry: Entry, verify: bool) -> LeafReport:
 
 
 def _index_counts(leaf: CodebookArray) -> np.ndarray:
-    """`[R, K]` how often each level of each codebook of a slice is named, some channels at a time."""
+    """Counts the indices of each level in each codebook of a slice, `[R, K]`, working on some channels at a time."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     levels = 1 << leaf.bits
     table = np.zeros((leaf.levels.shape[0], levels), np.int64)

@@ -1,7 +1,7 @@
-"""Compressed trees in files: safetensors, with the tree's structure and each leaf's layout as JSON in the metadata.
+"""Saves and loads compressed trees: safetensors files whose metadata hold the structure and the layout as JSON.
 
-`docs/format.md` describes the format so that a few lines of NumPy read it. No pickle, no code: a file from a stranger
-is data, checked before it is used.
+`docs/format.md` describes the format so that a few lines of NumPy can read it. A file holds data only, no pickle and
+no code; everything in it is checked before it is used.
 """
 
 import math
@@ -44,27 +44,27 @@ def save(
     entropy_coding: bool = False,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Saves a tree, compressed or not, every bit as it is.
+    """Saves a tree, compressed or not, bit for bit.
 
-    The file is written under another name beside the old one, brought to disk, and renamed: an interrupted save leaves
-    what was there whole. Arrays keep their dtypes, Python's numbers and strings their types. A leaf that no file holds
-    (a function) is named in it, and `load(…, like=…)` takes it from its template.
+    The file is written under a temporary name, flushed to disk and renamed, so an interrupted save leaves the old file
+    whole. Arrays keep their dtypes; Python numbers and strings keep their types. For a leaf that no file can hold (a
+    function), the file stores the type's name, and `load(…, like=…)` takes the leaf from `like`.
 
     Args:
-      path: the file to write, `….safetensors` by custom; a file that is there is replaced, its permissions kept.
+      path: the file to write, by convention `….safetensors`. An existing file is replaced; its permissions are kept.
       cparams: any pytree whose dicts have keys that are strings, integers or tuples of these.
-      report: the `Report` of the tree, kept beside it.
-      entropy_coding: store the indices by an entropy coder where that is smaller; needs the `entropy` extra. Memory is
-        unaffected: they are packed again when the file is loaded.
-      max_shard_size: with a number of bytes or a string such as `"5GB"`, tensors beyond that are parted over several
-        files with an index, `PATH.index.json`, as on the Hugging Face Hub.
+      report: the `Report` of the tree, stored in the same file.
+      entropy_coding: entropy-code the indices where that is smaller; needs the `entropy` extra. Memory use does not
+        change, because the indices are packed again when the file is loaded.
+      max_shard_size: a number of bytes or a string such as `"5GB"`. Tensors of more bytes in total are split over
+        several files with an index, `PATH.index.json`, as on the Hugging Face Hub.
 
     Raises:
       ValueError: a leaf or a key is of a type or dtype that the format does not hold, a leaf's arrays do not fit its
         layout, or the report is of another tree.
-      OSError: the file cannot be written; another process writes it; what is there is a directory or a device, or files
-        under its name that are not this library's would be hidden, replaced or removed.
-      ImportError: entropy coding without `constriction`.
+      OSError: the file cannot be written; another process is writing it; the path is a directory or a device; or files
+        with its name that this library did not write would be hidden, replaced or removed.
+      ImportError: entropy coding is asked for without `constriction`.
 
     >>> import jax.numpy as jnp, nuqjax, pathlib, tempfile
     >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
@@ -78,7 +78,7 @@ def save(
 
 
 def save_by_name(path: str | os.PathLike[str], cparams: Any) -> None:
-    """As `save`, every tensor under a name of its own, however many and small: as what does not know of us asks."""
+    """Saves like `save`, but joins no small tensors: each has its own name, for readers that do not know nuqjax."""
     _save(path, cparams, pooled=False)
 
 
@@ -89,23 +89,23 @@ def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=T
     if pooled:
         tensors = layout.pool(tensors, limit)
     text = layout.text(report)
-    Structure(nodes, len(text))  # what `load` refuses is not saved
+    Structure(nodes, len(text))  # raises for a structure that `load` would refuse
     write(path, tensors, *metadata(text), limit)
 
 
 class Layout:
-    """The JSON of a file, leaf by leaf: what `save` writes at once and a streaming conversion bit by bit."""
+    """Builds the JSON of a file leaf by leaf, both for `save` and for a streaming conversion."""
 
     def __init__(self, nodes: list[Any]):
-        """The layout of a tree of these nodes, without leaves as yet."""
+        """Starts the layout of a tree with these nodes; it has no leaves yet."""
         self._nodes, self.entries = nodes, []
         self._names = {"__metadata__"}
         self.coded: dict[str, int] = {}
         self._version = PLAIN
-        self._added: dict[Any, tuple[int, Any]] = {}  # entry's number and leaf, by its arrays' identities
+        self._added: dict[Any, tuple[int, Any]] = {}  # number of the entry and the leaf, by the ids of its arrays
 
     def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
-        """The next leaf's tensors, to be written; the layout names them. Those of an earlier leaf are not again."""
+        """Adds the next leaf and returns its named tensors to write; none if an earlier leaf has the same arrays."""
         arrays, layout = jax.tree.flatten(leaf)
         same = (*map(id, arrays), layout)
         if same in self._added and arrays and isinstance(arrays[0], jax.Array | np.ndarray):
@@ -117,7 +117,7 @@ class Layout:
     def place(
         self, entry: Mapping[str, Any], references: Mapping[str, Any], stored: Mapping[str, Stored]
     ) -> list[Stored]:
-        """The next leaf's tensors, of what `described` gave."""
+        """Adds the next leaf from the results of `described` and returns its named tensors to write."""
         path, named = entry["path"], {}
         for role, tensor in stored.items():
             named[role] = tensor._replace(name=self._name(path, None if role == "data" else role))
@@ -129,9 +129,10 @@ class Layout:
         return list(named.values())
 
     def pool(self, tensors: Sequence[Stored], limit: int | None) -> list[Stored]:
-        """The tensors to write when all leaves are added: many small ones as one for each dtype, and where each is.
+        """Returns the tensors to write once all leaves are added; many small ones are joined into one for each dtype.
 
-        What may be parted over shards is left as it is: those are of large trees, and their headers are of no weight.
+        The layout then records where each small tensor begins. Tensors to be split over shards stay as they are: their
+        trees are large, and the size of the headers does not matter.
         """
         small = [tensor for tensor in tensors if tensor.nbytes <= _SMALL]
         if len(small) < _MANY or (limit is not None and sum(tensor.nbytes for tensor in tensors) > limit):
@@ -153,7 +154,7 @@ class Layout:
         return [tensor for tensor in tensors if tensor.name not in places] + pools
 
     def _name(self, path: str, role: str | None) -> str:
-        """A tensor's name: the leaf's path, and of a compressed leaf which tensor it is."""
+        """Returns an unused name for a tensor: the leaf's path, followed by the tensor's role if it has one."""
         name = ".".join(filter(None, [path or "leaf", role]))
         while name in self._names:  # {"a": compressed, "a.packed": dense}, {"a/b": …, "a": {"b": …}}
             name += "~"
@@ -161,7 +162,7 @@ class Layout:
         return name
 
     def text(self, report: Report | None) -> str:
-        """The JSON, as the metadata has it."""
+        """Returns the JSON as it is stored in the metadata."""
         if report is not None:
             paths = [entry["path"] for entry in self.entries]
             if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
@@ -172,7 +173,7 @@ class Layout:
 
 
 def _joined(name: str, code: str, parts: Sequence[Stored]) -> Stored:
-    """Tensors of one dtype as one, one behind the other."""
+    """Returns tensors of one dtype joined end to end into a single one."""
     count = sum(math.prod(part.shape) for part in parts)
     return Stored(name, code, (count,), lambda: chain.from_iterable(part.chunks() for part in parts))
 
@@ -180,7 +181,7 @@ def _joined(name: str, code: str, parts: Sequence[Stored]) -> Stored:
 def described(
     path: str, leaf: Any, entropy_coding: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
-    """A leaf's entry in the layout, what the references to its tensors say, and the tensors, by role and not yet named.
+    """Returns a leaf's entry in the layout, the references to its tensors, and the tensors, by role and without names.
 
     Raises:
       ValueError: as in `save`.
@@ -195,16 +196,16 @@ def described(
 
 
 def metadata(text: str) -> tuple[dict[str, str], str]:
-    """The metadata that holds a layout, and the tag that tells these contents from others."""
+    """Returns the metadata that hold a layout, and its CRC-32 in hexadecimal, which identifies these contents."""
     tag = f"{zlib.crc32(text.encode()):08x}"
     return {"nuqjax": text, "nuqjax.crc32": tag}, tag
 
 
 def shard_size(given: int | str | None) -> int | None:
-    """The bytes that `max_shard_size` says.
+    """Returns `max_shard_size` in bytes, or None if it is None.
 
     Raises:
-      ValueError: it says none.
+      ValueError: it is not a valid size.
     """
     if given is None:
         return None
@@ -225,32 +226,32 @@ def load(
     numpy: bool = False,
     verify: bool = True,
 ) -> Any:
-    """Loads what `save` saved.
+    """Loads a tree that `save` wrote.
 
     Dicts, lists, tuples and None come back as they were. Any other node (a Flax `FrozenDict` or NNX state, a named
-    tuple, an equinox module) needs its class, which no file holds: `like` gives it, and without it the node comes back
-    as a dict of its children by name.
+    tuple, an equinox module) needs its class, which no file holds: `like` provides it. Without `like` the node comes
+    back as a dict of its children by name.
 
-    The file is mapped, and of its tensors only those are read that are asked for.
+    The file is mapped, and only the requested tensors are read.
 
     Args:
-      path: the file, or the name that shards were saved under, or their index.
-      like: a tree of the wanted structure, of arrays, `jax.ShapeDtypeStruct` or compressed leaves, or its `PyTreeDef`;
-        a leaf that the file could not hold is taken from it. Shapes and dtypes are compared.
-      leaves: which leaves to load: a regular expression that is searched for in their paths, or a function of the path;
-        the others come back as None.
-      sharding: where arrays are placed: a `jax.sharding.Sharding` for all, or a tree of `NamedSharding` as the dense
-        parameters have them, by path (see `nuqjax.shardings`). Each device is given only its part.
-      numpy: NumPy arrays instead, read-only views of the mapped file wherever they can be.
-      verify: compare the checksums of what is loaded, for which every byte of it is read.
+      path: the file, or the name under which shards were saved, or their index.
+      like: a tree of the wanted structure, of arrays, `jax.ShapeDtypeStruct` or compressed leaves, or its `PyTreeDef`.
+        Shapes and dtypes are compared; a leaf that the file could not hold is taken from `like`.
+      leaves: the leaves to load: a regular expression that is searched for in their paths, or a function of the path.
+        The other leaves come back as None.
+      sharding: where to place arrays: one `jax.sharding.Sharding` for all, or a tree of `NamedSharding` as for the
+        dense parameters, matched by path (see `nuqjax.shardings`). Each device receives only its part.
+      numpy: return NumPy arrays, which are read-only views of the mapped file where possible.
+      verify: compare the checksums of the loaded tensors, which reads every byte of them.
 
     Returns:
-      The tree. Arrays are JAX's; those of 64-bit dtypes stay NumPy's unless x64 is on, for JAX would round them, and so
-      do those of dtypes that JAX does not hold (float6).
+      The tree, with JAX arrays. Arrays of 64-bit dtypes stay NumPy arrays unless x64 is on, because JAX would round
+      them; so do arrays of dtypes that JAX does not hold (float6).
 
     Raises:
-      ValueError: the file is damaged, is not one of `save`, or of a newer version; the tree is unlike `like`; no leaf
-        matches. The message names the entry.
+      ValueError: the file is damaged, was not written by `save`, or has a newer version; the tree differs from `like`;
+        no leaf matches. The message names the entry.
       OSError: there is no such file.
       ImportError: the file is entropy-coded and `constriction` is not installed.
 
@@ -273,7 +274,7 @@ def from_bundle(
     numpy: bool = False,
     verify: bool = True,
 ) -> Any:
-    """`load`, of files that are open."""
+    """Loads a tree as `load` does, from open files."""
     structure, entries, _ = read_layout(bundle, verify)
     wanted = _wanted(leaves, structure.paths, bundle.name)
     template, treedef = _template(like, entries, bundle.name)
@@ -298,10 +299,10 @@ def from_bundle(
 
 
 def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], Any]:
-    """The structure and the leaves' entries in a file's metadata, checked against its tensors, and the report's JSON.
+    """Reads the structure, the leaves' entries and the report's JSON in the metadata, checked against the tensors.
 
     Raises:
-      ValueError: what is wrong, and with which entry.
+      ValueError: the layout is wrong; the message says how, and names the entry.
     """
     name = bundle.name
     text = bundle.metadata.get("nuqjax")
@@ -334,7 +335,7 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
 
 
 def _pools(parts: Sequence[Mapping[str, Any]], bundle: Bundle) -> list[str]:
-    """The tensors that hold these parts, each of which is to be made of its parts without holes."""
+    """Returns the names of the tensors that hold these parts; raises unless the parts fill each without gaps."""
     ends: dict[str, int] = {}
     for part in sorted(parts, key=lambda part: (part["at"], stored_bytes(part))):
         name, end = part["name"], ends.get(part["name"], 0)
@@ -374,7 +375,7 @@ def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], na
 
 
 def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any], Any]:
-    """The leaves and the structure of a template, compared with the file's."""
+    """Returns the leaves and the structure of `like`; raises ValueError where they differ from the file's."""
     if like is None:
         return [], None
     if isinstance(like, jax.tree_util.PyTreeDef):
@@ -401,12 +402,12 @@ def _template(like: Any, entries: Sequence[Entry], name: str) -> tuple[list[Any]
 
 
 def _as_compressed(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a dense leaf as `compress` took it: float64 as float32, unless x64 is on."""
+    """Returns shape and dtype of a dense leaf as `compress` sees it: float64 counts as float32 unless x64 is on."""
     return tuple(leaf.shape), jax.dtypes.canonicalize_dtype(leaf.dtype).name
 
 
 def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
-    """The sharding of each leaf that has arrays."""
+    """Returns the sharding of each leaf that has arrays, by path."""
     if sharding is None:
         return {}
     if isinstance(sharding, Sharding):
@@ -420,13 +421,13 @@ def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _placed_alike(entry: Entry, entries: Sequence[Entry], places: Mapping[str, Any]) -> bool:
-    """Whether a tied leaf is wanted where the one that it is tied to is."""
+    """Returns whether a tied leaf has the same sharding as the leaf to which it is tied."""
     assert entry.same_as is not None
     return places.get(entry.path) == places.get(entries[entry.same_as].path)
 
 
 def _placed(leaf: Any, place: Sharding | None) -> Any:
-    """The leaf with JAX arrays of its own, placed."""
+    """Returns the leaf with its arrays copied to JAX and placed."""
     if is_codebook_array(leaf):
         if place is None:
             return jax.tree.map(lambda array: _on_devices(array, None), leaf)
@@ -442,7 +443,7 @@ def _placed(leaf: Any, place: Sharding | None) -> Any:
 
 
 def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
-    """The array as JAX's, or as NumPy's where JAX does not hold it. What is mapped is copied: the file may change."""
+    """Copies the array to JAX, or to NumPy where JAX lacks the dtype; a mapped file may change later, a copy not."""
     if not _is_held(array.dtype):
         return np.array(array)
     if place is None:
@@ -451,7 +452,7 @@ def _on_devices(array: np.ndarray, place: Sharding | None) -> Any:
 
 
 def _is_held(dtype: np.dtype) -> bool:
-    """Whether JAX has arrays of a dtype: not of float6, and without x64 not of 64 bits, which it would round."""
+    """Returns whether JAX holds arrays of a dtype exactly: not float6, and not 64-bit dtypes unless x64 is on."""
     try:
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             return False
@@ -462,17 +463,17 @@ def _is_held(dtype: np.dtype) -> bool:
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
-    """The report of a saved tree: the one stored with it, or what the file alone tells of every leaf.
+    """Returns the report of a saved tree: the stored one, or else one computed from the file alone.
 
-    Without a stored report, errors and methods are not known; sizes, levels and entropies are. `nbytes_file` of the
-    report is what the file takes on disk, header and all.
+    Without a stored report, errors and methods are unknown; sizes, levels and entropies are known. The report's
+    `nbytes_file` is the size of the file on disk, header included.
 
     Args:
       path: as in `load`.
       verify: compare checksums.
 
     Raises:
-      ValueError: the file is damaged or not one of `save`.
+      ValueError: the file is damaged, or was not written by `save`.
       OSError: there is no such file.
 
     >>> import jax.numpy as jnp, nuqjax, tempfile, os
@@ -488,7 +489,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Report:
 
 
 def inspect_bundle(bundle: Bundle, verify: bool) -> Report:
-    """`inspect`, of files that are open."""
+    """Returns the report as `inspect` does, from open files; `nbytes_file` is not set."""
     _, entries, report = read_layout(bundle, verify)
     if report is not None:
         return report_from_json(report, bundle.name)

@@ -1,4 +1,4 @@
-"""The layout's JSON as the metadata has it: plain, or, where that is shorter, deflated."""
+"""Writes and reads the layout's JSON in the metadata: plain, or deflated where that is shorter."""
 
 import base64
 import binascii
@@ -8,13 +8,13 @@ from typing import Any
 from nuqjax._src.store.file import MAX_HEADER, parse_json
 from nuqjax._src.store.write import to_json
 
-PLAIN, DEFLATED, POOLED = 1, 2, 3  # versions of the format: of a layout 1 or 3, and 2 of either when deflated
+PLAIN, DEFLATED, POOLED = 1, 2, 3  # versions of the format: a plain layout has 1 or 3, the deflated form of either 2
 _EXPANSION, _FREE = 32, 1 << 16
 """A text of n characters never stands for more than 32·n + 65,536 bytes of JSON: what would, is left plain."""
 
 
 def to_text(layout: dict[str, Any], version: int = PLAIN) -> str:
-    """The text of a layout, the same for the same layout.
+    """Returns the text of a layout; equal layouts give equal texts.
 
     >>> to_text({"leaves": []})
     '{"version":1,"leaves":[]}'
@@ -36,10 +36,10 @@ def _most(length: int) -> int:
 
 
 def from_text(text: str, name: str) -> dict[str, Any]:
-    """The layout in a text, its version that of the plain form.
+    """Returns the layout in a text, with the version of its plain form.
 
     Raises:
-      ValueError: it is none, or of a version that is not read here.
+      ValueError: the text is not a layout, or has a version that this library does not read.
     """
     layout = _parsed(text, name)
     if layout["version"] == DEFLATED:

@@ -1,13 +1,13 @@
-"""A tree's structure as plain JSON, and back.
+"""Converts a tree's structure to plain JSON and back.
 
-The structure is a list of nodes in pre-order, so that its JSON is flat however deep the tree:
+The structure is a list of nodes in pre-order, so that its JSON is flat even for a deep tree:
 
-    "leaf"                      a leaf; the leaves follow one another as JAX flattens the tree
+    "leaf"                      a leaf; the leaves come in the order in which JAX flattens the tree
     null                        None
-    ["dict", [key, …]]          a dict, its children behind it in the order of the keys
+    ["dict", [key, …]]          a dict; its children follow in the order of the keys
     ["OrderedDict", [key, …]]
-    ["list", n], ["tuple", n]   n children
-    ["node", type, [name, …]]   any other node: its type's name, for people, and its children's names
+    ["list", n], ["tuple", n]   n children follow
+    ["node", type, [name, …]]   any other node: the name of its type, for people, and the names of its children
 
 A key is a string, an integer, true, false, or {"tuple": [key, …]}.
 """
@@ -23,14 +23,14 @@ from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
 
 MAX_DEPTH = 256
-MAX_KEY_DEPTH = 8  # of tuples in tuples
-_MAX_EQUAL_HASHES = 64  # keys of one dict: some, by chance or small floats; many would take time by their square
+MAX_KEY_DEPTH = 8  # nesting of tuples in a key
+_MAX_EQUAL_HASHES = 64  # in one dict: a few occur by chance or for small floats; n of them take n² steps
 _KEYED = {"dict": dict, "OrderedDict": OrderedDict}
 _COUNTED = {"list": list, "tuple": tuple}
 
 
 def tree_to_nodes(tree: Any) -> tuple[list[Any], list[tuple[str, Any]]]:
-    """The nodes of a tree, and its leaves with their paths, in JAX's order.
+    """Returns the nodes of a tree, and its leaves with their paths, in JAX's order.
 
     Raises:
       ValueError: a key is of a type that the format does not hold, or the tree is deeper than `MAX_DEPTH`.
@@ -70,7 +70,7 @@ def tree_to_nodes(tree: Any) -> tuple[list[Any], list[tuple[str, Any]]]:
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:
-    """The children of a node with their keys; of a leaf, itself under no key."""
+    """Returns the children of a node with their keys; for a leaf, the leaf itself with an empty key."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
 
 
@@ -95,20 +95,20 @@ def _check_text(text: str, path: str) -> None:
 
 
 class Structure:
-    """Checked nodes of a tree: `paths` of its leaves, and `build` to put leaves in their places."""
+    """The checked nodes of a tree; `paths` are the paths of its leaves, and `build` makes the tree from leaves."""
 
     def __init__(self, nodes: Any, nbytes: int):
-        """Checks the nodes, as they come from `nbytes` bytes of a file.
+        """Checks nodes that come from `nbytes` bytes of a file.
 
         Raises:
-          ValueError: what is wrong, and with which node.
+          ValueError: a node is wrong; the message says how, and names it.
         """
         if not isinstance(nodes, list):
             raise ValueError(f"the tree is {_kind(nodes)}, not a list of nodes")
         room = PathRoom(nbytes)
         self._nodes: list[tuple[str, list[Any] | int]] = []
         self.paths: list[str] = []
-        open_: list[tuple[str, list[str]]] = [("", ["tree"])]  # prefixes, and names of the children still to come
+        open_: list[tuple[str, list[str]]] = [("", ["tree"])]  # prefixes, and the names of children that must follow
         for number, node in enumerate(nodes):
             while open_ and not open_[-1][1]:
                 open_.pop()
@@ -134,7 +134,7 @@ class Structure:
             raise ValueError("the tree ends before the children of its nodes do")
 
     def build(self, leaves: Sequence[Any]) -> Any:
-        """The tree with these leaves; a node that is none of Python's containers becomes a dict of its children.
+        """Builds the tree with these leaves; a node that is not a Python container becomes a dict of its children.
 
         Raises:
           ValueError: two children of such a node have the same name.
@@ -160,7 +160,7 @@ class Structure:
 
 
 def _check_node(node: Any, where: str, following: int) -> tuple[str, list[Any] | int, list[str]]:
-    """`(kind, keys or count, the children's names)` of a node that has children; `following` nodes come behind it."""
+    """Returns `(kind, keys or count, names of children)` of a node with children; `following` nodes come after it."""
     if not isinstance(node, list) or not node or not isinstance(node[0], str):
         raise ValueError(f'{where} is {_kind(node)}, not "leaf", null or a list that begins with its kind')
     kind, *rest = node
@@ -187,7 +187,7 @@ def _check_node(node: Any, where: str, following: int) -> tuple[str, list[Any] |
 
 
 def check_hashes(keys: Iterable[Any], where: str) -> None:
-    """Raises ValueError for keys that were chosen to have equal hashes: a dict of n of them takes n² steps.
+    """Raises ValueError for keys chosen to have equal hashes: building a dict of n such keys takes n² steps.
 
     >>> check_hashes(range(1000), "here")
     >>> check_hashes([n * (2**61 - 1) for n in range(1000)], "here")
@@ -200,14 +200,14 @@ def check_hashes(keys: Iterable[Any], where: str) -> None:
 
 
 class PathRoom:
-    """What the paths of a tree may take: many leaves below a long key would take the square of the file's bytes."""
+    """A limit on the length of all paths: many leaves below a long key could need the square of the file's bytes."""
 
     def __init__(self, nbytes: int):
-        """Room for the paths of a tree that `nbytes` bytes of a file describe."""
+        """Sets the limit for a tree that is described by `nbytes` bytes of a file."""
         self._nbytes, self._left = nbytes, 16 * nbytes + (1 << 20)
 
     def take(self, length: int) -> None:
-        """Takes so many characters. Raises ValueError where they are not left."""
+        """Subtracts `length` characters from what is left; raises ValueError if that is not enough."""
         self._left -= length
         if self._left < 0:
             raise ValueError(f"the paths of the leaves are far longer than the {self._nbytes} bytes that describe them")

@@ -1,8 +1,8 @@
-"""Writing files: whole or absent, by one writer at a time, and nothing lost that is somebody else's.
+"""Writes files completely or not at all, one writer at a time, without touching files of others.
 
-While a target is written there is a folder `TARGET.partial` beside it, which holds the lock and what is not yet in its
-place. Of other files only those are replaced or removed that are named as the target, or that this library wrote: an
-index with its mark, and the shards that such an index, or the list of a killed save, names.
+While a target is being written, a folder `TARGET.partial` next to it holds the lock and the unfinished files. Only two
+kinds of files are replaced or removed: the target itself, and files that this library wrote. The latter are an index
+with this library's mark, and shards named by such an index or by the list that a killed save left behind.
 """
 
 import errno
@@ -19,11 +19,11 @@ from nuqjax._src.store.file import ITEMSIZE, MAX_HEADER, Stored, index_path, ope
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there two writers are not told apart
+except ImportError:  # Windows has no such locks: a second writer is not detected there
     fcntl = None
 
 _LOCK, _PLACED, _PART = "lock", "shards", ".part"
-_MARKS = {  # what the folder of a target may hold, and how that begins
+_MARKS = {  # files that the folder of a target may hold, and the bytes with which each begins
     _LOCK: (b"nuqjax: ",),
     _PLACED: (b"nuqjax: ",),
     "journal": (b'{"nuqjax":"journal ', b'{"mark":"'),
@@ -33,7 +33,7 @@ _HEAD = "nuqjax: shards that are to go unless the index names them"
 
 
 class Target(NamedTuple):
-    """A file that is being written, links followed; its folder; the permissions of what it replaces (None: nothing)."""
+    """A file being written, links resolved; its folder; the permissions of the file it replaces (None: no file)."""
 
     path: str
     folder: str
@@ -42,17 +42,17 @@ class Target(NamedTuple):
 
 @contextmanager
 def claim(path: str | os.PathLike[str], inputs: Iterable[str] = (), sharded: bool = False) -> Iterator[Target]:
-    """The right to write a target, until the block ends; what a killed writer left is cleared away first.
+    """Locks a target for writing until the block ends; first removes what a killed writer left.
 
     Args:
-      path: the file.
-      inputs: files that are read meanwhile, none of which may be replaced or removed.
-      sharded: whether it will be parted over several files.
+      path: the file to write.
+      inputs: files that are read in the meantime; none of them may be replaced or removed.
+      sharded: whether the target will be split over several files.
 
     Raises:
-      BlockingIOError: somebody else is writing it; the message says who.
-      FileExistsError: what would be replaced or removed is not this library's.
-      OSError: it is no regular file, or cannot be written.
+      BlockingIOError: another process is writing the target; the message says which.
+      FileExistsError: a file that this library did not write would be replaced or removed.
+      OSError: the path is not a regular file, or cannot be written.
       ValueError: one of the inputs would be replaced or removed.
     """
     path = os.path.realpath(os.fspath(path))
@@ -85,10 +85,9 @@ def claim(path: str | os.PathLike[str], inputs: Iterable[str] = (), sharded: boo
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], inputs: Iterable[str] = ()) -> Iterator[BinaryIO]:
-    """A file to write that takes its place at `path`, whole and on disk, when the block ends.
+    """Opens a file to write that replaces the one at `path`, complete and flushed to disk, when the block ends.
 
-    What goes wrong in the block leaves what was at `path` as it was, and nothing else. Arguments and errors are those
-    of `claim`.
+    An error in the block leaves the old file unchanged and no other files. Arguments and errors are those of `claim`.
     """
     with claim(path, inputs) as target, _placing(target, target.path) as file:
         yield file
@@ -96,9 +95,9 @@ def replacing(path: str | os.PathLike[str], inputs: Iterable[str] = ()) -> Itera
 
 @contextmanager
 def _placing(target: Target, path: str) -> Iterator[BinaryIO]:
-    """A file of a claimed target: it itself, its index, or one of its shards."""
+    """Opens a file of a claimed target: the target itself, its index, or one of its shards."""
     part = os.path.join(target.folder, os.path.basename(path) + _PART)
-    mode = 0o666 if target.mode is None else target.mode & 0o700  # never wider than it will be
+    mode = 0o666 if target.mode is None else target.mode & 0o700  # never wider than the final permissions
     with naming(path), open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         yield file
         file.flush()
@@ -111,7 +110,7 @@ def _placing(target: Target, path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """An error that there is no room, which names no file, names this one."""
+    """Adds this file's name to an error about missing disk space, which names no file by itself."""
     try:
         yield
     except OSError as error:
@@ -121,7 +120,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 def _sync_folder(folder: str) -> None:
-    """The names in a folder on disk, where the system can be asked for it."""
+    """Flushes the names in a folder to disk, on systems that support it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -134,7 +133,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def _locked(folder: str, path: str) -> int | None:
-    """The locked file in a target's folder, which is made if there is none; None on systems without such locks."""
+    """Locks the lock file in a target's folder, makes both if missing; returns None on systems without such locks."""
     name = os.path.join(folder, _LOCK)
     for _ in range(100):
         with suppress(FileExistsError):
@@ -146,10 +145,10 @@ def _locked(folder: str, path: str) -> int | None:
             _lock(lock, path)
             held = os.path.samestat(os.fstat(lock), os.stat(name))
             if held:
-                with suppress(OSError):  # no room for a name: the lock holds without
+                with suppress(OSError):  # no disk space for the name of the holder: the lock works without it
                     os.ftruncate(lock, 0)
                     os.write(lock, f"nuqjax: process {os.getpid()} on {socket.gethostname()}\n".encode())
-        except FileNotFoundError:  # whoever held it has just removed it
+        except FileNotFoundError:  # the previous holder has just removed it
             held = False
         except BaseException:
             if lock is not None:
@@ -173,12 +172,12 @@ def _lock(lock: int, path: str) -> None:
         found = re.match(r"nuqjax: (process \d+ on [\w.-]+)", os.pread(lock, 300, 0).decode(errors="replace"))
         who = found[1] if found else "another process"
         raise BlockingIOError(f"{path}: {who} is writing it; wait for that to end, or name another target") from error
-    except OSError:  # a disk without locks
+    except OSError:  # a file system without locks
         pass
 
 
 def check_folder(folder: str) -> None:
-    """Raises FileExistsError unless all that is in the folder of a target is this library's."""
+    """Raises FileExistsError unless this library wrote everything in the folder of a target."""
     if stat.S_ISDIR(os.lstat(folder).st_mode):
         names = set(os.listdir(folder))
         marked = [_begins(os.path.join(folder, name), _MARKS[name]) for name in names & set(_MARKS)]
@@ -189,7 +188,7 @@ def check_folder(folder: str) -> None:
 
 
 def _begins(path: str, marks: Sequence[bytes]) -> bool:
-    """Whether a file begins with one of these, or was cut before it could."""
+    """Returns whether a file begins with one of the marks, or was cut off inside one."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return False
     with open(path, "rb") as file:
@@ -198,7 +197,7 @@ def _begins(path: str, marks: Sequence[bytes]) -> bool:
 
 
 def _clear(target: Target) -> None:
-    """Removes what is not in its place, and shards that no index names any more."""
+    """Removes unfinished files, and listed shards that the index does not name."""
     for name in os.listdir(target.folder):
         if name.endswith(_PART):
             os.unlink(os.path.join(target.folder, name))
@@ -207,7 +206,7 @@ def _clear(target: Target) -> None:
         return
     with open(placed, encoding="utf-8", errors="replace") as file:
         head, *names = file.read().split("\n")
-    if head == _HEAD and names and names[-1] == "":  # whole; before it is, no shard is written
+    if head == _HEAD and names and names[-1] == "":  # complete; no shard is written before the list is complete
         named = {os.path.basename(name) for name in _own_shards(target.path)}
         folder = os.path.dirname(target.path)
         _remove(os.path.join(folder, name) for name in names if _is_shard(name, target.path) and name not in named)
@@ -224,7 +223,7 @@ def _remove(paths: Iterable[str]) -> None:
 
 
 def _check_replaced(path: str, inputs: Collection[tuple[int, int]] = ()) -> None:
-    """Raises unless there is nothing at `path`, or a regular file that nobody reads from."""
+    """Raises unless `path` is free, or holds a regular file that is not one of the inputs (device, inode)."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -238,7 +237,7 @@ def _check_replaced(path: str, inputs: Collection[tuple[int, int]] = ()) -> None
 
 
 def check_sharded(path: str) -> None:
-    """Raises unless what shards at `path` would hide or replace is this library's."""
+    """Raises if shards at `path` would hide or replace a file that this library did not write."""
     index = index_path(path)
     _check_replaced(index)
     if os.path.exists(index) and _own_index(path) is None:
@@ -258,7 +257,7 @@ def _is_saved(path: str) -> bool:
 
 
 def _own_index(path: str) -> dict[str, Any] | None:
-    """The index of shards under this name, if this library wrote it."""
+    """Returns the index of the shards saved under this name if this library wrote it, else None."""
     index = index_path(path)
     try:
         if not stat.S_ISREG(os.lstat(index).st_mode) or os.path.getsize(index) > MAX_HEADER:
@@ -273,7 +272,7 @@ def _own_index(path: str) -> dict[str, Any] | None:
 
 
 def _own_shards(path: str) -> list[str]:
-    """The shards that an index of this library names under this name."""
+    """Returns the paths of the shards that this library's index for this name lists."""
     shards = set((_own_index(path) or {"weight_map": {}})["weight_map"].values())
     folder = os.path.dirname(path)
     return sorted(os.path.join(folder, name) for name in shards if isinstance(name, str) and _is_shard(name, path))
@@ -293,7 +292,7 @@ def _is_shard(name: str, path: str) -> bool:
 
 
 def header(tensors: Sequence[Stored], metadata: Mapping[str, str]) -> tuple[bytes, list[Stored]]:
-    """The header of a file, and its tensors in the order in which they follow: widest first, so all are aligned."""
+    """Returns the header of a file, and its tensors in file order: widest dtype first, so that all are aligned."""
     ordered = sorted(tensors, key=lambda tensor: -ITEMSIZE[tensor.code])
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
@@ -309,7 +308,7 @@ def header(tensors: Sequence[Stored], metadata: Mapping[str, str]) -> tuple[byte
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON, the same for the same value."""
+    """Returns compact JSON; equal values give equal text."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -321,21 +320,21 @@ def write(
     max_shard_size: int | None,
     inputs: Iterable[str] = (),
 ) -> list[str]:
-    """Writes tensors as one file at `path`, or as shards beside an index; what a save before left of either is removed.
+    """Writes tensors as one file at `path`, or as shards with an index, and removes the files of an earlier save.
 
-    Shards have names that no other save's have, so that they never replace those; the index is replaced last, and only
-    then the shards of the save before are removed.
+    The names of shards differ from save to save, so that new shards never replace old ones. The index is replaced
+    last, and the old shards are removed after that.
 
     Args:
-      path: the file, or the target that is claimed; of shards, the name that theirs begin with.
-      tensors: in the tree's order.
-      metadata: of the single file, or of the index.
-      tag: eight hexadecimal digits that tell these contents from others; None for the first that are not taken.
-      max_shard_size: bytes of tensors in a shard (a larger tensor has one of its own); None for a single file.
+      path: the file, or a claimed target; for shards, the name with which theirs begin.
+      tensors: the tensors, in the tree's order.
+      metadata: the metadata of the single file, or of the index.
+      tag: eight hexadecimal digits that identify these contents; None for the first free ones.
+      max_shard_size: bytes of tensors in a shard (a larger tensor gets a shard of its own); None for a single file.
       inputs: as in `claim`.
 
     Returns:
-      The files written.
+      The paths of the files written.
 
     Raises:
       OSError, ValueError: as in `claim`.
@@ -373,7 +372,7 @@ def write(
 
 
 def _shard_names(path: str, tag: str | None, count: int, old: Sequence[str]) -> list[str]:
-    """Names of shards, none of which is that of somebody else's file."""
+    """Returns names for the shards that are not the names of files of others."""
     for number in range(1 << 32):
         made = f"{_stem(path)}-{tag or f'{number:08x}'}-"
         names = [f"{made}{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -386,7 +385,7 @@ def _shard_names(path: str, tag: str | None, count: int, old: Sequence[str]) -> 
 
 
 def _list_placed(target: Target, names: Iterable[str]) -> None:
-    """Lists shards of which those are to go, whatever happens, that the index will not name."""
+    """Writes the list of shards: at the end, or after a kill, those that the index does not name are removed."""
     names = list(map(os.path.basename, names))
     if names:
         with open(os.path.join(target.folder, _PLACED), "wb") as file:
@@ -406,7 +405,7 @@ def _write_one(target: Target, path: str, tensors: Sequence[Stored], metadata: M
 
 
 def _shards(tensors: Sequence[Stored], limit: int | None) -> list[list[Stored]]:
-    """The tensors in runs of at most `limit` bytes."""
+    """Splits the tensors into runs of at most `limit` bytes; a larger tensor is a run of its own."""
     if limit is None:
         return [list(tensors)]
     groups: list[list[Stored]] = [[]]
