@@ -76,7 +76,7 @@ def scale(text: str) -> Any:
 
 
 def codebook_format(text: str) -> Any:
-    """Reads a floating dtype's name, `fixed/WORD` or `fixed/WORD/FRAC` for words, or `none` for the leaf's dtype.
+    """Reads a floating dtype's name, fixed point as `fixed/WORD` or `fixed/WORD/FRAC`, or `none` for the leaf's dtype.
 
     >>> codebook_format("fixed/8/6")
     QFormat(word=8, frac=6, signed=True)

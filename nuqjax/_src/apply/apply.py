@@ -82,21 +82,21 @@ LOOP_BYTES = 2**28
 def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES) -> Callable[..., Any]:
     """Lifts a function of dense arrays to one that takes `CodebookArray` leaves anywhere in its arguments.
 
-    The function is not changed. It may be a Flax `model.apply`, a call of an NNX or equinox module, or any JAX code. It
-    computes what it computes on `nuqjax.decompress` of its arguments. Run eagerly, each operation gives the same bits.
-    Where XLA compiles several operations together (under `jit`, and in loops and inner `jit`s that a compressed leaf
-    enters), results are equal up to the order in which XLA sums. It composes with `jit` (pass the tree as an argument,
-    so that it does not become a constant), `grad`, `vmap`, `shard_map`, sharding and `jax.export`. Arguments that are
-    not arrays (`train=False`, `mutable=…`) are static.
+    The function is not changed. It may be a Flax `model.apply`, a call of an NNX or equinox module, or any JAX code.
+    The result is that of the function on `nuqjax.decompress` of its arguments. Run eagerly, each operation gives the
+    same bits. Where XLA compiles several operations together (under `jit`, and in loops and inner `jit`s that a
+    compressed leaf enters), results are equal up to the order in which XLA sums. The lifted function composes with
+    `jit` (pass the tree as an argument, so that it does not become a constant), `grad`, `vmap`, `shard_map`, sharding
+    and `jax.export`. Arguments that are not arrays (`train=False`, `mutable=…`) are static.
 
     Changes that the function makes in place in its arguments are written back to them: the state of NNX modules
     (caches, batch statistics, counts of random streams) and the entries of dicts and lists. Where that is impossible,
     as for a compressed leaf, an error names the leaf.
 
     Memory and speed: a leaf is decoded at each use, in each call. Loops (`scan`, `while_loop`) are an exception: the
-    weights that they close over are decoded once before the loop, up to `loop_bytes` in all, not again in each step.
-    Layers that a `scan` runs over are always decoded one by one, and look-ups row by row. To decode once for many
-    calls, pass `nuqjax.decompress(cparams)` to `fn` itself.
+    weights that they close over are decoded once, before the first step, up to `loop_bytes` in all. Layers that a
+    `scan` runs over are always decoded one by one, and look-ups row by row. To decode once for many calls, pass
+    `nuqjax.decompress(cparams)` to `fn` itself.
 
     Each call traces the function again: put it under `jax.jit` where it runs more than once.
 
@@ -282,7 +282,7 @@ def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pa
 
 
 def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
-    """Slices the leaf itself along stack axes; of a slice along one other axis, decodes only the indices in it."""
+    """Slices the leaf itself along stack axes; for a slice along one other axis, decodes only the values in it."""
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
     shape = _operand_shape(eqn)
@@ -329,7 +329,7 @@ def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax
 
 
 def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Wraps a function that replaces an equation: on a mesh with explicit axes, its output is sharded as that one's."""
+    """Wraps a function in place of an equation: on a mesh with explicit axes its output has the equation's sharding."""
 
     def run(*args):
         sharding = explicit_sharding(*jax.tree.leaves(args))

@@ -32,7 +32,7 @@ from nuqjax._src.report.report import build_report
 def compress_tree(
     params: Any, options: Options, rules: Any, sensitivity: Any, *, return_report: bool, progress: bool
 ) -> Any:
-    """Implements `nuqjax.compress` without data, which calls it; warnings name the caller of `nuqjax.compress`.
+    """Implements `nuqjax.compress` without data; warnings name the place that calls `nuqjax.compress`.
 
     Args:
       params: any pytree.

@@ -17,13 +17,13 @@ from nuqjax._src.platform.host import over_blocks, working_dtype, x64
 
 
 def most_scaled(factors: Any, dtype: np.dtype) -> Any:
-    """Returns the largest level whose product with every scale is finite in the leaf's dtype; None without scales."""
+    """Returns the largest magnitude of a level that no scale takes beyond the leaf's dtype; None without scales."""
     if factors is None:
         return None
     xp, finest = rows.namespace(factors), jnp.finfo(dtype)
     wide = np.float64 if xp is np else working_dtype(factors.dtype)
     most = factors.astype(wide).max()
-    if xp is jnp:  # so that the quotient below is not rounded up
+    if xp is jnp:  # so that a quotient that is rounded up is not too large
         most = most * (1 + 4 * float(jnp.finfo(wide).eps))
     return float(finest.max) / xp.maximum(most, float(jnp.finfo(wide).tiny))
 
@@ -76,7 +76,10 @@ def choose_format(auto: AutoQFormat, levels: Any, view: View, plan: LeafPlan) ->
     best = math.inf, full
 
     def is_worse(moved: float) -> bool:
-        """Returns whether no such format is the best: its error is at least (√moved − √unrounded_error)² (triangle)."""
+        """Returns whether a format that moves the levels' weights so far (squared) cannot be the best.
+
+        By the triangle inequality, its error is at least (√moved − √unrounded_error)².
+        """
         return max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2 * (1 - 1e-5) > best[0]
 
     # From the coarsest format that does not round all these levels to 0, to one whose range holds few of them.

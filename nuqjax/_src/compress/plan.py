@@ -191,7 +191,7 @@ def plan_leaves(params: Any, options: Options, rules: Rule | Sequence[Rule]) -> 
 
 
 def _check_tree(flat: Sequence[tuple[Any, Any]]) -> None:
-    """Raises ValueError unless given a tree of arrays: for a function, a module, a list of numbers, foreign tensors."""
+    """Raises ValueError for anything but a tree of arrays: a function, a module, a list of numbers, foreign tensors."""
     wanted = "a tree of arrays is wanted, such as compress(variables['params'])"
     for path, leaf in flat:
         _check_kind(path_name(path), leaf)

@@ -16,7 +16,7 @@ from nuqjax._src.platform.host import on_host, row_by_row, to_numpy
 
 
 class View(NamedTuple):
-    """A leaf as rows, and the scales that were divided out of it."""
+    """A leaf as rows, with their mask and weights, and the scales by which the values are divided."""
 
     values: Any  # [S·R, N]
     mask: Any  # [S·R, N] bool, or None
@@ -30,7 +30,7 @@ def from_host(array: Any) -> Any:
 
 
 def check_finite(array: Any, path: str) -> None:
-    """Raises ValueError, naming `path`, for NaN or infinity in an array that is no tracer."""
+    """Raises ValueError, naming `path`, for NaN or infinity in an array that is not a tracer."""
     if isinstance(array, jax.core.Tracer):
         return
     xp = rows.namespace(array)
@@ -53,7 +53,7 @@ def each_slice(function: Callable, slices: Any) -> Any:
 
 
 def in_own_order(array: Any, options: Options) -> bool:
-    """Returns whether the values of a slice share one codebook and have no scales, so that any order serves."""
+    """Returns whether a slice's values may be in any order: they share a codebook, have no scales, are on no mesh."""
     return options.granularity == "tensor" and options.scale is None and not rows.on_mesh(array)
 
 

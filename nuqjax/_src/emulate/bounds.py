@@ -1,7 +1,7 @@
 """Bounds the raw integers of a program before it runs, and chooses how each sum is computed.
 
 Every word of a node lies in an interval of raw integers. Take a dot or a convolution whose activations lie in the
-interval X, and let S be the sum of the magnitudes of the weights for one output. The result is at most max|X|·S in
+interval X, and let S be the largest sum of weight magnitudes for one output. The result is at most max|X|·S in
 magnitude. This bound gives the register that the sum needs, and the cheapest arithmetic in which every partial sum, in
 any order, is exact.
 """
@@ -153,7 +153,7 @@ def _rounded(exact: Words, row: SiteFormat | None) -> Words:
 
 
 def _linear(node: Node, row: SiteFormat, found: Mapping[Node, Site]) -> tuple[Words, str, int]:
-    """Returns the words of a dot's or a convolution's accumulator, its route, and the bound of its lossless sums."""
+    """Returns the accumulator's words, the route, and the bound without loss of bits, of a dot or a convolution."""
     terms = terms_of(node)
     words = [found[n].words if n.role == "activation" else format_words(_need(row, "weight")) for n in node.inputs[:2]]
     frac = words[0].frac + words[1].frac

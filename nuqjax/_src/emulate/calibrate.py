@@ -94,7 +94,7 @@ def calibrate(
       overflow: the mode at each site.
       accumulator: the accumulator of every dot and convolution.
       fallback: `"float"` computes operations without an exact rule in floating point; None makes them errors.
-      formats: formats to keep; then only their bounds are proved, for this tree.
+      formats: formats to keep; then only their bounds are proven, for this tree.
       **options: further arguments of `fn`.
 
     Returns:
@@ -159,7 +159,7 @@ def prove(program: Program, formats: Formats, arrays: Any) -> Formats:
 
 
 class _Wanted(NamedTuple):
-    """A format to choose: the site and the field of its row, the nodes that have the words, and their bits."""
+    """A format to choose: the site and the field of its row, the nodes with its words, and the word length in bits."""
 
     site: str
     field: str
@@ -362,7 +362,7 @@ def format_for(
       signed: whether words are two's complement.
       choose: `"range"`: the most fraction bits with which neither rounded end overflows; `"ristretto"`: by its rule.
       parameter: whether to use Ristretto's rule for parameters instead of that for activations.
-      rounding: the mode, as for a site, by which the ends are rounded.
+      rounding: the mode that rounds the ends, one of a site's modes.
 
     >>> format_for(-1.0, 1.0, 8, signed=True)
     QFormat(word=8, frac=6, signed=True)

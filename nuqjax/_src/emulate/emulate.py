@@ -169,7 +169,7 @@ class _Recorder:
 def _evaluate(
     program: Program, known: Mapping[Node, Site], arrays: Sequence[Any], recorder: _Recorder
 ) -> dict[Node, Any]:
-    """Returns by node: raw integers, floats where it runs in floating point, else the function's own value."""
+    """Returns each node's value: raw integers, floats where it runs in floating point, else what the function gives."""
     values: dict[Node, Any] = dict(zip(program.arrays, arrays, strict=True))
     parameters = Parameters(values)
     for node in program.nodes:

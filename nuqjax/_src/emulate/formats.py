@@ -192,7 +192,7 @@ class Formats:
         return Formats.from_json(Path(path).read_text(encoding="utf-8"))
 
     def table(self) -> Table:
-        """Returns one row per site: its formats and modes, the bits that its exact result needs, and its route."""
+        """Returns a table of one row per site: formats, modes, the bits that its exact result needs, and its route."""
         table = Table(*_COLUMNS, title=f"{len(self)} sites" + (", floats allowed" if self.fallback else ""))
         for row in self:
             needs = "" if row.bound is None else f"{row.needed_bits} bits"

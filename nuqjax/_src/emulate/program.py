@@ -125,7 +125,7 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     The first argument is the tree of parameters; a `CodebookArray` in any other argument is a parameter, too.
 
     Raises:
-      ValueError: the function changes one of its arguments in place, or JAX sliced or cast the arrays of a leaf.
+      ValueError: the function changes one of its arguments in place, or a compressed leaf's arrays break its layout.
     """
     for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]:
         if is_codebook_array(x):
@@ -203,7 +203,7 @@ class _Recorder:
         ]
 
     def _multiplied(self, x: Node, divisor: Node, eqn: core.JaxprEqn, name: str) -> Node:
-        """Returns a division as a multiplication by the reciprocal, as in hardware, if no whole number divides."""
+        """Returns a division by other than whole numbers as a multiplication by the reciprocal, as in hardware."""
         inverse = self.node("reciprocal", (divisor,), (), divisor.shape, divisor.dtype, f"{name}:reciprocal")
         if divisor.role == "constant":
             inverse = self.lifted((1 / np.asarray(divisor.value, np.float64)).astype(divisor.dtype))
@@ -284,7 +284,7 @@ def consumers(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
 
 
 def _with_biases(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], dict[Node, Node]]:
-    """Joins each bias to the dot or convolution used by its addition alone; returns new nodes, and new by old."""
+    """Joins each bias to its dot or convolution where that has no other use; returns the new nodes, and new by old."""
     uses, new, kept = consumers(nodes), dict[Node, Node](), []
     dropped = set()
     for node in nodes:

@@ -89,12 +89,12 @@ class Chain:
 
 
 def passed(chains: Sequence[Chain]) -> dict[int, Any]:
-    """Returns for the equation number of every step of the chains the operand that the step passes on."""
+    """Returns, by equation number, the operand that each step of the chains passes on."""
     return {step.number: step.value for chain in chains for step in chain.steps}
 
 
 def positions(program: Flat, leaf: Any, path: Sequence[int]) -> np.ndarray:
-    """Returns for every entry at the end of a path of moves its position in the leaf, in row-major order."""
+    """Returns, for every entry at the end of a path of moves, its position in the leaf, in row-major order."""
     shape = leaf.aval.shape
     array = np.arange(math.prod(shape)).reshape(shape)
     for number in path:
@@ -251,7 +251,7 @@ def _moved(eqn: core.JaxprEqn, layout: Sequence[int | None]) -> list[int | None]
 
 
 def _reshaped(before: Sequence[int], after: Sequence[int], layout: Sequence[int | None]) -> list[int | None] | None:
-    """Returns `_moved` for a reshape: axes are matched from the first, and are the same where lengths agree."""
+    """Returns the layout after a reshape, as `_moved`: axes are matched in order, and are the same if lengths agree."""
     new: list[int | None] = [None] * len(after)
     if 0 in before:
         return None

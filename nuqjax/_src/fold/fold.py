@@ -59,8 +59,7 @@ def fold_batch_norm(
       with one addition in place of each batch-norm. `folded_params` has the structure, shapes and dtypes of `params`.
       The kernels are scaled. The offset is in the layer's own bias, else in the batch-norm's, else, negated, in its
       mean. The other leaves of the batch-norm become an identity (scale 1, mean 0, var 1 − epsilon), so that
-      `fn(folded_params, *inputs)` is the same up to rounding, too, unless constants or leaves used elsewhere prevent
-      it.
+      `fn(folded_params, *inputs)` is the same up to rounding, too; constants and leaves used elsewhere may prevent it.
 
     Raises:
       ValueError: a batch-norm (here: a product of activations by an expression with the square root of a parameter)
@@ -306,7 +305,7 @@ def _beside(program: Flat, slot: Slot) -> Iterator[Any]:
         [var] = eqn.outvars
 
 
-# Solve for an operand, given the result and the other operand: for the first, and for the second.
+# By operation: the first operand from the result and the second, and the second from the result and the first.
 _SOLVED: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add": (lambda result, other: result - other, lambda result, other: result - other),
     "sub": (lambda result, other: result + other, lambda result, other: other - result),

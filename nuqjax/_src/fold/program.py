@@ -74,13 +74,13 @@ def scoped(scope: str) -> AbstractContextManager[Any]:
 
 
 def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    names = source_info_util.new_name_stack(site.scope)  # replace the equation's own names, which are the last of these
+    names = source_info_util.new_name_stack(site.scope)  # these end in the equation's own names, and replace them
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=names):
         return bind(eqn, operands)
 
 
 def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Inlines a call with a dot or a convolution inside, and keeps any other, with its own derivative."""
+    """Inlines a call with a dot or a convolution inside; keeps any other call, with its own derivative."""
     return (inline if _has_linear(eqn) else _keep)(interpreter, site, eqn, *operands)
 
 
@@ -131,7 +131,7 @@ def _bodies(eqn: core.JaxprEqn) -> Iterator[tuple[core.ClosedJaxpr, Sequence[Any
 
 
 class Step(NamedTuple):
-    """An equation that an activation passes through: a move, or an operation with an operand that is no activation.
+    """An equation that an activation passes through: a move, or arithmetic with an operand that is not an activation.
 
     Attributes:
       number: the number of the equation.
@@ -226,7 +226,7 @@ class Flat:
         return Step(number, name, value, operand)
 
     def root(self, step: Step) -> Any:
-        """Returns the value where the chain of a step begins: the first from which only steps lead to it."""
+        """Returns the value where the chain of a step begins: only steps lead from there to this step."""
         var = step.value
         while self.alone(var) and var in self.makers:
             before = self.step(self.makers[var])
@@ -247,7 +247,7 @@ class Flat:
         return steps
 
     def live(self, passed: Mapping[int, Any]) -> frozenset[int]:
-        """Returns the equations that the outputs depend on if each in `passed` only passes on the operand there."""
+        """Returns the equations that the outputs depend on, if those in `passed` only pass on the operand in it."""
         needed = {v for v in self.jaxpr.jaxpr.outvars if not isinstance(v, core.Literal)}
         found = set()
         for number in range(len(self.eqns))[::-1]:
@@ -259,7 +259,7 @@ class Flat:
         return frozenset(found)
 
     def users(self, leaf: Any, passed: Mapping[int, Any], live: frozenset[int]) -> set[int]:
-        """Returns the equations of `live(passed)`, or outputs, that a leaf reaches through moves alone."""
+        """Returns the equations of `live(passed)`, and the outputs, that a leaf reaches through moves alone."""
         found, stack = set(), [leaf]
         while stack:
             for number in self.takers.get(stack.pop(), ()):

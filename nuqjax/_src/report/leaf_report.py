@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LeafReport:
-    """One leaf, before and after.
+    """One leaf before and after compression.
 
     Attributes:
       path: its keys, joined by "/".
@@ -32,7 +32,7 @@ class LeafReport:
       signal: Σ x².
       noise: Σ (x − decoded x)².
       largest_error: max |x − decoded x|.
-      certificate: the largest share of the fit's squared error by which it can exceed the optimum, as proven:
+      certificate: proven bound of how much the fit's squared error exceeds the optimum, relative to that error:
         (sse − lower_bound) / sse; None where nothing is proven.
       nbytes_packed: bytes of memory of the packed indices.
       nbytes_coded: bytes of the entropy-coded indices in a file, their model counted; None without entropy coding.

@@ -116,7 +116,7 @@ def plot_levels(weights: Any, levels: Any, *, title: str = "", bins: int = 200) 
     Args:
       weights: the layer's dense weights, of any shape.
       levels: the `CodebookArray` that stands for them, or levels of any shape `[…]`, all codebooks together.
-      title: the title; where it is empty, a `CodebookArray` gives one.
+      title: the title; if it is empty, it is made from the `CodebookArray`.
       bins: number of bins of the histogram.
 
     Returns:
