@@ -27,7 +27,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     rows = [
         _five_bits(_by_experiment(results, "accuracy", NETWORK)),
         _as_good_as_float(_by_experiment(results, "accuracy", NETWORK)),
-        _importance(_by_experiment(results, "sensitivity", NETWORK)),
+        _with_data(_by_experiment(results, "calibrated", "Tiny Darknet")),
         _integers(_by_experiment(results, "emulation", "ResNet-20")),
         _speed(_by_experiment(results, "benchmark_fit tree", "")),
         _large(_by_experiment(results, "large_checkpoint", "")),
@@ -75,14 +75,13 @@ def _as_good_as_float(result: dict[str, Any]) -> tuple[str, str, str]:
     )
 
 
-def _importance(result: dict[str, Any]) -> tuple[str, str, str]:
-    plain, weighted = (
-        percent(_cell(result, bits=4, granularity="channel", weighting=name)["top1"]) for name in ("none", "damped:1")
-    )
+def _with_data(result: dict[str, Any]) -> tuple[str, str, str]:
+    plain, learned = _cell(result, method="plain", size="4"), _cell(result, method="budget", size="4bpw")
     return (
-        f"{NETWORK}, 4 bits, a codebook a channel",
-        f"top-1 {plain} becomes {weighted} where errors are weighted by the Fisher diagonal, at the same bytes",
-        "sensitivity --network efficientnet_lite0 --bits 4",
+        f"{result['title']} at {learned['bits_per_weight']:.1f} bits a weight, scales and codebooks counted",
+        f"top-1 {percent(learned['top1'])} with {result['learned']} unlabelled images, {percent(plain['top1'])} by the "
+        f"weights alone ({plain['bits_per_weight']:.1f} bits; float32 {percent(result['float']['top1'])})",
+        "calibrated --network tiny_darknet --bits 4 --budget 4bpw",
     )
 
 

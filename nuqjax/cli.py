@@ -1,6 +1,6 @@
-"""The command line: what the public functions do, with files.
+"""The command line: the public functions, applied to files.
 
-Exit status: 0 done; 1 refused or failed, with one line that says why; 2 the command was not understood; 130
+Exit status: 0: done; 1: refused or failed, with one line that says why; 2: the command is not understood; 130:
 interrupted.
 """
 
@@ -53,7 +53,7 @@ stack_axes.
 
 
 def granularity(text: str) -> Any:
-    """`tensor`, `channel`, `channels/N` or `inputs/N`.
+    """Reads `tensor`, `channel`, `channels/N` or `inputs/N`.
 
     >>> granularity("channels/8")
     ChannelGroups(size=8)
@@ -67,7 +67,7 @@ def granularity(text: str) -> Any:
 
 
 def scale(text: str) -> Any:
-    """`none`, `channel` or `inputs/N`."""
+    """Reads `none`, `channel` or `inputs/N`."""
     if text == "none":
         return None
     if text != "channel" and not text.startswith("inputs/"):
@@ -76,7 +76,7 @@ def scale(text: str) -> Any:
 
 
 def codebook_format(text: str) -> Any:
-    """A floating dtype's name; `fixed/WORD` or `fixed/WORD/FRAC` for fixed-point words; `none` for the leaf's dtype.
+    """Reads a floating dtype's name, fixed point as `fixed/WORD` or `fixed/WORD/FRAC`, or `none` for the leaf's dtype.
 
     >>> codebook_format("fixed/8/6")
     QFormat(word=8, frac=6, signed=True)
@@ -96,7 +96,7 @@ def codebook_format(text: str) -> Any:
 
 
 def tolerance(text: str) -> float | None:
-    """A number, or `none`."""
+    """Reads a number or `none`."""
     try:
         return None if text == "none" else float(text)
     except ValueError as error:
@@ -104,7 +104,7 @@ def tolerance(text: str) -> float | None:
 
 
 def function(text: str) -> Any:
-    """A function by the name of its module, which is looked for here, too, and its own.
+    """Imports the function `MODULE:FUNCTION`; the current folder is searched for the module, too.
 
     >>> function("math:sqrt")(4.0)
     2.0
@@ -122,7 +122,7 @@ def function(text: str) -> Any:
 
 
 def budget(text: str) -> int | str:
-    """Bytes, or what `nuqjax.compress` takes as a text.
+    """Reads a number of bytes; other text is left to `nuqjax.compress`.
 
     >>> budget("2000000"), budget("3bpw")
     (2000000, '3bpw')
@@ -131,7 +131,7 @@ def budget(text: str) -> int | str:
 
 
 def axes(text: str) -> Any:
-    """An axis, or several with commas.
+    """Reads an axis, or several separated by commas.
 
     >>> axes("-2,-1")
     (-2, -1)
@@ -144,7 +144,7 @@ def axes(text: str) -> Any:
 
 
 def truth(text: str) -> bool:
-    """`true` or `false`."""
+    """Reads `true` or `false`."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}, but true or false is wanted")
     return text.lower() == "true"
@@ -159,14 +159,14 @@ _RULE_OPTIONS: dict[str, tuple[str, Any]] = {
 
 
 def rule(text: str) -> nuqjax.Rule:
-    """`PATTERN:option=value,…`; the pattern may hold colons itself.
+    """Reads `PATTERN:option=value,…`; the pattern may contain colons.
 
     >>> rule("(?:conv|dense)/kernel:bits=8,granularity=channels/4")
     Rule('(?:conv|dense)/kernel', bits=8, granularity=ChannelGroups(size=4))
     """
     pattern, colon, assignments = text.rpartition(":")
     options: dict[str, Any] = {}
-    # An axis may be a list with commas: what has no "=" belongs to the option before.
+    # An axis may be a list with commas, so a part without "=" belongs to the option before it.
     for part in re.split(r",(?=[a-z_]+=)", assignments) if colon else [text]:
         name, equals, value = part.partition("=")
         if not colon or not equals or name not in _RULE_OPTIONS:
@@ -194,7 +194,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Returns the parser of the commands and their options."""
     top = _Parser(
         prog="nuqjax", description="Codebook quantization of checkpoints: small codebooks and bit-packed indices."
     )
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print("; ".join(["nuqjax: interrupted", *_notes(interrupt)]), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # somebody piped it into `head`
+    except BrokenPipeError:  # as when it is piped into `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError, MemoryError) as error:
@@ -301,9 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_streams() -> io.StringIO | None:
-    """Something in place of standard streams that are closed (`>&-`), so that no file is opened under their numbers.
+    """Replaces standard streams that are closed (`>&-`), so that no file is opened under their numbers.
 
-    What a closed standard output would have shown, if it is.
+    Returns a buffer that collects what a closed standard output would show; None if it is open.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -315,12 +315,12 @@ def _open_streams() -> io.StringIO | None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, and neither is lost.
+    """Makes SIGTERM end a command as Ctrl-C does, and makes sure that neither is lost.
 
-    Python drops an exception that a signal raises while it runs a callback of the garbage collector, and JAX has one:
-    then the signal comes again, a moment later.
+    Python drops an exception that a signal handler raises inside a callback of the garbage collector, and JAX has such
+    a callback. A timer then sends a signal again, a moment later.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone is given signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
 
@@ -347,7 +347,7 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """What the library warns of is a line for people, without the place in the code."""
+    """Prints each warning of the library as one line, without the place in the code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module="nuqjax")
         warnings.showwarning = lambda message, *_: print(f"nuqjax: warning: {message}", file=sys.stderr)
@@ -355,7 +355,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What can be done about it, where something can."""
+    """Returns the notes of an error, which say what the user can do about it."""
     return getattr(error, "__notes__", [])
 
 
@@ -403,7 +403,7 @@ def _compress(source: str, target: str, quiet: bool, output_axis: Any, **options
 
 
 def _compress_with_data(source: str, target: str, quiet: bool, options: dict[str, Any], data: dict[str, Any]) -> None:
-    """The whole tree at once: how its leaves are used is seen only together."""
+    """Compresses the whole tree at once, since only the whole function shows how its leaves are used."""
     if data["fn"] is None or data["batches"] is None:
         raise ValueError("--fn and --batches are given together: --fn module:function --batches inputs.npz")
     if options.pop("resume"):
@@ -449,7 +449,7 @@ def _inspect(file: str, json: bool) -> None:
 
 
 def _json(value: Any) -> str:
-    """JSON without NaN and infinity, which are null in it."""
+    """Returns a value as JSON, with null for NaN and infinity."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, dict):
@@ -544,7 +544,7 @@ def _compare(first: str, second: str, json: bool, separator: str | None, skip: s
 
 
 def _told(row: dict[str, Any]) -> tuple[str, str]:
-    """What the table says of a tensor: how alike, and the largest error."""
+    """Returns what the table shows of a tensor: how alike the two are, and the largest error."""
     if "not_read" in row:
         return "not read", row["not_read"]
     if row["equal"]:

@@ -1,1 +1,1 @@
-"""The unchanged model on a compressed tree."""
+"""Runs an unchanged model on a compressed tree."""

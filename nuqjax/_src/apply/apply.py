@@ -1,8 +1,8 @@
 """Runs an unchanged function on a tree with `CodebookArray` leaves, decoding inside XLA.
 
 `apply` traces the function on the dense shapes and re-runs it with the compressed leaves (`interpret`). A leaf stays
-packed through slices of its stack axes, casts, transposes and reshapes, and is decoded where a primitive needs its
-values: each layer just before it runs, an embedding look-up only the rows looked up, a `scan` step only its slice.
+packed through slices of its stack axes, casts, transposes and reshapes. It is decoded where a primitive needs its
+values: a layer just before it runs, an embedding only at the rows looked up, a scanned leaf only at the step's slice.
 """
 
 import functools
@@ -51,7 +51,7 @@ class Packed:
 
     Attributes:
       leaf: the `CodebookArray`, sliced along its stack axes as the program sliced it.
-      path: where it stands among the function's arguments.
+      path: its path among the function's arguments.
       pending: equations of one operand (casts, transposes, reshapes…) to bind on the decoded array, in order.
     """
 
@@ -70,7 +70,7 @@ class Packed:
         return bool(self.leaf.stack_shape) and self.only_cast
 
     def finish(self, array: jax.Array) -> jax.Array:
-        """The pending equations on a decoded array."""
+        """Applies the pending equations to a decoded array."""
         for eqn in self.pending:
             [array] = bind(eqn, [array])
         return array
@@ -82,36 +82,36 @@ LOOP_BYTES = 2**28
 def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES) -> Callable[..., Any]:
     """Lifts a function of dense arrays to one that takes `CodebookArray` leaves anywhere in its arguments.
 
-    The function is not changed: a Flax `model.apply`, an NNX call, an equinox module's, any JAX code. What it computes
-    is what it computes on `nuqjax.decompress` of its arguments. Run eagerly, each operation gives the same bits; where
-    XLA compiles several together (under `jit`, and in loops and inner `jit`s that a compressed leaf enters), results
-    are equal up to the order in which XLA sums. Compose it with `jit` (pass the tree as an argument, so that it is not
-    baked in), `grad`, `vmap`, `shard_map`, sharding and `jax.export`. Arguments that are not arrays (`train=False`,
-    `mutable=…`) are static.
+    The function is not changed. It may be a Flax `model.apply`, a call of an NNX or equinox module, or any JAX code.
+    The result is that of the function on `nuqjax.decompress` of its arguments. Run eagerly, each operation gives the
+    same bits. Where XLA compiles several operations together (under `jit`, and in loops and inner `jit`s that a
+    compressed leaf enters), results are equal up to the order in which XLA sums. The lifted function composes with
+    `jit` (pass the tree as an argument, so that it does not become a constant), `grad`, `vmap`, `shard_map`, sharding
+    and `jax.export`. Arguments that are not arrays (`train=False`, `mutable=…`) are static.
 
-    What the function changes in place in its arguments is written back to them, as by the function itself: the state of
-    NNX modules (caches, batch statistics, counts of random streams), the entries of dicts and lists. Where that cannot
-    be done, for a compressed leaf say, an error names the leaf.
+    Changes that the function makes in place in its arguments are written back to them: the state of NNX modules
+    (caches, batch statistics, counts of random streams) and the entries of dicts and lists. Where that is impossible,
+    as for a compressed leaf, an error names the leaf.
 
-    Memory and speed: a leaf is decoded at each use, in each call. Only loops (`scan`, `while_loop`) have the weights
-    that they close over decoded before they begin, as many as take at most `loop_bytes` together, so that a step does
-    not decode them anew; layers that a `scan` runs over are always decoded one by one, and look-ups row by row. To
-    decode once for many calls, pass `nuqjax.decompress(cparams)` to `fn` itself.
+    Memory and speed: a leaf is decoded at each use, in each call. Loops (`scan`, `while_loop`) are an exception: the
+    weights that they close over are decoded once, before the first step, up to `loop_bytes` in all. Layers that a
+    `scan` runs over are always decoded one by one, and look-ups row by row. To decode once for many calls, pass
+    `nuqjax.decompress(cparams)` to `fn` itself.
 
-    Each call traces the function anew: put it under `jax.jit` where it runs more than once.
+    Each call traces the function again: put it under `jax.jit` where it runs more than once.
 
     Args:
       fn: a function that JAX can trace.
-      *misplaced: nothing: the arguments of `fn` go to the function that is returned.
-      loop_bytes: bytes that the weights decoded for one loop may take; 0 decodes in each step.
+      *misplaced: must be empty: the arguments of `fn` go to the function that is returned.
+      loop_bytes: most bytes that the weights decoded for one loop may take; 0 decodes in each step.
 
     Returns:
       A function of the same arguments and outputs; outputs are dense JAX arrays. It pickles if `fn` does.
 
     Raises:
-      TypeError: `fn` is a model, not a function of it, or arguments of the function are given here.
-      ValueError: (the returned function) a leaf was sliced along an axis that is no stack axis, or an optimizer changed
-        its indices; what the function changes in place cannot be written back. The message names the leaf.
+      TypeError: `fn` is a model and not a function of one, or arguments of the function are given here.
+      ValueError: raised by the returned function: a leaf was sliced along an axis that is not a stack axis; an
+        optimizer changed its indices; a change in place cannot be written back. The message names the leaf.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> predict = lambda params, x: jnp.tanh(x @ params["w"] + params["b"])
@@ -125,7 +125,7 @@ def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES)
 
 
 class _Lifted:
-    """A lifted function. A class, so that it pickles."""
+    """A lifted function; it is a class so that it pickles."""
 
     def __init__(self, fn: Callable[..., Any], loop_bytes: int):
         self._fn, self._loop_bytes = fn, loop_bytes
@@ -157,12 +157,12 @@ class _Lifted:
     def __reduce__(self):
         name = getattr(self._fn, "__qualname__", "")
         if getattr(sys.modules.get(getattr(self._fn, "__module__", "")), name, None) is self:
-            return name  # `@nuqjax.apply` at the top of a module
+            return name  # decorated by `@nuqjax.apply` at the top level of a module
         return functools.partial(apply, loop_bytes=self._loop_bytes), (self._fn,)
 
 
 def _check_function(fn: Any, misplaced: Sequence[Any]) -> None:
-    """Raises TypeError, showing the right call, unless `fn` alone is given, and is no model or tree."""
+    """Raises TypeError, showing the right call, if `fn` is a model or a tree, or more arguments are given."""
     if misplaced:
         raise TypeError(
             "nuqjax.apply takes a function, and gives one that takes the arguments: nuqjax.apply(fn)(cparams, x)"
@@ -183,7 +183,7 @@ def _check_function(fn: Any, misplaced: Sequence[Any]) -> None:
 
 
 def _as_array(x: Any, aval: Any) -> jax.Array:
-    """A result that is a literal of the traced program, or an argument as it came in, as an array."""
+    """Returns a result as a JAX array; it may be a literal of the traced program or an unchanged argument."""
     if isinstance(x, jax.Array):
         return x
     x = np.asarray(x)
@@ -191,16 +191,16 @@ def _as_array(x: Any, aval: Any) -> jax.Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Decoding in its place.
+# The order of decoding.
 #
-# Inside `jit` nothing but data dependencies orders the decoding of different layers, and XLA on CPU would decode every
-# weight first and hold them all. So the packed bytes are made to depend on the activation that they meet.
+# Inside `jit` only data dependencies order the decoding of different layers, and XLA on CPU would decode every weight
+# first and hold them all. So the packed bytes are made to depend on the activation that the weight is used with.
 
 _after_p = core.Primitive("after")
 
 
 def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
-    """`packed`, not before `token` is known."""
+    """Returns `packed`, made to depend on `token`, so that it is not used before `token` is computed."""
     token, sharding = lax.stop_gradient(token), explicit_sharding(packed, token)
     if sharding is None:
         return _after_p.bind(packed, token)
@@ -208,7 +208,7 @@ def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _after_by_data(packed, token):
-    """A zero that no simplifier can see through, since a float times zero may be NaN, is added to the bytes."""
+    """Combines the bytes with a zero that XLA cannot simplify away, since a float times zero may be NaN."""
     first = lax.reshape(lax.slice(token, (0,) * token.ndim, (1,) * token.ndim), ())
     never = first.astype(jnp.float32) * 0 > 0
     return packed ^ never.astype(packed.dtype)
@@ -220,14 +220,14 @@ def _after_by_barrier(packed, token):
 
 def _batch_after(args, dims):
     packed, token = args
-    if dims[1] is not None:  # any one example will do: decoding must not be repeated for each
+    if dims[1] is not None:  # any one example serves: decoding must not be repeated for each
         token = lax.index_in_dim(token, 0, dims[1], keepdims=False)
     return _after_p.bind(packed, token), dims[0]
 
 
 def _jvp_after(primals, tangents):
     output = _after_p.bind(*primals)
-    del tangents  # the bytes have none, and the token does not count
+    del tangents  # the bytes have no tangent, and that of the token is not used
     return output, ad.Zero.from_primal_value(output)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -235,14 +235,14 @@ _after_p.def_impl(lambda packed, token: packed)
 _after_p.def_abstract_eval(lambda packed, token: packed)
 batching.primitive_batchers[_after_p] = _batch_after
 ad.primitive_jvps[_after_p] = _jvp_after
-# `linear_transpose` takes all that hangs on its input for linear in it: the order of decoding is given up there.
+# `linear_transpose` treats all that depends on its input as linear in it, so the order of decoding is given up there.
 partial_eval.custom_partial_eval_rules[_after_p] = lambda trace, packed, token: packed
 mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_barrier, multiple_results=False))
 mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_data, multiple_results=False), platform="cpu")
 
 
 def _token(others: Sequence[Any]) -> jax.Array | None:
-    """An operand whose value the decoding can wait for."""
+    """Returns an operand whose value the decoding can wait for, or None."""
     for x in others:
         if (
             isinstance(x, jax.core.Tracer)
@@ -254,7 +254,7 @@ def _token(others: Sequence[Any]) -> jax.Array | None:
 
 
 def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
-    """Decodes a leaf on its way to an equation with these other operands."""
+    """Decodes a leaf for an equation that has these other operands."""
     leaf, token = value.leaf, _token(others)
     if token is not None:
         leaf = replace(leaf, packed=_after(leaf.packed, token))
@@ -263,18 +263,18 @@ def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: what a primitive does with a packed leaf other than decode it.
+# Rules: what a primitive does with a packed leaf instead of decoding it whole.
 
 
 def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest):
-    """A change of shape or dtype waits until the leaf is decoded."""
+    """Postpones a change of shape or dtype until the leaf is decoded."""
     if rest:
         return bind(eqn, interpreter.lower_all((value, *rest)))
     return [replace(value, pending=(*value.pending, eqn))]
 
 
 def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
-    """Stack axes of length 1 are taken off the leaf itself."""
+    """Removes stack axes of length 1 from the leaf itself."""
     dimensions, stack = eqn.params["dimensions"], len(value.leaf.stack_shape)
     if value.only_cast and all(d < stack for d in dimensions):
         return [replace(value, leaf=jax.tree.map(lambda a: lax.squeeze(a, dimensions), value.leaf))]
@@ -282,7 +282,7 @@ def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pa
 
 
 def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
-    """Along stack axes the leaf itself is sliced; a short run of one other axis is decoded alone."""
+    """Slices the leaf itself along stack axes; for a slice along one other axis, decodes only the values in it."""
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
     shape = _operand_shape(eqn)
@@ -299,7 +299,7 @@ def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pack
 
 
 def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start):
-    """As `_slice`, with computed starts, which `dynamic_slice` moves inside the array."""
+    """As `_slice`, with computed starts, which `dynamic_slice` clamps so that the slice is inside the array."""
     sizes, shape = eqn.params["slice_sizes"], _operand_shape(eqn)
     if not isinstance(value, Packed) or any(map(interpreter.is_lifted, start)) or not value.only_cast:
         return bind(eqn, interpreter.lower_all((value, *start)))
@@ -329,7 +329,7 @@ def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax
 
 
 def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A function that computes what an equation does: on a mesh with explicit axes, distributed as its output is."""
+    """Wraps a function in place of an equation: on a mesh with explicit axes its output has the equation's sharding."""
 
     def run(*args):
         sharding = explicit_sharding(*jax.tree.leaves(args))
@@ -340,7 +340,7 @@ def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Call
 
 
 def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices):
-    """A look-up along one axis (`jnp.take`, `Embed`) decodes only what is looked up; any other gather decodes all."""
+    """Decodes only what a look-up along one axis (`jnp.take`, `Embed`) reads; any other gather decodes the leaf."""
     axis = _taken_axis(eqn)
     if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
         return bind(eqn, interpreter.lower_all((value, indices)))
@@ -351,7 +351,7 @@ def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any
 
 
 def _looked_up(eqn: core.JaxprEqn, axis: int, value: Packed, indices: jax.Array) -> jax.Array:
-    """What a gather gives that takes whole slices along an axis."""
+    """Computes a gather that takes whole slices along an axis."""
     shape, params = _operand_shape(eqn), eqn.params
     lead = indices.shape[:-1]
     index = indices.reshape(math.prod(lead))
@@ -377,7 +377,7 @@ def _operand_shape(eqn: core.JaxprEqn) -> tuple[int, ...]:
 
 
 def _taken_axis(eqn: core.JaxprEqn) -> int | None:
-    """The axis along which a gather takes whole slices of length 1; None if it does anything else."""
+    """Returns the axis along which a gather takes whole slices of length 1; None if it does anything else."""
     numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], _operand_shape(eqn)
     if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
         return None
@@ -387,7 +387,7 @@ def _taken_axis(eqn: core.JaxprEqn) -> int | None:
 
 
 def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """What each step of a loop would decode anew is decoded before it, as far as `loop_bytes` reach."""
+    """Decodes before a loop the leaves that each of its steps would decode, up to `loop_bytes` in all."""
     constants = _loop_constants(eqn, len(operands))
     repeated = _decoded_inside(interpreter, site, eqn, operands)
     arrays = [x for x in operands if not interpreter.is_lifted(x)]
@@ -405,14 +405,14 @@ def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.Jaxpr
 
 
 def _loop_constants(eqn: core.JaxprEqn, count: int) -> range:
-    """Which of a loop's operands are the same in every step."""
+    """Returns the numbers of a loop's operands that are the same in every step."""
     if eqn.primitive.name == "scan":
         return range(scan_parts(eqn.params, count)[0])
     return range(eqn.params["cond_nconsts"] + eqn.params["body_nconsts"])
 
 
 def _decoded_inside(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> set[str]:
-    """Paths of the leaves that an equation with an inside decodes whole: found by tracing it."""
+    """Returns the paths of the leaves that the body of an equation decodes whole, found by tracing it."""
     paths = set()
 
     def note(value: Packed, others: Sequence[Any]):

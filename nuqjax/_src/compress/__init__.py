@@ -1,1 +1,1 @@
-"""The spine: rules, plan, compress."""
+"""Compresses a tree of parameters: rules, plan, compress."""

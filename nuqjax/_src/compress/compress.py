@@ -1,4 +1,4 @@
-"""The spine: a parameter tree to the same tree with `CodebookArray` leaves, and back.
+"""Turns a parameter tree into the same tree with `CodebookArray` leaves.
 
 For each leaf: choose (`plan`) → view as rows (`rows`) → fit levels (`fit`) → round them to their format
 (`fixed_point`) → assign against the *rounded* levels (`assign`) → pack (`packing`) → `CodebookArray`.
@@ -32,11 +32,11 @@ from nuqjax._src.report.report import build_report
 def compress_tree(
     params: Any, options: Options, rules: Any, sensitivity: Any, *, return_report: bool, progress: bool
 ) -> Any:
-    """`nuqjax.compress` without data, which is what calls it: warnings name the place that calls that.
+    """Implements `nuqjax.compress` without data; warnings name the place that calls `nuqjax.compress`.
 
     Args:
       params: any pytree.
-      options: of the leaves that no rule says more of.
+      options: the options that apply where no rule says otherwise.
       rules: `Rule`s, or a single one.
       sensitivity: a tree like `params` of importances, or None.
       return_report: return `(cparams, Report)`.
@@ -53,7 +53,7 @@ def compress_tree(
     for leaf, plan in _with_progress(list(zip(leaves, plans, strict=True)), progress):
         if plan.reason is None:
             importance = importances.get(plan.path)
-            same = id(leaf), id(importance), repr(plan.options)  # an array at two places, such as a tied embedding
+            same = id(leaf), id(importance), repr(plan.options)  # an array at two paths, such as a tied embedding
             if same not in tied:
                 tied[same] = compress_leaf(leaf, importance, plan)
             leaf, certificate = tied[same]
@@ -67,7 +67,7 @@ def compress_tree(
 
 
 def check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:
-    """Raises ValueError for shapes where values are wanted."""
+    """Raises ValueError for a leaf that is a shape without values."""
     for leaf, plan in zip(leaves, plans, strict=True):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(
@@ -77,7 +77,7 @@ def check_arrays(leaves: Sequence[Any], plans: Sequence[LeafPlan]) -> None:
 
 
 def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:
-    """The importances by path, checked against the leaves."""
+    """Returns the importances by path, checked against the leaves."""
     if sensitivity is None:
         return {}
     flat, _ = jax.tree_util.tree_flatten_with_path(sensitivity)
@@ -106,7 +106,7 @@ def _importances(sensitivity: Any, plans: Sequence[LeafPlan]) -> dict[str, Any]:
 
 
 def _with_progress(work: Sequence[tuple[Any, LeafPlan]], show: bool) -> Iterable[tuple[Any, LeafPlan]]:
-    """The work, leaf by leaf, under a progress bar that counts weights."""
+    """Returns the work, leaf by leaf; if `show`, under a progress bar that counts weights."""
     return _progress_bar(work) if show else work
 
 

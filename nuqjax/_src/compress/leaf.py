@@ -1,4 +1,4 @@
-"""One leaf compressed: choose, view, fit, round, assign, pack."""
+"""Compresses one leaf: choose, view, fit, round, assign, pack."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ from nuqjax._src.platform.meshes import explicit_sharding, run_as_automatic
 
 
 def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
-    """The leaf, and its certificate."""
+    """Returns the compressed leaf and its certificate, which is None where nothing is proven."""
     sharding = explicit_sharding(array)
     if sharding is None:
         return _compress_leaf(array, importance, plan)
@@ -69,7 +69,7 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
     given = options.bits, plan.slice_shape, plan.axes, None if in_own_order(array, options) else options.granularity
     if isinstance(view.values, np.ndarray):
         indices = assign_on_host(view.values, values)
-        del view  # as many bytes as the leaf
+        del view  # it has as many bytes as the leaf
         packed = _packed(indices, *given)
     else:
         packed = _assigned_and_packed(view.values, values, *given)
@@ -77,7 +77,7 @@ def _compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codeboo
 
 
 def _packed(indices: Any, bits: int, slice_shape: tuple[int, ...], axes: tuple[int, ...], granularity: Any) -> Any:
-    """`[S, O, B]` packed, of the indices `[S·R, N]` of rows; granularity None if they are in the leaf's own order."""
+    """Packs the indices `[S·R, N]` of rows into `[S, O, B]`; granularity None: they are in the leaf's own order."""
     outputs, inputs = rows.channel_shape(slice_shape, axes)
     if granularity is None:
         back = partial(rows.to_channels, axes=axes)
@@ -90,12 +90,12 @@ def _packed(indices: Any, bits: int, slice_shape: tuple[int, ...], axes: tuple[i
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _assigned_and_packed(values, levels, *given):
-    """One program in place of some dozens."""
+    """Assigns and packs in one compiled program instead of some dozens."""
     return _packed(assign(values, levels), *given)
 
 
 def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_format: Any) -> CodebookArray:
-    """The leaf of levels `[S·R, K]`, packed indices `[S, O, B]` and scales `[S, O, G]` or None."""
+    """Builds the leaf from levels `[S·R, K]`, packed indices `[S, O, B]` and scales `[S, O, G]` or None."""
     options = plan.options
     stack = plan.shape[: options.stack_axes]
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
@@ -122,14 +122,14 @@ def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_forma
 def leaf_of(
     plan: LeafPlan, levels: np.ndarray, indices: np.ndarray, scale: np.ndarray | None, codebook_format: Any
 ) -> CodebookArray:
-    """The leaf of a plan with these values of its levels, which its format represents, and these indices.
+    """Builds the leaf of a plan from the values of its levels, which its format represents exactly, and its indices.
 
     Args:
-      plan: of the leaf.
+      plan: the plan of the leaf.
       levels: `[S, R, K]` ascending values.
       indices: `[S, O, I]` uint8.
       scale: `[S, O, G]` in the dtype in which it is stored, or None.
-      codebook_format: how the levels are stored: no `AutoQFormat`.
+      codebook_format: how the levels are stored; not an `AutoQFormat`.
     """
     if isinstance(codebook_format, QFormat):
         stored = fixed_point.encode_on_host(levels, codebook_format).astype(codebook_format.storage_dtype)
@@ -139,7 +139,7 @@ def leaf_of(
 
 
 def _empty_leaf(plan: LeafPlan) -> CodebookArray:
-    """The leaf of an array without values: what codebooks it has are zero."""
+    """Builds the leaf of an array without values; its codebooks, if it has any, are zero."""
     options, dtype = plan.options, jnp.dtype(plan.dtype)
     stack = math.prod(plan.shape[: options.stack_axes])
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)

@@ -1,4 +1,4 @@
-"""Levels in the format that is asked for, and the fraction bits of least error."""
+"""Rounds levels to the requested format, and chooses the fraction bits of least error."""
 
 import math
 from typing import Any
@@ -17,19 +17,19 @@ from nuqjax._src.platform.host import over_blocks, working_dtype, x64
 
 
 def most_scaled(factors: Any, dtype: np.dtype) -> Any:
-    """The largest magnitude of a level that no scale takes beyond the leaf's dtype; None without scales."""
+    """Returns the largest magnitude of a level that no scale takes beyond the leaf's dtype; None without scales."""
     if factors is None:
         return None
     xp, finest = rows.namespace(factors), jnp.finfo(dtype)
     wide = np.float64 if xp is np else working_dtype(factors.dtype)
     most = factors.astype(wide).max()
-    if xp is jnp:  # a quotient rounded upwards would be too large
+    if xp is jnp:  # so that a quotient that is rounded up is not too large
         most = most * (1 + 4 * float(jnp.finfo(wide).eps))
     return float(finest.max) / xp.maximum(most, float(jnp.finfo(wide).tiny))
 
 
 def round_levels(levels: Any, codebook_format, dtype: np.dtype, most_scaled: Any) -> tuple[Any, Any]:
-    """Levels as they are stored, and the values that they decode to: what is finite stays so."""
+    """Returns levels as they are stored, and the values that they decode to; finite levels stay finite."""
     xp, working = rows.namespace(levels), working_dtype(levels.dtype)
     finite = float(jnp.finfo(dtype).max) if most_scaled is None else most_scaled
     if isinstance(codebook_format, QFormat):
@@ -50,7 +50,7 @@ def round_levels(levels: Any, codebook_format, dtype: np.dtype, most_scaled: Any
 
 
 def _not_above(largest: Any, target: np.dtype, working: np.dtype) -> Any:
-    """The largest value of the target dtype that is not above a magnitude in its range, or the one before it."""
+    """Returns the largest value of the target dtype at or below a magnitude in its range, or the value before that."""
     xp = rows.namespace(largest)
     below = largest * (1 - float(jnp.finfo(target).eps))
     nearest, before = (x.astype(target).astype(working) for x in (largest, below))
@@ -58,7 +58,7 @@ def _not_above(largest: Any, target: np.dtype, working: np.dtype) -> Any:
 
 
 def choose_format(auto: AutoQFormat, levels: Any, view: View, plan: LeafPlan) -> QFormat:
-    """The `QFormat` whose fraction bits give the leaf the least squared error."""
+    """Returns the `QFormat` whose fraction bits give the leaf the least squared error."""
     if isinstance(levels, jax.core.Tracer):
         raise ValueError(f"{plan.path}: {auto} chooses its fraction bits from values: under jit give a QFormat")
     whole = max(math.frexp(float(abs(levels).max()))[1], -120)  # no level reaches 2^whole
@@ -76,10 +76,13 @@ def choose_format(auto: AutoQFormat, levels: Any, view: View, plan: LeafPlan) ->
     best = math.inf, full
 
     def is_worse(moved: float) -> bool:
-        """Whether a format that moves the levels' weights so far cannot be the best, by the triangle inequality."""
+        """Returns whether a format that moves the levels' weights so far (squared) cannot be the best.
+
+        By the triangle inequality, its error is at least (√moved − √unrounded_error)².
+        """
         return max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2 * (1 - 1e-5) > best[0]
 
-    # Down to the coarsest format that has not only zero for these levels; up to a range that few of them are inside.
+    # From the coarsest format that does not round all these levels to 0, to one whose range holds few of them.
     for frac in sorted(range(max(-whole, -512), min(full + _FINER, 512) + 1), key=lambda frac: abs(frac - full)):
         fixed = QFormat(auto.word, frac, auto.signed)
         if is_worse(_moved_into_range(levels, fixed, dtype, unit, mass)):
@@ -94,9 +97,9 @@ _FINER = 24  # how many more fraction bits than `full` are tried: the range is t
 
 
 def _moved_into_range(levels: Any, fixed: QFormat, dtype, unit: np.float32, mass: Any) -> float:
-    """How far at least a format moves the levels' weights, squared: those outside of its range, which no level leaves.
+    """Returns a lower bound of the weighted squared distance by which a format moves the levels.
 
-    But for the rounding to the leaf's dtype.
+    It counts only levels outside the format's range, which is widened by the rounding to the leaf's dtype.
     """
     least, largest = (end * (1 + float(jnp.finfo(dtype).eps)) for end in fixed.range)
     exact = np.asarray(levels, np.float64)
@@ -105,7 +108,7 @@ def _moved_into_range(levels: Any, fixed: QFormat, dtype, unit: np.float32, mass
 
 
 def _error(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -> float:
-    """The squared error of a leaf's rows in units of `unit`."""
+    """Returns the squared error of a leaf's rows, with values and levels multiplied by `unit`."""
     if isinstance(values, np.ndarray):
         each = distortion_on_host(values, levels, weights, mask, unit)
     else:
@@ -117,7 +120,7 @@ _jit_distortion = jax.jit(distortion)
 
 
 def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -> Any:
-    """`[R, K]` how much weight is nearest to each level."""
+    """Returns `[R, K]`: the total weight of the values nearest to each level."""
     if not isinstance(values, np.ndarray):
         return _jit_mass(values * unit, levels * unit, weights, mask)
     count, num_levels = levels.shape
@@ -139,7 +142,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
 
 @jax.jit
 def _jit_mass(values, levels, weights, mask):
-    """`_mass` of arrays that are not on the host, in units of their own."""
+    """Computes `_mass` for arrays that are not on the host and are already multiplied by `unit`."""
     with x64():
         each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)
         each = each if mask is None else jnp.where(mask, each, 0.0)

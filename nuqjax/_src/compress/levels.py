@@ -1,4 +1,4 @@
-"""The levels of a leaf and their certificate: on the host, traced, or where a mesh holds it."""
+"""Fits the levels of a leaf, with a certificate: on the host, while tracing, or on the mesh that holds the leaf."""
 
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ from nuqjax._src.leaf import rows
 
 @partial(jax.jit, static_argnames=("num_levels", "method", "keep_zero", "tolerance"))
 def _jit_levels(rows, num_levels, **options):
-    """The levels alone: XLA leaves out what only their error would need."""
+    """Returns the levels alone, so that XLA omits what only their error needs."""
     return fit(rows, num_levels, **options).levels
 
 
 def fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array, float | None] | None:
-    """As `fit_view`, for a leaf on a mesh, where its values are; None if it must be brought into rows."""
+    """As `fit_view`, for a leaf on a mesh, without moving its values; None if it must be arranged in rows first."""
     options = plan.options
     if not rows.on_mesh(array) or options.method != "knq" or options.scale is not None:
         return None
@@ -37,9 +37,9 @@ def fit_on_mesh(array: Any, importance: Any, plan: LeafPlan) -> tuple[jax.Array,
 
 
 def fit_view(view: View, num_levels: int, options: Options) -> tuple[Any, float | None]:
-    """The levels `[S·R, K]`, NumPy's where the rows are, and the leaf's certificate if one is asked for."""
+    """Returns the levels `[S·R, K]`, in NumPy where the rows are, and the leaf's certificate if it is requested."""
     values, traced = view.values, isinstance(view.values, jax.core.Tracer)
-    tolerance = None if traced else options.tolerance  # a certificate is a number
+    tolerance = None if traced else options.tolerance  # a certificate is a number, which a trace does not have
     given = {"method": options.method, "keep_zero": options.keep_zero, "tolerance": tolerance}
     if options.method == "knq" or traced:
         fitted = fit(values, num_levels, weights=view.weights, mask=view.mask, **given)
@@ -55,7 +55,7 @@ def fit_view(view: View, num_levels: int, options: Options) -> tuple[Any, float 
 
 
 def certificate_of(fitted) -> float:
-    """The relative gap Σ (sse − lower_bound) / Σ sse over a leaf's rows."""
+    """Returns the relative gap Σ (sse − lower_bound) / Σ sse over a leaf's rows."""
     scale = np.asarray(fitted.scale, np.float64) ** 2
     sse = float((np.asarray(fitted.sse, np.float64) * scale).sum())
     bound = float((np.asarray(fitted.lower_bound, np.float64) * scale).sum())

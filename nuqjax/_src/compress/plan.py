@@ -1,4 +1,4 @@
-"""What `compress` will do with each leaf, and what it will cost, from shapes alone."""
+"""Plans what `compress` does with each leaf, and computes the sizes, from shapes alone."""
 
 import inspect
 import math
@@ -26,16 +26,16 @@ from nuqjax._src.report.report import html_page
 
 @dataclass(frozen=True)
 class LeafPlan:
-    """What happens to one leaf.
+    """What `compress` does with one leaf.
 
     Attributes:
       path: its keys, joined by "/".
       shape: its shape, stack axes included; () for what is not an array.
-      dtype: name of its dtype (where it is compressed, as JAX holds it: float32 for NumPy's float64 without x64), or of
-        its Python type.
+      dtype: name of its dtype, or of its Python type. Of a compressed leaf it is the dtype in JAX: float32 for NumPy's
+        float64 without x64.
       options: the options that apply to it.
       reason: why it stays dense; None where it is compressed.
-      nbytes_before: bytes of memory as it is.
+      nbytes_before: bytes of memory of the leaf as given.
       nbytes_after: bytes of memory of the result: packed indices, codebooks and scales, padding included.
     """
 
@@ -54,7 +54,7 @@ class LeafPlan:
 
     @property
     def slice_shape(self) -> tuple[int, ...]:
-        """Shape without the stack axes."""
+        """The shape without the stack axes."""
         return self.shape[self.options.stack_axes :]
 
     @property
@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def nbytes_before(self) -> int:
-        """Bytes of memory of the tree as it is."""
+        """Bytes of memory of the tree as given."""
         return sum(leaf.nbytes_before for leaf in self.leaves)
 
     @property
@@ -90,11 +90,11 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know: which sub-trees look like stacked layers that no rule names."""
+        """What a user should know: the sub-trees that look like stacked layers and that no rule names."""
         return tuple(stack.note for stack in stacks_of(self.leaves))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers and strings."""
+        """Returns the plan as plain numbers and strings."""
         names = ("path", "shape", "dtype", "reason", "nbytes_before", "nbytes_after")
         leaves = [
             {name: getattr(leaf, name) for name in names}
@@ -108,7 +108,7 @@ class Plan:
         return "\n".join([render(self._table()), *self.notes])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the same table and notes."""
+        """Returns the same table and notes as HTML for a notebook."""
         return html_page([self._table()], self.notes)
 
     def _table(self) -> Table:
@@ -142,12 +142,12 @@ def plan(
     rules: Rule | Sequence[Rule] = (),
     min_size: int = 256,
 ) -> Plan:
-    """The table of what `compress` would do with the same options, with sizes, from shapes alone.
+    """Returns a table of what `compress` would do with the same options, with sizes, from shapes alone.
 
     Args:
       params: the tree, or one of `jax.ShapeDtypeStruct` (as from `jax.eval_shape`).
-      bits: as in `nuqjax.compress`, like all that follow.
-      method: how levels are fitted; here it is only looked up and shown.
+      bits: as in `nuqjax.compress`, like all arguments below.
+      method: how levels are fitted; here it is only checked and shown.
       granularity: which values share a codebook.
       axis: the output axis or axes.
       scale: which values are divided by a common scale.
@@ -176,7 +176,7 @@ def plan(
 
 
 def plan_leaves(params: Any, options: Options, rules: Rule | Sequence[Rule]) -> list[LeafPlan]:
-    """A `LeafPlan` for each leaf of the tree; a `CodebookArray` is one leaf."""
+    """Returns a `LeafPlan` for each leaf of the tree; a `CodebookArray` is one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
     paths = [path_name(path) for path, _ in flat]
     _check_tree(flat)
@@ -191,7 +191,7 @@ def plan_leaves(params: Any, options: Options, rules: Rule | Sequence[Rule]) -> 
 
 
 def _check_tree(flat: Sequence[tuple[Any, Any]]) -> None:
-    """Raises ValueError for what is no tree of arrays: a function, a module, a list of numbers, tensors of others."""
+    """Raises ValueError for anything but a tree of arrays: a function, a module, a list of numbers, foreign tensors."""
     wanted = "a tree of arrays is wanted, such as compress(variables['params'])"
     for path, leaf in flat:
         _check_kind(path_name(path), leaf)
@@ -208,7 +208,7 @@ def _check_tree(flat: Sequence[tuple[Any, Any]]) -> None:
 
 
 def _check_kind(path: str, leaf: Any) -> None:
-    """Raises ValueError for an array that would be taken for another: one with masked values, a tensor of others."""
+    """Raises ValueError for an array that would be misread: one with masked values, or another library's tensor."""
     if isinstance(leaf, np.ma.MaskedArray):
         masked = np.count_nonzero(np.ma.getmaskarray(leaf))
         if masked:
@@ -224,7 +224,7 @@ def _check_kind(path: str, leaf: Any) -> None:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or the shape and dtype of one."""
+    """Returns whether a leaf is an array, or the shape and dtype of one."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -233,14 +233,14 @@ def _kind(leaf: Any) -> str:
 
 
 def stacks_of(plans: Sequence[LeafPlan]) -> list[Stack]:
-    """The sub-trees that look like stacked layers, and of which no rule says what they are."""
+    """Returns the sub-trees that look like stacked layers and about which no rule decides."""
     floating = {plan.path: plan.shape for plan in plans if plan.is_floating}
     told = {plan.path for plan in plans if plan.options.stack_axes or plan.options.skip is not None}
     return [stack for stack in likely_stacks(floating) if not any(stack_of(path, [stack]) for path in told)]
 
 
 def _unless_stacked(plan: LeafPlan, stack: Stack | None) -> LeafPlan:
-    """The plan; of a leaf that has one axis only but for that of the stack, to leave it dense."""
+    """Returns the plan, changed to leave the leaf dense if it has only one axis besides that of the stack."""
     if stack is None or plan.reason is not None or len(plan.shape) > 2:
         return plan
     return replace(plan, reason=f"one axis in each of {stack.length} stacked layers", nbytes_after=plan.nbytes_before)
@@ -298,7 +298,7 @@ def _plan_leaf(path: str, leaf: Any, options: Options, why_not: str | None) -> L
 
 
 def replanned(plan: LeafPlan, options: Options) -> LeafPlan:
-    """The plan of a leaf that is compressed, with other options."""
+    """Returns the plan of a compressed leaf with other options."""
     dtype = jnp.dtype(plan.dtype)
     changed = replace(plan, options=options, nbytes_after=_nbytes_after(plan.shape, dtype, options))
     if options.skip is not False and changed.nbytes_after >= plan.nbytes_before:
@@ -319,7 +319,7 @@ def _nbytes_after(shape: tuple[int, ...], dtype: np.dtype, options: Options) -> 
 
 
 def scale_groups(inputs: int, scale) -> tuple[int, int]:
-    """`(G, n)`: how many scales a channel of `inputs` values has, and how many values share one; (0, 0) without."""
+    """Returns `(G, n)`: a channel of `inputs` values has G scales, and n values share one; (0, 0) without scales."""
     if scale is None:
         return 0, 0
     size = max(inputs, 1) if scale == "channel" else scale.size

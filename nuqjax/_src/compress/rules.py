@@ -1,4 +1,4 @@
-"""Which options apply to which leaf: path patterns, first match wins."""
+"""Finds which options apply to which leaf by patterns of paths; the first match wins."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from nuqjax._src.leaf.paths import nearest
 
 
 class _Inherit:
-    """Stands for: as given to `compress`."""
+    """Marks an option that a rule does not set: the one given to `compress` applies."""
 
     def __repr__(self) -> str:
         return "inherit"
@@ -20,7 +20,7 @@ INHERIT: Any = _Inherit()
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of one leaf, as `nuqjax.compress` documents them, and what a rule said of it."""
+    """The options of one leaf, as `nuqjax.compress` documents them, and what a rule sets for it."""
 
     bits: int = 4
     method: str = "knq"
@@ -46,7 +46,7 @@ class Rule:
         axes, or no gain in size); None, the default, leaves that choice to `compress`.
       stack_axes: how many leading axes are stacked slices (scanned layers, experts), each with its own codebooks.
       bits, method, granularity, axis, scale, codebook_format, keep_zero, tolerance, min_size: as in
-        `nuqjax.compress`; what is not given is as given there.
+        `nuqjax.compress`; an option that is not given here is the one given there.
 
     Raises:
       ValueError: the pattern is not a regular expression, or `stack_axes` is negative.
@@ -81,19 +81,19 @@ class Rule:
         return f"Rule({', '.join([repr(self.pattern), *given])})"
 
     def given(self) -> dict[str, Any]:
-        """The options that this rule sets."""
+        """Returns the options that this rule sets."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pattern"}
         default = {"skip": None, "stack_axes": 0}
         return {name: value for name, value in values.items() if value is not default.get(name, INHERIT)}
 
 
 def resolve(paths: Sequence[str], options: Options, rules: Rule | Iterable[Rule]) -> list[Options]:
-    """The options of each leaf.
+    """Returns the options of each leaf.
 
     Args:
       paths: the leaves' paths.
-      options: what applies where no rule says otherwise.
-      rules: in order of precedence.
+      options: the options that apply where no rule says otherwise.
+      rules: the rules in order of precedence.
 
     Raises:
       ValueError: a rule matches no leaf, or only leaves that an earlier rule takes.

@@ -1,4 +1,4 @@
-"""Which leaves are no weights, and which seem to be stacked layers: what the shapes and names of a tree tell."""
+"""Finds leaves that are not weights, and leaves that look like stacked layers, by the shapes and names of a tree."""
 
 import itertools
 import re
@@ -10,24 +10,24 @@ import jax
 
 from nuqjax._src.leaf.paths import path_name
 
-_NO_PARAMETERS = ("cache", "batch_stats")  # Flax's collections, where they are given without "params"
-_DEEPEST = 32  # keys above a stack, at most: a stranger's file may nest without end
+_NO_PARAMETERS = ("cache", "batch_stats")  # Flax's collections, which may be given without "params"
+_DEEPEST = 32  # most keys above a stack: an untrusted file may nest without limit
 
 
 class Stack(NamedTuple):
-    """A sub-tree whose leaves seem to be those of `length` layers, stacked along their first axis."""
+    """A sub-tree whose leaves look like those of `length` layers, stacked along their first axis."""
 
     path: str
     length: int
 
     @property
     def pattern(self) -> str:
-        """What a rule finds its leaves by."""
+        """The pattern by which a rule matches its leaves."""
         return f"^{re.escape(self.path)}/" if self.path else "."
 
     @property
     def note(self) -> str:
-        """What a user should know of it."""
+        """What a user should know about it."""
         where = repr(self.path) if self.path else "the tree"
         return (
             f"{where} looks like {self.length} stacked layers (scanned ones or experts), but their weights would share "
@@ -37,13 +37,13 @@ class Stack(NamedTuple):
 
 
 def likely_stacks(shapes: dict[str, tuple[int, ...]]) -> list[Stack]:
-    """The outermost sub-trees that look like stacked layers.
+    """Returns the outermost sub-trees that look like stacked layers.
 
-    All their floating leaves share the first length, and have further axes; one that has a single other axis, such as
-    a bias, is as long as an axis of one that has several.
+    In such a sub-tree all floating leaves have the same first length, above 1, and further axes. Some leaf has a single
+    further axis, as a bias has, whose length is also that of a further axis of a leaf with several.
 
     Args:
-      shapes: of all floating leaves, by path.
+      shapes: the shapes of all floating leaves, by path.
 
     >>> likely_stacks({"layers/kernel": (6, 8, 16), "layers/bias": (6, 16), "head/kernel": (16, 4)})
     [Stack(path='layers', length=6)]
@@ -58,7 +58,7 @@ def likely_stacks(shapes: dict[str, tuple[int, ...]]) -> list[Stack]:
     for inside in sorted(below.values(), key=len, reverse=True):
         if taken.isdisjoint(inside) and _is_stack(inside.values()):
             taken |= inside.keys()
-            first, last = min(inside)[:-1], max(inside)[:-1]  # what these begin with alike, all do
+            first, last = min(inside)[:-1], max(inside)[:-1]  # the keys that these two share, all share
             alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
             found.append(Stack("/".join(key for key, _ in alike), next(iter(inside.values()))[0]))
     return found
@@ -72,12 +72,12 @@ def _is_stack(shapes: Iterable[tuple[int, ...]]) -> bool:
 
 
 def stack_of(path: str, stacks: Sequence[Stack]) -> Stack | None:
-    """The stack that a leaf belongs to."""
+    """Returns the stack that a leaf belongs to, or None."""
     return next((stack for stack in stacks if not stack.path or path.startswith(f"{stack.path}/")), None)
 
 
 def no_parameters(params: Any) -> dict[str, str]:
-    """Why some leaves, by path, are no weights: they are in another collection than "params", or in another variable.
+    """Returns by path why leaves are not weights: they are not in the collection "params", or not in an `nnx.Param`.
 
     >>> no_parameters({"params": {"w": 1.0}, "cache": {"keys": 2.0}})
     {'cache/keys': "in the collection 'cache', not in 'params'"}
@@ -102,7 +102,7 @@ def no_parameters(params: Any) -> dict[str, str]:
 
 
 def _flax_variable() -> tuple[type, ...]:
-    """`nnx.Variable`, if this program has imported it: else no leaf is one."""
+    """Returns `(nnx.Variable,)` if this program has imported it; else (), as no leaf can be one."""
     nnx = sys.modules.get("flax.nnx")
     return () if nnx is None else (nnx.Variable,)
 

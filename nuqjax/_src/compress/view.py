@@ -1,4 +1,4 @@
-"""A leaf as rows: which values share a codebook, in the units of their scale, and where they are."""
+"""Arranges a leaf in rows of values that share a codebook, divided by their scales, on the device that holds it."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from nuqjax._src.platform.host import on_host, row_by_row, to_numpy
 
 
 class View(NamedTuple):
-    """A leaf as rows, and what was taken out of it."""
+    """A leaf as rows, with their mask and weights, and the scales by which the values are divided."""
 
     values: Any  # [S·R, N]
     mask: Any  # [S·R, N] bool, or None
@@ -25,12 +25,12 @@ class View(NamedTuple):
 
 
 def from_host(array: Any) -> Any:
-    """A NumPy view of an array on the host. Others stay where they are."""
+    """Returns a NumPy view of an array on the host, and any other array unchanged."""
     return to_numpy(array) if on_host(array) else array
 
 
 def check_finite(array: Any, path: str) -> None:
-    """Raises ValueError, naming `path`, for NaN or infinity in an array that is no tracer."""
+    """Raises ValueError, naming `path`, for NaN or infinity in an array that is not a tracer."""
     if isinstance(array, jax.core.Tracer):
         return
     xp = rows.namespace(array)
@@ -46,19 +46,19 @@ def check_finite(array: Any, path: str) -> None:
 
 
 def each_slice(function: Callable, slices: Any) -> Any:
-    """The function applied to each slice `[S, …]`; of a single one on the host no copy is made."""
+    """Applies the function to each slice of `[S, …]`; a single slice on the host is not copied."""
     if not isinstance(slices, np.ndarray):
         return jax.vmap(function)(slices)
     return function(slices[0])[None] if len(slices) == 1 else np.stack([function(s) for s in slices])
 
 
 def in_own_order(array: Any, options: Options) -> bool:
-    """Whether the values of a slice all share a codebook and nothing else, so that their order does not matter."""
+    """Returns whether a slice's values may be in any order: they share a codebook, have no scales, are on no mesh."""
     return options.granularity == "tensor" and options.scale is None and not rows.on_mesh(array)
 
 
 def view_of(array: Any, importance: Any, plan: LeafPlan) -> View:
-    """The leaf as rows of values (divided by their scales), with the weights of their squared errors."""
+    """Returns the leaf as rows of values (divided by their scales), with the weights of their squared errors."""
     options = plan.options
     if in_own_order(array, options):
         count = math.prod(plan.shape[: options.stack_axes])
@@ -79,7 +79,7 @@ def view_of(array: Any, importance: Any, plan: LeafPlan) -> View:
         factors = padded.reshape(*channels.shape[:2], groups, size).max(axis=-1)
         spread = xp.repeat(factors.astype(np.float32), size, axis=-1)[..., :inputs]
         channels = channels.astype(np.float32) / xp.where(spread > 0, spread, 1)
-        # The leaf's squared error is Σ scale² (x/scale − level)²: relative to the largest, so that it stays in range.
+        # The leaf's squared error is Σ scale² (x/scale − level)². Scales relative to the largest keep it in range.
         share = (spread / xp.maximum(spread.max(), np.float32(np.finfo(np.float32).tiny))) ** 2
         weights = share if weights is None else weights * share
     to_rows = partial(rows.to_rows, granularity=options.granularity)
@@ -91,6 +91,6 @@ def view_of(array: Any, importance: Any, plan: LeafPlan) -> View:
 
 
 def flat_rows(grouped: Any) -> Any:
-    """`[…, N]` as `[R, N]`."""
+    """Returns `[…, N]` as `[R, N]`."""
     flat = grouped.reshape(-1, grouped.shape[-1])
     return row_by_row(flat) if isinstance(flat, np.ndarray) else flat

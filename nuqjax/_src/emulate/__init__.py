@@ -1,1 +1,1 @@
-"""The model on raw integers, and its formats."""
+"""Runs a model on raw integers, and chooses its formats."""

@@ -1,8 +1,9 @@
-"""What the raw integers of a program can be, worked out before any runs, and so how each sum may be computed.
+"""Bounds the raw integers of a program before it runs, and chooses how each sum is computed.
 
-Every word of a node lies in an interval of raw integers. A dot or a convolution of operands within X and W, whose
-weights' magnitudes add up to S for one output, is at most max|X|·S; from that follow the register that it needs and the
-cheapest arithmetic in which every partial sum, in whatever order, is exact.
+Every word of a node lies in an interval of raw integers. Take a dot or a convolution whose activations lie in the
+interval X, and let S be the largest sum of weight magnitudes for one output. The result is at most max|X|·S in
+magnitude. This bound gives the register that the sum needs, and the cheapest arithmetic in which every partial sum, in
+any order, is exact.
 """
 
 import math
@@ -15,20 +16,20 @@ from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
 from nuqjax._src.emulate.program import LINEAR, LOOKING_UP, MOVING, Node, Program, whole_numbers
 from nuqjax._src.leaf.qformat import QFormat
 
-_WIDEST = 62  # bits of magnitude that int64 words may have, so that halves and sums of two still fit
+_WIDEST = 62  # bits of magnitude that int64 words may have, so that a doubled word and a sum of two words still fit
 _FLOAT32, _FLOAT64 = 24, 53  # bits of the significands
 LIMB = 8  # bits of a limb
 
 
 @dataclass(frozen=True)
 class Words:
-    """Words of a node: raw · 2^−frac / divisor, least ≤ raw ≤ largest.
+    """The words of a node: they stand for raw · 2^−frac / divisor, with least ≤ raw ≤ largest.
 
     Attributes:
       frac: fraction bits.
-      least: no raw integer is less.
-      largest: no raw integer is larger.
-      divisor: positive whole numbers, broadcast against the words.
+      least: lower bound of the raw integers.
+      largest: upper bound of the raw integers.
+      divisor: positive whole numbers, broadcast against the words; None means 1.
     """
 
     frac: int
@@ -38,30 +39,30 @@ class Words:
 
     @property
     def peak(self) -> int:
-        """The largest magnitude."""
+        """The largest magnitude of a raw integer."""
         return max(abs(self.least), abs(self.largest))
 
     @property
     def dtype(self) -> str:
-        """The dtype that the raw integers are held in."""
+        """The dtype that holds the raw integers."""
         return "int32" if self.least >= -(2**31) and self.largest < 2**31 else "int64"
 
     def shifted(self, frac: int) -> "Words":
-        """The same values with `frac` fraction bits, no fewer than now."""
+        """Returns the same values with `frac` fraction bits, which must not be fewer than now."""
         up = frac - self.frac
         return replace(self, frac=frac, least=self.least << up, largest=self.largest << up)
 
 
 @dataclass(frozen=True)
 class Site:
-    """What is known of a node before it runs.
+    """What is known about a node before it runs.
 
     Attributes:
       exact: its words before any rounding.
-      words: its words as they leave it.
-      row: its formats; None where it needs none.
-      route: how its sums are computed; "" where there are none.
-      bound: the largest magnitude of its exact raw integers.
+      words: its words as they leave it, after any rounding.
+      row: its row of the formats; None where it needs none.
+      route: how its sums are computed; "" where it computes none.
+      bound: the largest magnitude that its exact raw integers can have.
     """
 
     exact: Words
@@ -72,7 +73,7 @@ class Site:
 
 
 def sites(program: Program, formats: Formats) -> dict[Node, Site]:
-    """What is known of every node that has words.
+    """Returns a `Site` for every node that has words.
 
     Raises:
       ValueError: a site has no row or lacks a format; an exact accumulator is too narrow; words would be longer than
@@ -128,12 +129,12 @@ def _need(row: SiteFormat | None, name: str, site: str = "") -> QFormat:
 
 
 def format_words(fmt: QFormat) -> Words:
-    """All words of a format."""
+    """Returns the `Words` that cover every word of a format."""
     return Words(fmt.frac, fmt.least, fmt.largest)
 
 
 def _rounded(exact: Words, row: SiteFormat | None) -> Words:
-    """The words after rounding and overflow: within the format, and not farther out than the exact ones."""
+    """Returns the words after rounding and overflow: within the format, and within the rounded exact interval."""
     fmt = _need(row, "output")
     drop = exact.frac - fmt.frac
     ends = (exact.least, exact.largest)
@@ -152,7 +153,7 @@ def _rounded(exact: Words, row: SiteFormat | None) -> Words:
 
 
 def _linear(node: Node, row: SiteFormat, found: Mapping[Node, Site]) -> tuple[Words, str, int]:
-    """Words of a dot's or a convolution's accumulator, the route to it, and the bound if nothing is lost there."""
+    """Returns the accumulator's words, the route, and the bound without loss of bits, of a dot or a convolution."""
     terms = terms_of(node)
     words = [found[n].words if n.role == "activation" else format_words(_need(row, "weight")) for n in node.inputs[:2]]
     frac = words[0].frac + words[1].frac
@@ -193,7 +194,7 @@ def _scanned(node: Node, accumulator: Accumulator, exact: Words) -> Words:
 
 
 def _register_words(accumulator: Accumulator, frac: int) -> Words:
-    """All that a register holds."""
+    """Returns the `Words` that cover every value of a register."""
     assert accumulator.word is not None
     least = -(1 << (accumulator.word - 1))
     return Words(frac, least, -least - 1)
@@ -212,14 +213,14 @@ def _require_fit(node: Node, exact: Words, word: int | None) -> None:
 
 
 def _bias_peak(row: SiteFormat, bias: QFormat, frac: int) -> int:
-    """The largest magnitude with which a bias starts an accumulator of `frac` fraction bits."""
+    """Returns the largest magnitude that a bias can have in an accumulator of `frac` fraction bits."""
     peak = format_words(bias).peak if row.bias_peak is None else row.bias_peak
     up = frac - bias.frac
     return peak << up if up >= 0 else -(-peak >> -up)
 
 
 def terms_of(node: Node) -> int:
-    """How many products make one output."""
+    """Returns how many products are summed for one output."""
     lhs, rhs = (n.shape for n in node.inputs[:2])
     if node.op == "dot_general":
         (contracted, _), _ = node.params["dimension_numbers"]
@@ -228,12 +229,12 @@ def terms_of(node: Node) -> int:
 
 
 def split_operand(node: Node) -> int:
-    """Which operand of a dot or a convolution is the activation, so to be split in limbs where it is too wide."""
+    """Returns the number of the operand that is the activation, which is split into limbs where it is too wide."""
     return 0 if node.inputs[0].role == "activation" else 1
 
 
 def _route(node: Node, words: Sequence[Words], total: int) -> str:
-    """The cheapest arithmetic in which the products' partial sums are exact; a bias is added to integers."""
+    """Returns the cheapest arithmetic with exact partial sums of the products; a bias is added later, to integers."""
     peak = words[split_operand(node)].peak
     products = peak * total
     if products <= 1 << _FLOAT32:
@@ -248,21 +249,21 @@ def _route(node: Node, words: Sequence[Words], total: int) -> str:
 
 
 def limb_count(words: Words) -> int:
-    """How many balanced limbs, each an int8, hold every word.
+    """Returns how many balanced int8 limbs are needed to hold every word.
 
     >>> [limb_count(Words(0, -top, top)) for top in (127, 128, 32639, 32640)]
     [1, 2, 2, 3]
     """
     count = 1
     while True:
-        ones = ((1 << LIMB * count) - 1) // ((1 << LIMB) - 1)  # every limb a one
+        ones = ((1 << LIMB * count) - 1) // ((1 << LIMB) - 1)  # the number whose limbs are all 1
         if words.least >= -128 * ones and words.largest <= 127 * ones:
             return count
         count += 1
 
 
 def is_depthwise(node: Node) -> bool:
-    """Whether a convolution has one input channel a group: sums of shifted products."""
+    """Returns whether a convolution has one input channel per group, so that it is a sum of shifted products."""
     if node.op != "conv_general_dilated":
         return False
     numbers = node.params["dimension_numbers"]
@@ -270,7 +271,7 @@ def is_depthwise(node: Node) -> bool:
 
 
 def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, Site]) -> Words:
-    """Words of what is no sum of products, before any rounding."""
+    """Returns the words, before any rounding, of a node that is not a sum of products."""
     acts = [found[n].words for n in node.inputs if n.role == "activation" and n.real and n in found]
     if node.op in LOOKING_UP and node.inputs[0].role != "activation":
         return format_words(_need(row, "weight", node.name))
@@ -338,7 +339,7 @@ def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, Site]) -> Wo
 
 
 def _whole_words(node: Node) -> Words:
-    """Whole numbers or truth values made words."""
+    """Returns the words of a node of whole numbers or booleans."""
     if node.dtype == bool:
         return Words(0, 0, 1)
     info = np.iinfo(node.dtype)
@@ -357,7 +358,7 @@ def _product(a: Words, b: Words) -> Words:
 
 
 def summed(node: Node) -> int:
-    """How many words a sum adds up at most."""
+    """Returns the largest number of words that one sum adds."""
     shape, params = node.inputs[0].shape, node.params
     match node.op:
         case "reduce_sum":
@@ -368,12 +369,12 @@ def summed(node: Node) -> int:
 
 
 def reciprocals(divisor: np.ndarray, bits: int) -> np.ndarray:
-    """round(2^bits / divisor), halves up, as hardware stores it."""
+    """Returns round(2^bits / divisor), with halves rounded up, as hardware stores it."""
     return ((2 << bits) // divisor + 1) // 2
 
 
 def as_words(value: np.ndarray, frac: int) -> np.ndarray:
-    """Constants as int64 words: rounded once (half even), saturating at 62 bits."""
+    """Returns constants as int64 words, rounded once (half even) and saturated at 62 bits."""
     with np.errstate(over="ignore"):
         scaled = np.ldexp(np.asarray(value, np.float64), frac)
     return np.clip(np.rint(scaled), -(2.0**_WIDEST), 2.0**_WIDEST).astype(np.int64)

@@ -25,15 +25,15 @@ CHOICES = ("range", "error", "ristretto")
 
 @dataclass(frozen=True)
 class Preset:
-    """Modes that go together.
+    """A named set of modes.
 
     Attributes:
       choose: how fraction bits are chosen: `"range"`, `"error"` or `"ristretto"`.
-      rounding: at each site.
-      overflow: at each site.
-      accumulator: of each dot and convolution.
-      reciprocal: fraction bits of the reciprocals that stand for divisions; None divides ideally.
-      shared_bias: whether a bias has the format of its weights.
+      rounding: the rounding mode at each site.
+      overflow: the overflow mode at each site.
+      accumulator: the accumulator of each dot and convolution.
+      reciprocal: fraction bits of the reciprocals that replace divisions; None divides exactly and rounds once.
+      shared_bias: whether a bias has as many integer bits as the words of its weights.
     """
 
     choose: str = "range"
@@ -70,11 +70,11 @@ def calibrate(
     formats: Formats | None = None,
     **options: Any,
 ) -> Formats:
-    """Chooses a format for every site of `fn` from what it computes on a batch, and proves that its sums are exact.
+    """Chooses a format for every site of `fn` from its values on a batch, and proves that its sums are exact.
 
-    The function runs once in floating point on the decoded tree. Each site's words get the fraction bits that suit
-    what it gave; a site whose every use is a rectifier gets unsigned words (where overflow saturates). Weights that
-    have a `QFormat` codebook keep it.
+    The function runs once in floating point on the decoded tree, and each site's fraction bits are chosen to suit its
+    values there. A site whose values are not negative, or whose only use is a rectifier, gets unsigned words, unless
+    overflow wraps or `choose` is `"ristretto"`. Weights that have a `QFormat` codebook keep that format.
 
     Args:
       fn: the function to emulate: `fn(params, *inputs)`.
@@ -83,27 +83,27 @@ def calibrate(
       word: bits of every site's words, 2 to 32.
       weight_word: bits of the weights' words.
       bias_word: bits of the biases' words.
-      constant_word: bits of the words of factors in the function itself, such as a slope.
+      constant_word: bits of the words of constants in the function itself, such as a slope.
       input_word: bits of the inputs' words; None for `word`.
       preset: `"nuqjax"` (half even, saturate), `"ap_fixed"` (its defaults: floor, wrap), `"ristretto"` (its rule for
-        fraction bits, half away) or `"gemmlowp"` (its double rounding); what follows overrides it.
-      choose: `"range"`: the most fraction bits with which nothing on the batch overflows; `"error"`: those of the least
-        squared error on the batch, where some may; `"ristretto"`: word − ⌈log2 max⌉ for activations and
-        word − ⌈log2 max + 1⌉ for parameters.
-      rounding: at each site, one of `nuqjax.fixed_point`'s modes, or `"gemmlowp"`.
-      overflow: at each site.
-      accumulator: of every dot and convolution.
+        fraction bits, half away) or `"gemmlowp"` (its double rounding). The next four arguments override it.
+      choose: `"range"`: the most fraction bits with which no value of the batch overflows; `"error"`: those with the
+        least squared error on the batch, where values may overflow; `"ristretto"`: word − ⌈log2 max⌉ for activations
+        and word − ⌈log2 max + 1⌉ for parameters.
+      rounding: the mode at each site: one of those of `nuqjax.fixed_point`, or `"gemmlowp"`.
+      overflow: the mode at each site.
+      accumulator: the accumulator of every dot and convolution.
       fallback: `"float"` computes operations without an exact rule in floating point; None makes them errors.
-      formats: keeps these, and only proves their bounds for this tree.
+      formats: formats to keep; then only their bounds are proven, for this tree.
       **options: further arguments of `fn`.
 
     Returns:
-      The formats, with what was proven of every sum: the bits that it needs and the route that computes it.
+      The formats, with what is proven about every sum: the bits that it needs and the route that computes it.
 
     Raises:
       ValueError: an option is unknown; a value on the batch is not finite; an exact accumulator would not hold every
-        sum. The site is named.
-      NotImplementedError: an operation has no exact rule and there is no `fallback`.
+        sum. The message names the site.
+      NotImplementedError: an operation has no exact rule and `fallback` is None.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> predict = lambda params, x: jax.nn.relu(x @ params["w"])
@@ -134,7 +134,7 @@ def calibrate(
 
 
 def prove(program: Program, formats: Formats, arrays: Any) -> Formats:
-    """The formats with each row's weight sum, bias peak, bound and route, for these parameters."""
+    """Returns the formats with each row's weight sum, bias peak, bound and route, for these parameters."""
     parameters = Parameters(dict(zip(program.arrays, arrays, strict=True)))
     rows = dict(formats.rows)
     for node in program.nodes:
@@ -159,7 +159,7 @@ def prove(program: Program, formats: Formats, arrays: Any) -> Formats:
 
 
 class _Wanted(NamedTuple):
-    """A format to be chosen: a field of a site's row, what the words are of, and their length in bits."""
+    """A format to choose: the site and the field of its row, the nodes with its words, and the word length in bits."""
 
     site: str
     field: str
@@ -168,7 +168,7 @@ class _Wanted(NamedTuple):
 
 
 def _choose(program: Program, arrays: Any, modes: Preset, words: Mapping[str, int], fallback: str | None) -> Formats:
-    """A row for every site that needs one."""
+    """Returns formats with a row for every site that needs one."""
     rows: dict[str, SiteFormat] = {}
     wanted: list[_Wanted] = []
     values = dict(zip(program.arrays, arrays, strict=True))
@@ -206,7 +206,7 @@ def _choose(program: Program, arrays: Any, modes: Preset, words: Mapping[str, in
 
 
 def _by_role(node: Node) -> dict[str, tuple[Node, ...]]:
-    """The parameters and constants that need a format of their own, by the field of the row that holds it."""
+    """Returns the parameters and constants that need a format of their own, by the row's field for that format."""
     found: dict[str, tuple[Node, ...]] = {}
     for role, operand in operands(node):
         found[role] = (*found.get(role, ()), operand)
@@ -214,7 +214,7 @@ def _by_role(node: Node) -> dict[str, tuple[Node, ...]]:
 
 
 def _no_finer(bias: QFormat, row: SiteFormat, program: Program, rows: Mapping[str, SiteFormat]) -> QFormat:
-    """A bias with no more fraction bits than the products, beside which they would be dropped."""
+    """Returns the bias format with at most as many fraction bits as the products: more would be dropped."""
     node = next(n for n in program.nodes if n.name == row.site and n.role == "activation")
     act = next(n for n in node.inputs if n.role == "activation")
     frac = _frac_of(act, rows)
@@ -223,7 +223,7 @@ def _no_finer(bias: QFormat, row: SiteFormat, program: Program, rows: Mapping[st
 
 
 def _frac_of(node: Node, rows: Mapping[str, SiteFormat]) -> int | None:
-    """Fraction bits of a node's words where they come from one site."""
+    """Returns the fraction bits of a node's words if they come from a single site, else None."""
     while node.name not in rows or rows[node.name].output is None:
         acts = [n for n in node.inputs if n.role == "activation" and n.real]
         if len(acts) != 1:
@@ -234,7 +234,7 @@ def _frac_of(node: Node, rows: Mapping[str, SiteFormat]) -> int | None:
 
 
 def _codebook_format(node: Node, values: Mapping[Node, Any]) -> QFormat | None:
-    """The `QFormat` of the codebook that a parameter is made of by moves."""
+    """Returns the codebook `QFormat` of the leaf that moves alone turn into this parameter, or None."""
     while node.op in MOVING and node.role == "parameter":
         node = node.inputs[0]
     leaf = values.get(node)
@@ -242,11 +242,11 @@ def _codebook_format(node: Node, values: Mapping[Node, Any]) -> QFormat | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the batch shows.
+# Measurements on the batch.
 
 
 def _measure(program: Program, arrays: Any, wanted: Sequence[_Wanted], modes: Preset) -> list[QFormat]:
-    """A format for each of the wanted values."""
+    """Returns a format for each entry of `wanted`."""
     uses = consumers(program.nodes)
 
     def values_of(arrays) -> list[jax.Array]:
@@ -283,22 +283,22 @@ def _measure(program: Program, arrays: Any, wanted: Sequence[_Wanted], modes: Pr
 
 
 def _first_choice(entry: _Wanted, low: float, high: float, modes: Preset) -> QFormat:
-    """The format by the extremes."""
+    """Returns the format that follows from the extremes alone."""
     parameter = entry.nodes[0].role != "activation"
     rectified = low >= 0 and not parameter and modes.overflow != "wrap" and modes.choose != "ristretto"
-    unsigned = rectified and entry.word < 32  # no unsigned word is longer
+    unsigned = rectified and entry.word < 32  # unsigned words have at most 31 bits
     constant = entry.nodes[0].op == "constant"
     rule = "ristretto" if modes.choose == "ristretto" and not constant else "range"
     rounding = "half_even" if parameter else modes.rounding
     fmt = format_for(low, high, entry.word, not unsigned, rule, parameter, rounding)
-    if constant and low == high:  # no longer than it has to be: a slope of 1/8 is one bit and a sign
+    if constant and low == high:  # as short as possible: a slope of 1/8 takes one bit and a sign
         raw = round(low * 2.0**fmt.frac)
         zeros = (raw & -raw).bit_length() - 1 if raw else 0
         fmt = QFormat(max(fmt.word - zeros, 2), fmt.frac - zeros + max(2 - (fmt.word - zeros), 0), fmt.signed)
     return fmt
 
 
-_FINER = 5  # how many finer formats than that of the range are tried
+_FINER = 5  # how many formats are tried: that of the range and finer ones
 
 
 def _squared_error(value: jax.Array, fmt: QFormat, modes: Preset) -> jax.Array:
@@ -308,7 +308,7 @@ def _squared_error(value: jax.Array, fmt: QFormat, modes: Preset) -> jax.Array:
 
 
 def _floats(program: Program, arrays: Any) -> Callable[[Node], Any]:
-    """Every node's value as the function computes it."""
+    """Returns a function from a node to its value in the floating-point run."""
     values: dict[Node, Any] = dict(zip(program.arrays, arrays, strict=True))
     parameters = Parameters(dict(values))
     computed: dict[Node, Any] = {}
@@ -324,7 +324,7 @@ def _floats(program: Program, arrays: Any) -> Callable[[Node], Any]:
 
 
 def _clip(node: Node, uses: Mapping[Node, Any]) -> tuple[float, float]:
-    """The interval beyond which nothing that takes the node tells values apart: [0, 6] before a relu6."""
+    """Returns the interval outside which the node's users do not distinguish values: [0, 6] before a relu6."""
     low, high = -math.inf, math.inf
     while True:
         takers = uses[node]
@@ -353,16 +353,16 @@ def format_for(
     parameter: bool = False,
     rounding: str = "half_even",
 ) -> QFormat:
-    """The format of `word` bits for values from `low` to `high`.
+    """Returns the format of `word` bits for values from `low` to `high`.
 
     Args:
       low: the least value.
-      high: the largest.
-      word: bits.
+      high: the largest value.
+      word: word length in bits.
       signed: whether words are two's complement.
-      choose: `"range"`: the most fraction bits with which neither end, rounded, overflows; `"ristretto"`: by its rule.
-      parameter: whether Ristretto's rule is that for parameters.
-      rounding: of the ends, a site's mode.
+      choose: `"range"`: the most fraction bits with which neither rounded end overflows; `"ristretto"`: by its rule.
+      parameter: whether to use Ristretto's rule for parameters instead of that for activations.
+      rounding: the mode that rounds the ends, one of a site's modes.
 
     >>> format_for(-1.0, 1.0, 8, signed=True)
     QFormat(word=8, frac=6, signed=True)
@@ -382,7 +382,7 @@ def format_for(
 
 
 def _whole(value: float, rounding: str) -> int:
-    """A value rounded to a whole number; by gemmlowp's two roundings, as far from zero as they may bring it."""
+    """Rounds a value to a whole number; for gemmlowp's two roundings, to the farthest from zero that they can give."""
     if rounding == "gemmlowp":
         value, rounding = value + 0.25 * (value > 0), "half_away"
     below = math.floor(value)

@@ -1,9 +1,9 @@
-"""Runs an unchanged function on raw integers, word for word what fixed-point hardware would compute.
+"""Runs an unchanged function on raw integers, with the same words that fixed-point hardware would compute.
 
-The function is traced to a `Program`; its input is encoded; every node then computes raw integers from raw integers,
-and is rounded to its site's format where it has one. Weights are codebook words looked up by their indices. Between the
-encoding of the input and the decoding of the output, floats appear only in sums whose exactness the formats prove, and
-where `fallback="float"` asks for them.
+The function is traced to a `Program`, and its input is encoded. Every node then computes raw integers from raw integers
+and rounds them to its site's format, if it has one. Weights are codebook words looked up by their indices. Between the
+encoding of the input and the decoding of the output, floats appear only in sums that the formats prove exact, and where
+`fallback="float"` allows them.
 """
 
 import functools
@@ -42,10 +42,10 @@ class Trace:
     """What an emulation computed, site by site.
 
     Attributes:
-      words: int32 raw words that left each traced site.
+      words: the raw int32 words that leave each traced site.
       accumulator_overflows: how many additions of each dot or convolution saturated, or how many of its sums wrapped.
-      output_overflows: how many words of each site were out of the range of its output format. Unsigned words that
-        saturate at zero are a rectifier: what is below zero does not count.
+      output_overflows: how many words of each site were outside the range of its output format. Unsigned words that
+        saturate at zero act as a rectifier, so values below zero are not counted.
       formats: the format of each site's words.
 
     >>> import jax.numpy as jnp, nuqjax
@@ -63,10 +63,10 @@ class Trace:
     formats: tuple[tuple[str, QFormat], ...]
 
     def save(self, path: str | Path) -> None:
-        """Writes the words: `.npz` holds an array a site; any other name is a folder of hexadecimal text.
+        """Writes the words: one array per site to an `.npz` file; else hexadecimal text files to a folder of that name.
 
-        A text file has a line for each word, in row-major order, as two's complement in as many digits as the format
-        needs (what Verilog's `$readmemh` reads), after a comment with the site, its format and shape.
+        A text file begins with a comment that gives the site, its format and its shape. Each further line is one word,
+        in row-major order, in two's complement with as many digits as the format needs, as Verilog's `$readmemh` reads.
         """
         path = Path(path)
         if path.suffix == ".npz":
@@ -94,27 +94,27 @@ def emulate(
 ) -> Callable[..., Any]:
     """Lifts a function of dense arrays to one that computes on raw fixed-point integers.
 
-    The function is not changed: a Flax `model.apply`, an NNX call, any JAX code made of dots, convolutions, additions,
-    rectifiers, pools, means, concatenations, selections and changes of shape. Its first argument is the tree of
-    parameters, compressed or dense; every other array is an input. The words are those of `formats`, whatever the
-    batch, the device, `jit`, or x64 mode.
+    The function is not changed. It may be a Flax `model.apply`, an NNX call, or any JAX code built from dots,
+    convolutions, additions, rectifiers, pools, means, concatenations, selections and changes of shape. Its first
+    argument is the tree of parameters, compressed or dense; every other array is an input. The words follow from
+    `formats` and do not depend on the batch size, the device, `jit` or x64 mode.
 
-    The bounds that `calibrate` proved hold for the parameters that it was given. Call it again for others.
+    The bounds that `calibrate` proves hold for the parameters that it is given. Call it again for other parameters.
 
     Args:
       fn: a function that JAX can trace.
-      formats: from `calibrate`, maybe edited.
+      formats: the formats from `calibrate`, possibly edited.
       output: `"decoded"` for float32 outputs, `"raw"` for their int32 words.
-      trace: parts of the names of the sites whose words are wanted; `[""]` is all. None: no trace.
+      trace: parts of the names of the sites to trace; `[""]` selects all sites, None traces none.
 
     Returns:
       A function of the same arguments. With `trace` it returns the outputs and a `Trace`. On a mesh with explicit axes
-      these are replicated.
+      both are replicated.
 
     Raises:
-      ValueError: `output` is unknown; when called, the formats do not fit the function (the site is named), or it
-        changes its arguments in place.
-      NotImplementedError: when called, an operation has no exact rule and the formats have no `fallback`.
+      ValueError: `output` is unknown; or, when the result is called, the formats do not fit the function (the message
+        names the site), or the function changes its arguments in place.
+      NotImplementedError: when the result is called, an operation has no exact rule and the formats have no `fallback`.
 
     >>> import jax, jax.numpy as jnp, nuqjax
     >>> predict = lambda params, x: jax.nn.relu(x @ params["w"] + params["b"])
@@ -144,7 +144,7 @@ def emulate(
 
 
 class _Recorder:
-    """Collects the words of the sites that are asked for, and every site's overflows."""
+    """Collects the words of the requested sites, and every site's overflows."""
 
     def __init__(self, wanted: Sequence[str] | None):
         self.wanted = wanted
@@ -169,7 +169,7 @@ class _Recorder:
 def _evaluate(
     program: Program, known: Mapping[Node, Site], arrays: Sequence[Any], recorder: _Recorder
 ) -> dict[Node, Any]:
-    """By node: raw integers, floats where it runs in floating point, or what the function itself makes of it."""
+    """Returns each node's value: raw integers, floats where it runs in floating point, else what the function gives."""
     values: dict[Node, Any] = dict(zip(program.arrays, arrays, strict=True))
     parameters = Parameters(values)
     for node in program.nodes:
@@ -206,25 +206,25 @@ def _encode_input(node: Node, site: Site, x: Any, recorder: _Recorder) -> jax.Ar
 
 
 def _encoded(row: SiteFormat | None, x: Any) -> jax.Array:
-    """Floats as the words of a row's output."""
+    """Encodes floats as words of a row's output format."""
     assert row is not None
     assert row.output is not None
     return fixed_point.encode(jnp.asarray(x), row.output, rounding=_one(row.rounding), overflow=row.overflow)
 
 
 def _one(rounding: str) -> str:
-    """A real value is rounded at once: gemmlowp's two roundings are of words."""
+    """Returns the mode that rounds a real value, once: gemmlowp's two roundings apply to words only."""
     return "half_away" if rounding == "gemmlowp" else rounding
 
 
 class Parameters:
-    """The words and the floats of parameters and constants, each made where it is needed."""
+    """Computes the words and the floats of parameters and constants where they are needed."""
 
     def __init__(self, arrays: Mapping[Node, Any]):
         self._arrays = arrays
 
     def floats(self, node: Node) -> Any:
-        """What the function computes from the decoded leaves."""
+        """Returns the value that the function computes from the decoded leaves."""
         if node.op == "constant":
             return jnp.asarray(node.value)
         if node.op == "leaf":
@@ -234,7 +234,7 @@ class Parameters:
             return node.floating(*(self.floats(n) for n in node.inputs))
 
     def words(self, node: Node, fmt: QFormat) -> jax.Array:
-        """Raw words: of a leaf, its codebook's words looked up; of what is computed from leaves, the result rounded."""
+        """Returns raw words: a leaf's are looked up in its codebook; a value computed from leaves is rounded."""
         if node.op in MOVING and node.role == "parameter" and node.inputs[0].real:
             [inner, *rest] = node.inputs
             if node.op == "index" and inner.op == "leaf" and _is_stacked(self._arrays[inner]):
@@ -252,8 +252,8 @@ def _is_stacked(x: Any) -> bool:
 
 
 def leaf_words(leaf: CodebookArray, fmt: QFormat) -> jax.Array:
-    """A compressed leaf's words: each level rounded once (half even, saturating), then looked up by the indices."""
-    if leaf.scale is not None:  # scaled levels are not a small table: every weight is rounded
+    """Returns a compressed leaf's words: levels rounded once (half even, saturating), looked up by the indices."""
+    if leaf.scale is not None:  # scaled levels do not form a small table, so every weight is rounded
         return fixed_point.encode(decode(leaf), fmt)
     words = leaf.levels if leaf.codebook_format == fmt else fixed_point.encode(level_values(leaf), fmt)
     raw = replace(leaf, levels=words.astype(jnp.int32), codebook_format=None, dtype=np.dtype(np.int32))
@@ -272,7 +272,7 @@ def _words(
     parameters: Parameters,
     recorder: _Recorder,
 ) -> jax.Array:
-    """The raw words that leave a node."""
+    """Returns the raw words that leave a node."""
     if node.op in LINEAR:
         exact = _linear(node, site, known, values, parameters, recorder)
     else:
@@ -285,7 +285,7 @@ def _words(
 
 
 def _round(node: Node, site: Site, exact: jax.Array, recorder: _Recorder) -> jax.Array:
-    """The one rounding of a site, then its overflow."""
+    """Applies the single rounding of a site, then its overflow."""
     row, fmt, words = site.row, site.row.output, site.exact  # pyright: ignore[reportOptionalMemberAccess]
     assert row is not None
     assert fmt is not None
@@ -355,12 +355,12 @@ def _linear(
 def _exact(
     node: Node, site: Site, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters
 ) -> jax.Array:
-    """Exact raw integers of what is no sum of products."""
+    """Returns the exact raw integers of a node that is not a sum of products."""
     dtype = site.exact.dtype
     row = site.row
 
     def words(n: Node, role: str = "bias") -> jax.Array:
-        """An operand's words, of the node's dtype."""
+        """Returns an operand's words in the node's dtype."""
         if n.role == "activation":
             return values[n].astype(dtype)
         return parameters.words(n, getattr(row, role)).astype(dtype)
@@ -370,7 +370,7 @@ def _exact(
         return words(n) << (site.exact.frac - frac)
 
     def constant(n: Node) -> jax.Array:
-        """A constant at the operand's fraction bits, clipped to what the dtype holds."""
+        """Returns a constant's words at the operand's fraction bits, clipped to the range of the dtype."""
         info = jnp.iinfo(dtype)
         return jnp.asarray(np.clip(as_words(n.value, site.exact.frac), info.min, info.max), dtype)
 
@@ -399,7 +399,7 @@ def _exact(
             return words(node.inputs[0], "weight") * words(node.inputs[1], "weight")
         case "div":
             if row is None or row.reciprocal is None:
-                return words(acts[0])  # divided where it is rounded
+                return words(acts[0])  # `_round` divides
             divisor = whole_numbers(node.inputs[1].value)
             assert divisor is not None
             return words(acts[0]) * jnp.asarray(reciprocals(divisor, row.reciprocal), dtype)
@@ -436,16 +436,16 @@ def _exact(
 
 
 def _moved(node: Node, x: jax.Array, rest: Sequence[Any]) -> jax.Array:
-    """The operand's words, moved as the function moves its values."""
+    """Returns the operand's words, moved as the function moves its values."""
     if node.op in ("convert_element_type", "reduce_precision"):
         return x
-    if node.op == "gather":  # what is looked up beyond the edge is zero: words have no NaN
+    if node.op == "gather":  # a look-up outside the array gives zero, since words have no NaN
         return node.eqns[0].primitive.bind(x, *rest, **{**node.params, "fill_value": 0})
     return node.floating(x, *rest)
 
 
 def _pooled(node: Node, x: jax.Array, words: Words) -> jax.Array:
-    """Windows beyond the edge hold the least word, or the largest for a minimum."""
+    """Pools windows; places outside the array hold the least word, or the largest for a minimum."""
     if node.op == "reduce_window_max":
         return _windows(node, x, words.least, lax.max)
     return _windows(node, x, words.largest, lax.min)
@@ -466,7 +466,7 @@ def _windows(node: Node, x: jax.Array, start: int, combine: Callable[[Any, Any],
 
 
 def _telling(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> jax.Array:
-    """Comparisons and positions, told from words as from their values."""
+    """Computes comparisons and positions from words, with the same results as from their values."""
     if node.op in ("argmax", "argmin"):
         with enable_x64(False):
             return bind(node.eqns[0], [values[node.inputs[0]].astype(jnp.int32)])[0]
@@ -478,7 +478,7 @@ def _telling(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any],
         frac = max(known[a].words.frac, known[b].words.frac)
         return compare(*(values[n].astype(jnp.int64) << (frac - known[n].words.frac) for n in (a, b)))
     act, other = (a, b) if a.role == "activation" else (b, a)
-    # A threshold between two words is doubled to lie halfway between their doubles.
+    # Words and threshold are doubled: a threshold between two words becomes the odd number between their doubles.
     with np.errstate(over="ignore"):
         scaled = np.ldexp(np.asarray(other.value, np.float64), known[act].words.frac)
     scaled = np.clip(scaled, -(2.0**52), 2.0**52)
@@ -488,11 +488,11 @@ def _telling(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any],
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Floats: at the end, and where they are asked for.
+# Floats: at the outputs, and where the fallback allows them.
 
 
 def _as_float(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> Any:
-    """A node's values as the function computes with them."""
+    """Returns a node's values in the function's own dtype, decoded if they are words."""
     if node.role != "activation":
         return parameters.floats(node)
     x = values[node]

@@ -1,4 +1,4 @@
-"""The formats of a fixed-point emulation: one row a site, printed as a table, kept as JSON, edited by `replace`."""
+"""The formats of a fixed-point emulation: one row per site, printed as a table, stored as JSON, edited by `replace`."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +19,14 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Accumulator:
-    """The register that a dot or a convolution sums in.
+    """The register in which a dot or a convolution sums.
 
     Attributes:
-      word: its bits, sign included, up to 62; None for as many as are needed.
-      mode: `"exact"`: nothing is lost, and formats in which something could be are refused; `"wrap"`: modulo 2^word;
+      word: its bits, sign included, 2 to 62; None for as many as are needed.
+      mode: `"exact"`: no bit is lost, and formats that could lose one are refused; `"wrap"`: sums modulo 2^word;
         `"saturate"`: every addition saturates, in the order bias, then the kernel's rows, columns and input channels.
       frac: its fraction bits; None for those of the products.
-      rounding: of each product, where that loses fraction bits.
+      rounding: the mode that rounds each product where `frac` drops fraction bits.
 
     >>> Accumulator(24, mode="wrap")
     Accumulator(word=24, mode='wrap', frac=None, rounding='floor')
@@ -53,18 +53,18 @@ class SiteFormat:
     """The formats of one site: an operation, or a chain of them that is rounded once.
 
     Attributes:
-      site: its name: the path of the weights that it meets, or scope and primitive.
-      operation: the primitive; "input"; or "float: …" for what runs in floating point.
-      output: the words that leave it; None where they are handed on exactly.
-      weight: the words of the parameter or constant that it multiplies by.
-      bias: the words of the parameter or constant that it adds.
-      accumulator: of a dot or a convolution.
-      rounding: of its one rounding to `output`: a mode of `nuqjax.fixed_point`, or `"gemmlowp"` for its two.
-      overflow: what follows the rounding.
-      reciprocal: of a mean or a division: fraction bits of the stored reciprocal that it multiplies by; None divides
-        exactly and rounds once.
-      weight_sum: proven: the largest Σ|weight word| over the terms of one output; None for what the format allows.
-      bias_peak: proven: the largest |bias word|; None for what the format allows.
+      site: its name: the path of the weights that it uses, or scope and primitive.
+      operation: the primitive; "input"; or "float: …" where it runs in floating point.
+      output: format of the words that leave it; None where they leave it unrounded.
+      weight: format of the parameter or constant that it multiplies by.
+      bias: format of the parameter or constant that it adds.
+      accumulator: the accumulator of a dot or a convolution.
+      rounding: the mode of its one rounding to `output`: one of `nuqjax.fixed_point`, or `"gemmlowp"` for its two.
+      overflow: the overflow mode, applied after the rounding.
+      reciprocal: fraction bits of the stored reciprocal by which a mean or a division multiplies; None divides exactly
+        and rounds once.
+      weight_sum: proven: the largest Σ|weight word| over the terms of one output; None: the most the format allows.
+      bias_peak: proven: the largest |bias word|; None: the most the format allows.
       bound: proven: the largest magnitude that the exact result can have, as a raw integer before rounding.
       route: how the sums are computed: `float32`, `int8`, `limbs`, `float64`, `int64`, `int32` (sums of shifted
         products), or `scan`.
@@ -106,10 +106,10 @@ _PROVEN = ("weight_sum", "bias_peak", "bound", "route")
 
 @dataclass(frozen=True, repr=False)
 class Formats:
-    """Every format of an emulation, a row for each site, in the order of the program.
+    """All formats of an emulation: one row for each site, in the order of the program.
 
     Attributes:
-      rows: by site.
+      rows: the rows by site name.
       fallback: `"float"` where operations without an exact rule run in floating point; None where they are errors.
 
     >>> words = {"output": QFormat(8, 4), "weight": QFormat(8, 7), "accumulator": Accumulator(24)}
@@ -140,9 +140,9 @@ class Formats:
         return len(self.rows)
 
     def replace(self, site: str, **changes: Any) -> "Formats":
-        """Other formats at the sites whose name contains `site`; what was proven about bounds is forgotten.
+        """Returns formats with changes at the sites whose name contains `site`, and without the proven bounds.
 
-        Without proof, bounds are the largest that the formats allow; `calibrate(…, formats=…)` proves them anew.
+        Without a proof, bounds are the largest that the formats allow; `calibrate(…, formats=…)` proves them again.
 
         Raises:
           ValueError: no site's name contains `site`.
@@ -161,16 +161,16 @@ class Formats:
         return replace(self, rows={name: replace(change(row), **forgotten) for name, row in self.rows.items()})
 
     def to_json(self) -> str:
-        """The rows as JSON text: fields that are not set are left out."""
+        """Returns the rows as JSON text, without the fields that are None."""
         rows = [{k: v for k, v in asdict(row).items() if v is not None} for row in self]
         return json.dumps({"version": _VERSION, "fallback": self.fallback, "rows": rows}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> "Formats":
-        """The formats that `to_json` wrote.
+        """Returns the formats that `to_json` wrote.
 
         Raises:
-          ValueError: the text is no such JSON, or a newer version's; a row's site is named.
+          ValueError: the text is not such JSON, or is from a newer version; a wrong row is named by its site.
         """
         try:
             data = json.loads(text)
@@ -192,7 +192,7 @@ class Formats:
         return Formats.from_json(Path(path).read_text(encoding="utf-8"))
 
     def table(self) -> Table:
-        """A row a site: its words, its modes, the bits that its exact result needs and the route of its sums."""
+        """Returns a table of one row per site: formats, modes, the bits that its exact result needs, and its route."""
         table = Table(*_COLUMNS, title=f"{len(self)} sites" + (", floats allowed" if self.fallback else ""))
         for row in self:
             needs = "" if row.bound is None else f"{row.needed_bits} bits"
@@ -205,7 +205,7 @@ class Formats:
         return render(self.table())
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the same table."""
+        """Returns the same table as HTML for a notebook."""
         return html_page([self.table()])
 
     def __repr__(self) -> str:

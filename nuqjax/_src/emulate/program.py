@@ -1,8 +1,8 @@
-"""A traced function as a graph whose sites have names: what the fixed-point emulation is planned and run on.
+"""Turns a traced function into a graph with named sites, on which the fixed-point emulation is planned and run.
 
-`build` re-runs the function's jaxpr with `Node`s in place of arrays. Calls are gone inside, scans are unrolled, an
-accumulator's bias belongs to it. Then every node is known to be either *exact*, handed on with all its bits to what
-takes it, or *rounded* to its site's format.
+`build` re-runs the function's jaxpr with `Node`s in place of arrays. It inlines calls, unrolls scans, and joins a bias
+to the dot or the convolution to which it is added. Every node is then either *exact*, so that its users take all its
+bits, or *rounded* to its site's format.
 """
 
 import itertools
@@ -22,12 +22,13 @@ LINEAR = frozenset({"dot_general", "conv_general_dilated"})
 _SUMS = frozenset({"add", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"})
 _PRODUCTS = frozenset({"mul", "div", "square", "integer_pow"})
 _JOINS = frozenset({"select_n", "concatenate", "stack"})
-# Exact in more bits than their operands have, so rounded before anything but more of the same.
+# Their exact results need more bits than their operands, so they are rounded unless only operations follow that take
+# all those bits (`_rounded`).
 WIDENING = _SUMS | _PRODUCTS | _JOINS
-# They pick among their operand's words.
+# They select among their operand's words.
 _REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"})
 CHOOSING = _REDUCTIONS | {"max", "min", "clamp", "abs", "sign", "pad"}
-# They move words about.
+# They move words without computing.
 _SHAPES = frozenset({"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "rev"})
 _SELECTIONS = frozenset({"slice", "split", "index"})
 _IDENTITIES = frozenset(
@@ -35,7 +36,7 @@ _IDENTITIES = frozenset(
 )
 LOOKING_UP = frozenset({"gather", "dynamic_slice"})
 MOVING = _SHAPES | LOOKING_UP | _SELECTIONS | _IDENTITIES | {"optimization_barrier"}
-# They tell something about words; what they tell is no word.
+# They compare or locate words; their results are not words.
 TELLING = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "argmax", "argmin", "is_finite"})
 EXACT = LINEAR | WIDENING | CHOOSING | MOVING | TELLING
 
@@ -45,15 +46,15 @@ class Node:
     """A value of the program.
 
     Attributes:
-      op: the name of the primitive that makes it; or "input", "leaf", "constant".
-      inputs: the nodes that it is made of: of a dot or a convolution, two operands and maybe a bias.
-      eqns: the equation; of a dot or a convolution with a bias, also that of the addition.
+      op: the name of the primitive that computes it; or "input", "leaf", "constant".
+      inputs: the nodes that it is computed from; for a dot or a convolution, two operands and possibly a bias.
+      eqns: its equation; for a dot or a convolution with a bias, also that of the addition.
       shape: its shape.
-      dtype: the dtype that the function gave it.
+      dtype: its dtype in the function.
       role: "parameter" where it depends on parameters (and constants) alone, "constant", or "activation".
-      name: a unique name: a leaf's path, the site of anything else.
-      value: a constant's.
-      index: which of the equation's outputs it is; of an "index" node, the position along the first axis.
+      name: its name, unique among activations: the path of its leaf, or its site.
+      value: the value of a constant.
+      index: which of the equation's outputs it is; for an "index" node, the position along the first axis.
     """
 
     op: str
@@ -68,7 +69,7 @@ class Node:
 
     @property
     def real(self) -> bool:
-        """Whether the function gave it a floating dtype."""
+        """Whether its dtype in the function is floating."""
         return jax.numpy.issubdtype(self.dtype, jax.numpy.floating)
 
     @property
@@ -78,11 +79,11 @@ class Node:
 
     @property
     def subtracts_bias(self) -> bool:
-        """Of a dot or a convolution with a bias: whether it is subtracted."""
+        """Whether it is a dot or a convolution whose bias is subtracted."""
         return len(self.eqns) == 2 and self.eqns[1].primitive.name == "sub"
 
     def floating(self, *values: Any) -> Any:
-        """What the function makes of the inputs' values."""
+        """Returns what the function computes from the inputs' values."""
         if self.op == "index":
             return values[0][self.index]
         if self.op == "stack" and not self.eqns:
@@ -102,12 +103,12 @@ class Program:
     """A function as a graph.
 
     Attributes:
-      nodes: every node after those it is made of.
-      outputs: what the function returns: nodes.
-      structure: the outputs' pytree.
-      arrays: the leaf or the input of every array argument.
-      floats: the nodes that no exact rule computes, or that are made of such.
-      rounded: the nodes whose words are brought to a format of their site.
+      nodes: all nodes, each after its inputs.
+      outputs: the nodes that the function returns.
+      structure: the outputs' tree structure.
+      arrays: the leaf or input node of every array argument.
+      floats: the nodes without an exact rule, and those computed from them.
+      rounded: the nodes whose words are rounded to the format of their site.
     """
 
     nodes: tuple[Node, ...]
@@ -119,12 +120,12 @@ class Program:
 
 
 def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
-    """The program of `fn` on arguments of these shapes, and the arguments' arrays in its order.
+    """Returns the program of `fn` for arguments of these shapes, and the arguments' arrays in its order.
 
-    The first argument is the tree of parameters; a `CodebookArray` anywhere else is one, too.
+    The first argument is the tree of parameters; a `CodebookArray` in any other argument is a parameter, too.
 
     Raises:
-      ValueError: the function changes one of its arguments in place, or JAX took a compressed leaf for its arrays.
+      ValueError: the function changes one of its arguments in place, or a compressed leaf's arrays break its layout.
     """
     for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]:
         if is_codebook_array(x):
@@ -146,7 +147,7 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         else:
             number = next(inputs)
             starts.append(recorder.node("input", (), (), x.shape, x.dtype, f"input{number or ''}"))
-    with jax.ensure_compile_time_eval():  # what hangs on constants alone
+    with jax.ensure_compile_time_eval():  # computes what depends on constants alone
         outputs = _INTERPRETER(recorder).evaluate(traced.jaxpr, starts)
         outputs = [recorder.lifted(x) for x in outputs]
     nodes, renamed = _with_biases(_reached(outputs, starts))
@@ -161,13 +162,13 @@ _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 
 
 class _Recorder:
-    """Makes nodes and keeps their names apart."""
+    """Makes nodes with distinct names."""
 
     def __init__(self):
         self.names: dict[str, int] = {}
 
     def node(self, op, inputs, eqns, shape, dtype, name, value=None, index=0) -> Node:
-        """A node with the role that its inputs give it, under a name of its own."""
+        """Returns a node with the role that follows from its inputs; an activation gets a name of its own."""
         roles = {node.role for node in inputs}
         if op in ("leaf", "constant", "input"):
             role = {"leaf": "parameter", "constant": "constant", "input": "activation"}[op]
@@ -180,14 +181,14 @@ class _Recorder:
         return Node(op, tuple(inputs), tuple(eqns), tuple(shape), np.dtype(dtype), role, name, value, index)
 
     def lifted(self, x: Any) -> Node:
-        """A constant's node; a node as it is."""
+        """Returns the node of a constant, and a node unchanged."""
         if isinstance(x, Node):
             return x
         value = np.asarray(x)
         return self.node("constant", (), (), value.shape, value.dtype, "constant", value)
 
     def record(self, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Node]:
-        """The rule of every primitive that computes: a node for each output."""
+        """The default rule: returns a node for each output of the equation."""
         inputs = [self.lifted(x) for x in operands]
         name = f"{site.scope}:{site.primitive}" if site.scope else site.primitive
         if site.primitive == "div" and inputs[0].role == "activation" and inputs[1].role != "activation":
@@ -202,7 +203,7 @@ class _Recorder:
         ]
 
     def _multiplied(self, x: Node, divisor: Node, eqn: core.JaxprEqn, name: str) -> Node:
-        """A division by no whole number as the multiplication by the reciprocal that hardware does."""
+        """Returns a division by other than whole numbers as a multiplication by the reciprocal, as in hardware."""
         inverse = self.node("reciprocal", (divisor,), (), divisor.shape, divisor.dtype, f"{name}:reciprocal")
         if divisor.role == "constant":
             inverse = self.lifted((1 / np.asarray(divisor.value, np.float64)).astype(divisor.dtype))
@@ -210,7 +211,7 @@ class _Recorder:
         return self.node("mul", (x, inverse), (), aval.shape, aval.dtype, name)
 
     def unroll(self, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Any]:
-        """The rule of `scan`: every step has its own sites and so its own formats."""
+        """The rule of `scan`: unrolls it, so that every step has its own sites and formats."""
         first, second = scan_parts(eqn.params, len(operands))
         consts, carry, xs = operands[:first], list(operands[first:second]), operands[second:]
         jaxpr, length = eqn.params["jaxpr"], eqn.params["length"]
@@ -235,7 +236,7 @@ class _Recorder:
 
 
 def _leaf_of(node: Node) -> str:
-    """The leaf that a parameter is made of by moves alone; "" if it is none."""
+    """Returns the name of the leaf that moves alone turn into this parameter; "" if there is none."""
     while node.op in MOVING and node.role == "parameter":
         if node.op == "index":
             inner = _leaf_of(node.inputs[0])
@@ -259,7 +260,7 @@ def _INTERPRETER(recorder: _Recorder) -> Interpreter:
 
 
 def _reached(outputs: Sequence[Node], starts: Sequence[Node]) -> list[Node]:
-    """The nodes that the outputs are made of, each after its inputs."""
+    """Returns `starts` and the nodes that the outputs depend on, each after its inputs."""
     order: dict[Node, None] = dict.fromkeys(starts)
     stack = [*reversed(outputs)]
     while stack:
@@ -274,7 +275,7 @@ def _reached(outputs: Sequence[Node], starts: Sequence[Node]) -> list[Node]:
 
 
 def consumers(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
-    """By node, the nodes that take it, once for every time."""
+    """Returns for each node the nodes that use it, one entry for each use."""
     found: dict[Node, list[Node]] = {node: [] for node in nodes}
     for node in nodes:
         for taken in node.inputs:
@@ -283,7 +284,7 @@ def consumers(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
 
 
 def _with_biases(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], dict[Node, Node]]:
-    """The nodes with every bias taken into the dot or the convolution whose only use is its addition."""
+    """Joins each bias to its dot or convolution where that has no other use; returns the new nodes, and new by old."""
     uses, new, kept = consumers(nodes), dict[Node, Node](), []
     dropped = set()
     for node in nodes:
@@ -314,7 +315,7 @@ def _with_biases(nodes: Sequence[Node]) -> tuple[tuple[Node, ...], dict[Node, No
 
 
 def _accumulator(node: Node, uses: Mapping[Node, Sequence[Node]]) -> Node | None:
-    """The dot or convolution to which a node adds a bias."""
+    """Returns the dot or convolution to which a node adds a bias, or None."""
     if node.op not in ("add", "sub") or node.role != "activation":
         return None
     for mine, other in (node.inputs, node.inputs[::-1]):
@@ -324,19 +325,19 @@ def _accumulator(node: Node, uses: Mapping[Node, Sequence[Node]]) -> Node | None
 
 
 def _floats(nodes: Sequence[Node]) -> frozenset[Node]:
-    """What has no exact rule, and what is made of it, up to the next dot or convolution, which takes words again."""
+    """Returns the nodes without an exact rule and those computed from them, up to the next dot or convolution."""
     floats: set[Node] = set()
     for node in nodes:
         acts = [n for n in node.inputs if n.role == "activation"]
         if node.role != "activation" or (not any(n.real for n in acts) and not node.real) or not acts:
-            continue  # parameters, inputs, and whole numbers made of whole numbers
+            continue  # parameters, inputs, and whole numbers computed from whole numbers
         if not _has_rule(node) or (node.op not in LINEAR and any(n in floats for n in acts)):
             floats.add(node)
     return frozenset(floats)
 
 
 def _has_rule(node: Node) -> bool:
-    """Whether the node has exact words."""
+    """Returns whether an exact rule computes the node."""
     roles = [n.role for n in node.inputs]
     params = node.params
     match node.op:
@@ -347,7 +348,7 @@ def _has_rule(node: Node) -> bool:
         case "integer_pow":
             return params["y"] in (1, 2, 3, 4)
         case "convert_element_type":
-            return node.real  # a real value made whole is no word
+            return node.real  # a real value converted to an integer is not a word
         case "lt" | "le" | "gt" | "ge" | "eq" | "ne" | "max" | "min" | "pad" | "clamp":
             return "parameter" not in roles
         case "select_n":
@@ -356,15 +357,15 @@ def _has_rule(node: Node) -> bool:
 
 
 def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[Node]) -> frozenset[Node]:
-    """The nodes brought to a format: the inputs, and what is wide unless all that takes it takes all its bits.
+    """Returns the nodes to round: inputs, dots, convolutions, divisions, and wide nodes whose bits not all users take.
 
-    A float node is, too, where a dot or a convolution takes it.
+    A float node is rounded, too, where a dot or a convolution uses it.
     """
     uses = consumers(nodes)
     known: dict[tuple[Node, str], bool] = {}
 
     def absorbed(node: Node, made_by: str) -> bool:
-        """Whether everything that takes a node's words, made by an operation and moved, takes them with all bits."""
+        """Returns whether all users take all bits of a node's words, which `made_by` computed and moves passed on."""
         if (node, made_by) not in known:
             takers = uses[node]
             taken = bool(takers) and node not in outputs and all(absorbs(t, made_by) for t in takers)
@@ -386,7 +387,7 @@ def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[N
         return taker.op in ("add", "sub", "neg", "select_n", "reduce_sum")
 
     def joins(node: Node) -> bool:
-        """Whether it is a choice between two activations, which may have different formats."""
+        """Returns whether a node is a maximum or minimum of two activations, which may have different formats."""
         return node.op in ("max", "min") and all(n.role == "activation" for n in node.inputs)
 
     def wide(node: Node) -> bool:
@@ -407,7 +408,7 @@ def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[N
 
 
 def operands(node: Node) -> Iterator[tuple[str, Node]]:
-    """The parameters and constants that need a format of their own: `("weight", node)` and `("bias", node)`."""
+    """Yields the parameters and constants that need a format of their own: `("weight", node)` or `("bias", node)`."""
     if node.role != "activation" or not node.real:
         return
     still = [n for n in node.inputs if n.role != "activation"]
@@ -428,7 +429,7 @@ def operands(node: Node) -> Iterator[tuple[str, Node]]:
 
 
 def whole_numbers(value: np.ndarray) -> np.ndarray | None:
-    """Constants as int64, if they are positive whole numbers below 2^31."""
+    """Returns constants as int64 if they are positive whole numbers below 2^31, else None."""
     wide = np.asarray(value, np.float64)
     inside = (wide >= 1) & (wide < 2**31) & (wide == np.floor(wide))
     return wide.astype(np.int64) if inside.all() else None

@@ -1,9 +1,10 @@
 """Exact sums of products of raw integers: dots and convolutions by several routes, which agree bit for bit.
 
-On CPUs the routes are what XLA does fast there: int8 operands with int32 sums, float32 or float64 where no partial sum
-leaves the significand, and two float32 sums of balanced limbs. Elsewhere float sums are not trusted (reduced-precision
-operands, Winograd and Fourier convolutions) and integer convolutions do not exist, so a convolution is a sum of dots,
-one for each tap of its window, of balanced int8 limbs with int32 sums. Saturating sums are a scan in their order.
+On CPUs the routes are those that XLA runs fast: int8 operands with int32 sums, float32 or float64 where every partial
+sum fits the significand, and two float32 sums of balanced limbs. On other devices float sums may be inexact
+(reduced-precision operands, Winograd and Fourier convolutions) and integer convolutions do not exist. There a
+convolution is a sum of dots, one for each tap of its window, of balanced int8 limbs with int32 sums. Saturating sums
+are computed by a scan over their terms in order.
 """
 
 import math
@@ -25,15 +26,15 @@ _FLOATS = {"float32": jnp.float32, "float64": jnp.float64}
 def products_sum(
     node: Node, lhs: jax.Array, rhs: jax.Array, words: Sequence[Words], route: str, dtype: str
 ) -> jax.Array:
-    """The sums of a dot or a convolution of raw integers, of `dtype`, by a route whose bound has been shown.
+    """Computes the sums of a dot or a convolution of raw integers, by a route that is proven exact for their bound.
 
     Args:
       node: the dot or the convolution.
-      lhs: its raw integers.
-      rhs: likewise.
-      words: what is known of both.
+      lhs: raw integers of its first operand.
+      rhs: raw integers of its second operand.
+      words: the bounds of both operands.
       route: one of those of `SiteFormat`.
-      dtype: `"int32"` or `"int64"`, which holds every sum.
+      dtype: `"int32"` or `"int64"`: the dtype of the result, which must hold every sum.
     """
     if is_depthwise(node):
         kind = _FLOATS.get(route, jnp.dtype(dtype))
@@ -66,7 +67,7 @@ def _on_cpu(node: Node, lhs: jax.Array, rhs: jax.Array, route: str, dtype: str) 
 
 
 def _primitive(node: Node, lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Array:
-    """The node's own dot or convolution."""
+    """Applies the node's own dot or convolution, with sums of `dtype`."""
     params = node.params
     options = {"preferred_element_type": dtype, "precision": lax.Precision.HIGHEST}
     if node.op == "dot_general":
@@ -76,7 +77,7 @@ def _primitive(node: Node, lhs: jax.Array, rhs: jax.Array, dtype: Any) -> jax.Ar
 
 
 def _balanced(x: jax.Array, count: int) -> list[jax.Array]:
-    """X as `count` limbs, least first: x = Σ limb · 2^(8·i), all but the last within −128 … 127."""
+    """Splits x into `count` limbs, least first: x = Σ limb_i · 2^(8·i), all but the last in −128 … 127."""
     limbs = []
     for _ in range(count - 1):
         low = ((x + (1 << (LIMB - 1))) & ((1 << LIMB) - 1)) - (1 << (LIMB - 1))
@@ -86,7 +87,7 @@ def _balanced(x: jax.Array, count: int) -> list[jax.Array]:
 
 
 def by_int8_limbs(node: Node, lhs: jax.Array, rhs: jax.Array, words: Sequence[Words], dtype: str) -> jax.Array:
-    """The sums as int8 dots with int32 sums, by as many limbs as the words need: exact on any platform."""
+    """Computes the sums by int8 dots with int32 sums, with as many limbs as the words need: exact on any platform."""
     a, b = (_limbs(x, limb_count(known)) for x, known in zip((lhs, rhs), words, strict=True))
     total = None
     for i, left in enumerate(a):
@@ -98,7 +99,7 @@ def by_int8_limbs(node: Node, lhs: jax.Array, rhs: jax.Array, words: Sequence[Wo
 
 
 def _limbs(x: jax.Array, count: int) -> list[jax.Array]:
-    """`count` balanced int8 limbs, least first."""
+    """Returns `count` balanced int8 limbs, least first."""
     return [limb.astype(jnp.int8) for limb in _balanced(x.astype(jnp.int64), count)]
 
 
@@ -109,7 +110,7 @@ def _int8_sum(node: Node, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def _int8_dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`[N…, G, C]` and `[G, C, O]` to `[N…, G, O]`."""
+    """Multiplies int8 `[N…, G, C]` by `[G, C, O]`, giving int32 `[N…, G, O]`."""
     lead = x.shape[:-2]
     flat = x.reshape(math.prod(lead), *x.shape[-2:])
     sums = lax.dot_general(flat, w, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.int32)  # [G, N, O]
@@ -124,10 +125,10 @@ class Taps(NamedTuple):
     """A convolution's operands for each tap of its window, in row order.
 
     Attributes:
-      images: for each tap what it meets, `[batch, *output, G, C]`.
-      kernels: for each tap its weights, `[G, C, O]`.
-      restore: `[batch, *output, G, O]` to the convolution's own layout.
-      arrange: the inverse of `restore`.
+      images: for each tap, the inputs that it multiplies, `[batch, *output, G, C]`.
+      kernels: for each tap, its weights, `[G, C, O]`.
+      restore: brings an output `[batch, *output, G, O]` to the convolution's own layout.
+      arrange: brings an output from that layout to `[batch, *output, G, O]`.
     """
 
     images: list[jax.Array]
@@ -137,7 +138,7 @@ class Taps(NamedTuple):
 
 
 def taps_of(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
-    """The convolution's operands tap by tap; a dot has one tap."""
+    """Returns the convolution's operands tap by tap; a dot has one tap."""
     if node.op == "dot_general":
         return _dot_tap(node, lhs, rhs)
     params = node.params
@@ -159,7 +160,7 @@ def taps_of(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
         last = [f + (n - 1) * s + 1 for f, n, s in zip(first, sizes, strides, strict=True)]
         image = lax.slice(x, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *strides, 1))
         images.append(image.reshape(*image.shape[:-1], groups, -1))
-        kernel = w[tuple(tap)]  # [C, G·O], the outputs of a group together
+        kernel = w[tuple(tap)]  # [C, G·O], with the outputs of a group next to each other
         kernels.append(kernel.reshape(kernel.shape[0], groups, outputs // groups).transpose(1, 0, 2))
 
     order = _last(numbers.out_spec)
@@ -175,17 +176,17 @@ def taps_of(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
 
 
 def _last(spec) -> tuple[int, ...]:
-    """A permutation to `[batch, *spatial, features]`."""
+    """Returns the permutation to `[batch, *spatial, features]`."""
     return (spec[0], *spec[2:], spec[1])
 
 
 def _kernel_last(spec) -> tuple[int, ...]:
-    """A permutation to `[*spatial, inputs, outputs]`."""
+    """Returns the permutation to `[*spatial, inputs, outputs]`."""
     return (*spec[2:], spec[1], spec[0])
 
 
 def _dot_tap(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
-    """A dot as one tap whose groups are the batch dimensions."""
+    """Returns a dot as one tap whose groups are the batch dimensions."""
     (lc, rc), (lb, rb) = node.params["dimension_numbers"]
     lf = [d for d in range(lhs.ndim) if d not in (*lc, *lb)]
     rf = [d for d in range(rhs.ndim) if d not in (*rc, *rb)]
@@ -207,7 +208,7 @@ def _dot_tap(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
 
 
 def _by_taps(node: Node, lhs: jax.Array, rhs: jax.Array, product: Callable[..., jax.Array]) -> jax.Array:
-    """The sum over the taps of `product(image, kernel)`; of one channel a group, `[N…, G, 1]` and `[G, 1, O]`."""
+    """Sums `product(image, kernel)` over the taps; with one channel per group, of `[N…, G, 1]` and `[G, O]`."""
     images, kernels, restore, _ = taps_of(node, lhs, rhs)
     if product is not _int8_dot:
         kernels = [kernel[:, 0] for kernel in kernels]
@@ -220,7 +221,7 @@ def _by_taps(node: Node, lhs: jax.Array, rhs: jax.Array, product: Callable[..., 
 
 
 class Scanned(NamedTuple):
-    """What a sum in order gives: the accumulators' words; how many additions saturated, or how many sums wrapped."""
+    """The result of sums in order: the accumulators' words, and how many additions saturated or sums wrapped."""
 
     words: jax.Array
     overflows: jax.Array
@@ -229,13 +230,13 @@ class Scanned(NamedTuple):
 def scanned_sum(
     node: Node, lhs: jax.Array, rhs: jax.Array, start: jax.Array | int, frac: int, accumulator: Accumulator
 ) -> Scanned:
-    """The sums one product after another, rows, columns and input channels ascending, from `start`, in int64.
+    """Computes the sums in int64, from `start`, one product after another: rows, columns, input channels ascending.
 
     Args:
       node: the dot or the convolution.
-      lhs: its raw integers.
-      rhs: likewise.
-      start: what the accumulator begins with, broadcast against the output.
+      lhs: raw integers of its first operand.
+      rhs: raw integers of its second operand.
+      start: the initial value of the accumulator, broadcast against the output.
       frac: fraction bits of the products.
       accumulator: its word, mode, fraction bits and rounding of products.
     """
@@ -261,20 +262,20 @@ def scanned_sum(
         return into_register(total, count)
 
     (total, count), _ = lax.scan(step, into_register(begin, jnp.int64(0))[0], (xs, ws))
-    if accumulator.mode == "wrap":  # modulo 2^word, additions may as well wrap once
+    if accumulator.mode == "wrap":  # modulo 2^word, wrapping once at the end gives the same as wrapping each addition
         kept = wrapped(total, word)
         total, count = kept, (kept != total).sum(dtype=jnp.int64)
     return Scanned(restore(total), count)
 
 
 def wrapped(total: jax.Array, word: int) -> jax.Array:
-    """Int64 words modulo 2^word, as two's complement."""
+    """Returns int64 words modulo 2^word, in two's complement."""
     low = total & ((1 << word) - 1)
     return jnp.where(low >= 1 << (word - 1), low - (1 << word), low)
 
 
 def weight_sums(node: Node, weight: Any) -> Mapping[str, int]:
-    """The largest Σ|word| over the products of one output (NumPy words of the operand that is a parameter)."""
+    """Returns the largest Σ|word| over the products of one output; `weight` is the parameter's words in NumPy."""
     number = 1 - split_operand(node)
     magnitudes = abs(weight.astype("int64"))
     if node.op == "dot_general":

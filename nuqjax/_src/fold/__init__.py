@@ -1,1 +1,1 @@
-"""Batch-norms folded into the layers before them."""
+"""Folds batch-norms into the layers before them."""

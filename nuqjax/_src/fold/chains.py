@@ -1,6 +1,6 @@
-"""The affine chains that follow a function's convolutions and dots: what `nuqjax.fold` folds.
+"""Finds the affine chains after a function's convolutions and dots, which `nuqjax.fold_batch_norm` folds.
 
-They are found from shapes alone: the same function has the same chains whatever its values.
+They depend on shapes alone: a function has the same chains for all values.
 """
 
 import itertools
@@ -21,10 +21,10 @@ class Slot(NamedTuple):
     """The leaf that takes a chain's offset.
 
     Attributes:
-      number: of the addition in which it stands.
+      number: the number of the addition that it enters.
       leaf: the variable of the leaf.
-      path: the equations from the leaf to the addition's operand: moves of one operand, and additions of others.
-      negative: whether it is subtracted.
+      path: the equations from the leaf to the addition's operand: moves, and additions of other parameters.
+      negative: whether the leaf is subtracted.
     """
 
     number: int
@@ -40,11 +40,11 @@ class Chain:
     Attributes:
       accumulator: the number of the convolution or dot.
       leaf: the variable of its kernel's leaf.
-      path: the equations from the leaf to the kernel: moves.
+      path: the equations from the leaf to the kernel, all of them moves.
       kernel: the variable of the kernel.
-      steps: without moves.
-      axes: for every step, the kernel's axis that each axis of the activation is; None for none.
-      slot: None where there is no offset.
+      steps: the steps, without moves.
+      axes: for every step, the kernel's axis for each axis of the activation; None where there is none.
+      slot: the leaf for the offset; None where there is no offset.
     """
 
     accumulator: int
@@ -56,7 +56,7 @@ class Chain:
     slot: Slot | None = None
 
     def of(self, number: int, array: np.ndarray) -> np.ndarray:
-        """An operand of step `number`, along the kernel's axes instead of the activation's."""
+        """Returns an operand of step `number`, along the kernel's axes instead of the activation's."""
         axes = self.axes[[step.number for step in self.steps].index(number)]
         array = array.reshape((1,) * (len(axes) - array.ndim) + array.shape)
         kept = [axis for axis in axes if axis is not None]
@@ -66,9 +66,9 @@ class Chain:
         return np.expand_dims(array.transpose(order), absent)
 
     def compose(self, values: Values) -> tuple[np.ndarray, np.ndarray]:
-        """The scale and the offset along the kernel's axes, float64."""
+        """Returns the scale and the offset along the kernel's axes, in float64."""
         scale: Any = np.float64(1)
-        offset: Any = np.float64(0)  # without axes while nothing is added, so that it varies no more than it has to
+        offset: Any = np.float64(0)  # without axes until something is added, so that it varies along no axis needlessly
         for step in self.steps:
             x = None if step.operand is None else self.of(step.number, values.of(step.operand))
             with np.errstate(all="ignore"):
@@ -89,12 +89,12 @@ class Chain:
 
 
 def passed(chains: Sequence[Chain]) -> dict[int, Any]:
-    """By equation number of every chain's steps, the operand that it hands on."""
+    """Returns, by equation number, the operand that each step of the chains passes on."""
     return {step.number: step.value for chain in chains for step in chain.steps}
 
 
 def positions(program: Flat, leaf: Any, path: Sequence[int]) -> np.ndarray:
-    """Which entry of a leaf, counted in row-major order, every entry at the end of a path of moves is."""
+    """Returns, for every entry at the end of a path of moves, its position in the leaf, in row-major order."""
     shape = leaf.aval.shape
     array = np.arange(math.prod(shape)).reshape(shape)
     for number in path:
@@ -104,19 +104,19 @@ def positions(program: Flat, leaf: Any, path: Sequence[int]) -> np.ndarray:
 
 
 class Refused(NamedTuple):
-    """Steps that cannot be folded, and why."""
+    """Steps that cannot be folded, and the reason."""
 
     steps: Sequence[Step]
     reason: str
 
 
 def find(program: Flat, values: Values, skip: Any) -> tuple[list[Chain], list[Refused]]:
-    """The chains that can be folded, and the multiplications by parameters that cannot.
+    """Returns the chains that can be folded, and the multiplications by parameters that cannot.
 
     Args:
       program: the function.
       values: its leaves' values; only their shapes matter.
-      skip: `skip(names)` tells, from the leaves' names and the scopes of a chain, whether to leave it alone.
+      skip: `skip(names)` returns whether to leave a chain alone, from the names of its leaves and its scopes.
     """
     scalings: dict[Any, list[Step]] = {}
     for number in sorted(program.live({})):
@@ -140,7 +140,7 @@ def find(program: Flat, values: Values, skip: Any) -> tuple[list[Chain], list[Re
 def _apart(
     program: Flat, values: Values, chains: list[Chain], refused: list[Refused]
 ) -> tuple[list[Chain], list[Refused]]:
-    """Without the chains whose leaves something else needs as they are."""
+    """Removes the chains whose leaves are also used elsewhere, and adds them to `refused`."""
     while True:
         good, ends, skipped = [], {chain.accumulator for chain in chains}, passed(chains)
         users = partial(program.users, passed=skipped, live=program.live(skipped))
@@ -159,7 +159,7 @@ def _apart(
 
 
 def _names(program: Flat, steps: Sequence[Step]) -> list[str]:
-    """The leaves that steps use, and the scopes that they stand in."""
+    """Returns the names of the leaves that steps use, and the scopes of the steps."""
     leaves = (program.leaves_of(step.operand) for step in steps if step.operand is not None)
     scopes = (program.scope(step.number) for step in steps if step.op != "move")
     named = sorted(program.leaves[leaf] for leaf in frozenset(itertools.chain.from_iterable(leaves)))
@@ -167,14 +167,14 @@ def _names(program: Flat, steps: Sequence[Step]) -> list[str]:
 
 
 def _fit(program: Flat, values: Values, root: Any) -> tuple[Chain | None, str]:
-    """The chain after a value, as far as it can be folded, and why no further."""
+    """Returns the part of the chain after a value that can be folded, and why the rest cannot."""
     number = program.makers.get(root)
     if number is None:
         return None, "it is applied to the function's input"
     eqn = program.eqns[number]
     name = eqn.primitive.name
     where = f"{name} at {program.scope(number)!r}" if program.scope(number) else name
-    if program.step(number):  # else the chain would begin earlier
+    if program.step(number):  # otherwise the chain would begin earlier
         return None, f"what {where} gives is used elsewhere, too"
     if name not in LINEAR:
         return None, f"it follows {where}, not a convolution or a dot"
@@ -212,14 +212,14 @@ def _fit(program: Flat, values: Values, root: Any) -> tuple[Chain | None, str]:
         steps.append(step)
         layouts.append(tuple(layout))
     while steps and (steps[-1].operand is None or program.role(steps[-1].operand) != "parameter"):
-        del steps[-1], layouts[-1]  # what follows by constants alone is no part of a batch-norm
+        del steps[-1], layouts[-1]  # trailing steps by constants alone are not part of a batch-norm
     if not any(step.op in SCALING and program.role(step.operand) == "parameter" for step in steps):
         return None, reason
     return Chain(number, leaf, tuple(path[::-1]), kernel, tuple(steps), tuple(layouts)), reason
 
 
 def _channels(eqn: core.JaxprEqn, side: int) -> list[int | None]:
-    """For every axis of a convolution or a dot, the kernel's axis that it is; None where it is the activation's."""
+    """Returns the kernel's axis for every axis of a convolution or a dot; None where it is the activation's axis."""
     numbers = eqn.params["dimension_numbers"]
     if eqn.primitive.name == "conv_general_dilated":
         layout: list[int | None] = [None] * len(numbers.out_spec)
@@ -233,7 +233,7 @@ def _channels(eqn: core.JaxprEqn, side: int) -> list[int | None]:
 
 
 def _moved(eqn: core.JaxprEqn, layout: Sequence[int | None]) -> list[int | None] | None:
-    """The layout after a move; None where channels are merged or split."""
+    """Returns the layout after a move, or None where channels are merged or split."""
     params = eqn.params
     match eqn.primitive.name:
         case "transpose":
@@ -251,7 +251,7 @@ def _moved(eqn: core.JaxprEqn, layout: Sequence[int | None]) -> list[int | None]
 
 
 def _reshaped(before: Sequence[int], after: Sequence[int], layout: Sequence[int | None]) -> list[int | None] | None:
-    """As `_moved`: axes whose lengths agree, once those before them are matched, are the same."""
+    """Returns the layout after a reshape, as `_moved`: axes are matched in order, and are the same if lengths agree."""
     new: list[int | None] = [None] * len(after)
     if 0 in before:
         return None
@@ -271,7 +271,10 @@ def _reshaped(before: Sequence[int], after: Sequence[int], layout: Sequence[int 
 
 
 def _with_slot(program: Flat, values: Values, chain: Chain, users: Callable[[Any], set[int]]) -> Chain | str:
-    """The chain with a place for its offset: the layer's own bias, else the batch-norm's, else what it subtracts."""
+    """Returns the chain with a slot for its offset, or the reason why it has none.
+
+    The slot is the layer's own bias, else the batch-norm's, else what the batch-norm subtracts.
+    """
     if all(step.op in ("mul", "div", "neg") for step in chain.steps):
         return chain
     shape = np.shape(chain.compose(values)[1])
@@ -302,7 +305,7 @@ def _with_slot(program: Flat, values: Values, chain: Chain, users: Callable[[Any
 
 
 def _addends(program: Flat, atom: Any, negative: bool) -> Iterator[tuple[Any, tuple[int, ...], bool]]:
-    """The leaves that a sum of parameters is made of, entry by entry: leaf, path, and whether it is subtracted."""
+    """Yields the leaves that a sum of parameters adds entry by entry: leaf, path, and whether it is subtracted."""
     eqn = program.made_by(atom)
     if eqn is None:
         if not isinstance(atom, core.Literal) and atom in program.leaves:

@@ -1,8 +1,8 @@
 """Folds batch-norms that run at inference into the convolutions and dense layers before them.
 
 scale · (kernel ∗ x) + offset = (scale · kernel) ∗ x + offset: the scale goes into the kernel's output channels, and one
-addition of the offset is left (Jacob et al., arXiv 1712.05877, section 3.2). It is found on the jaxpr, so the framework
-does not matter.
+addition of the offset remains (Jacob et al., arXiv 1712.05877, section 3.2). Batch-norms are found in the jaxpr, so the
+framework does not matter.
 """
 
 import functools
@@ -40,33 +40,33 @@ def fold_batch_norm(
 ) -> tuple[Callable[..., Any], Any]:
     """Folds the batch-norms of `fn` into the kernels of the convolutions and dense layers that they follow.
 
-    A batch-norm is any chain of additions, subtractions, multiplications and divisions by expressions of parameters
-    that follows a convolution or a dot with a parameter for its kernel, and varies along its output channels alone.
-    One that takes its statistics from the batch is left alone. Scale and offset are composed in float64.
+    A batch-norm is any chain of additions, subtractions, multiplications and divisions by expressions of parameters.
+    It follows a convolution or a dot whose kernel is a parameter, and varies along the output channels alone. One that
+    takes its statistics from the batch is left alone. Scale and offset are composed in float64.
 
-    Fold before `nuqjax.compress`. `folded_fn` traces `fn` anew on each call: put it under `jax.jit`.
+    Fold before `nuqjax.compress`. `folded_fn` traces `fn` again on each call: put it under `jax.jit`.
 
     Args:
       fn: a function that JAX can trace: `fn(params, *inputs)`.
       params: a tree of arrays.
       *inputs: example inputs, or `jax.ShapeDtypeStruct`s: only the shapes matter, and the batch size does not.
-      skip: regular expressions, searched for in the paths of the leaves that a batch-norm or its kernel uses and in
-        its scopes: a match is left alone.
-      **options: further arguments of `fn`, and the defaults of those of `folded_fn`.
+      skip: regular expressions. A batch-norm is left alone if one of them is found in the path of a leaf that it or
+        its kernel uses, or in its scopes.
+      **options: further arguments of `fn`; they are also defaults for the arguments of `folded_fn`.
 
     Returns:
-      `folded_fn` and `folded_params`. `folded_fn(folded_params, *inputs)` is `fn(params, *inputs)` to rounding, with
-      one addition in place of each batch-norm. `folded_params` has the structure, shapes and dtypes of `params`. The
-      kernels are scaled; the offset is in the layer's own bias, else in the batch-norm's, else, negated, in its mean.
-      The other leaves of the batch-norm become an identity (scale 1, mean 0, var 1 − epsilon), so that
-      `fn(folded_params, *inputs)` is the same to rounding, too, unless they cannot: constants, or used elsewhere.
+      `folded_fn` and `folded_params`. `folded_fn(folded_params, *inputs)` equals `fn(params, *inputs)` up to rounding,
+      with one addition in place of each batch-norm. `folded_params` has the structure, shapes and dtypes of `params`.
+      The kernels are scaled. The offset is in the layer's own bias, else in the batch-norm's, else, negated, in its
+      mean. The other leaves of the batch-norm become an identity (scale 1, mean 0, var 1 − epsilon), so that
+      `fn(folded_params, *inputs)` is the same up to rounding, too; constants and leaves used elsewhere may prevent it.
 
     Raises:
-      ValueError: a batch-norm (a product of activations by an expression with the square root of a parameter) cannot
-        be folded: its scope, its leaves and the reason are named; two batch-norms want different values in one leaf;
-        an expression in `skip` is wrong or matches no batch-norm; a leaf is no array of numbers, or compressed. And
-        when `folded_fn` is called with arguments for which `fn` has other batch-norms, or which it changes in place
-        where that cannot be written back.
+      ValueError: a batch-norm (here: a product of activations by an expression with the square root of a parameter)
+        cannot be folded (the message names its scope, its leaves and the reason); two batch-norms need different values
+        in one leaf; an expression in `skip` is wrong or matches no batch-norm; a leaf is compressed or is not an array
+        of numbers. `folded_fn` raises it for arguments with which `fn` has other batch-norms, and where it cannot write
+        back what `fn` changes in place.
 
     >>> import jax, jax.numpy as jnp
     >>> def predict(params, x):
@@ -105,13 +105,13 @@ def fold_batch_norm(
 
 
 def _like(leaf: Any, array: np.ndarray) -> Any:
-    """An array in the place of a leaf: of the same dtype, where the leaf lies."""
+    """Returns an array with the dtype and the placement of a leaf."""
     array = array.astype(leaf.dtype)
     return jax.device_put(array, leaf.sharding) if isinstance(leaf, jax.Array) else array
 
 
 class _Skip:
-    """Tells which batch-norms to leave alone."""
+    """Decides which batch-norms to leave alone."""
 
     def __init__(self, patterns: str | Sequence[str]):
         self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -128,7 +128,7 @@ class _Skip:
         return bool(found)
 
     def check(self) -> None:
-        """Raises an error for a pattern that has matched nothing."""
+        """Raises ValueError for a pattern that has matched nothing."""
         for pattern in self.patterns:
             if pattern in self.unused:
                 raise ValueError(f"skip={pattern!r} matches no leaf and no scope of a batch-norm")
@@ -140,8 +140,8 @@ class _Program:
 
     Attributes:
       flat: its equations.
-      traced: what it was read from.
-      position: of the variables that are leaves of the parameters, their number among all leaves.
+      traced: the traced function that they come from.
+      position: for each variable that is a leaf of the parameters, its number among all leaves.
     """
 
     flat: Flat
@@ -149,7 +149,7 @@ class _Program:
     position: dict[Any, int]
 
     def parameters(self) -> dict[Any, np.ndarray]:
-        """The leaves of the parameters by variable, floats as float64."""
+        """Returns the leaves of the parameters by variable, floats as float64."""
         inputs = dict(zip(self.flat.jaxpr.jaxpr.invars, self.traced.arrays, strict=True))
         for var, name in self.flat.leaves.items():
             x = inputs[var][1]
@@ -159,7 +159,7 @@ class _Program:
 
 
 def _read(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
-    """The equations of a function on arguments of these shapes."""
+    """Reads the equations of a function for arguments of these shapes."""
     for path, x in jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]:
         if is_codebook_array(x):
             raise ValueError(
@@ -185,10 +185,10 @@ _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 
 
 def _chains(program: Flat, skip: _Skip, strict: bool) -> list[Chain]:
-    """The chains to fold, which hang on shapes alone.
+    """Returns the chains to fold, which depend on shapes alone.
 
     Raises:
-      ValueError: `strict`, and a batch-norm cannot be folded.
+      ValueError: `strict` is true and a batch-norm cannot be folded.
     """
     shapes = {var: np.broadcast_to(np.float64(1), var.aval.shape) for var in program.leaves}
     chains, refused = find(program, Values(program, shapes), skip)
@@ -213,7 +213,7 @@ def _chains(program: Flat, skip: _Skip, strict: bool) -> list[Chain]:
 
 
 def _signature(program: Flat, chains: Sequence[Chain]) -> list[Any]:
-    """What has to be the same for folded parameters to be right."""
+    """Returns what must be the same in two programs for the folded parameters to be valid in both."""
     return [
         (
             program.leaves[chain.leaf],
@@ -229,10 +229,10 @@ def _signature(program: Flat, chains: Sequence[Chain]) -> list[Any]:
 
 
 def _fold(program: Flat, chains: Sequence[Chain], leaves: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
-    """The new values of the leaves that change.
+    """Returns the new values of the leaves that change.
 
     Raises:
-      ValueError: a leaf would need two values in one place.
+      ValueError: an entry of a leaf would need two values.
     """
     values = Values(program, leaves)
     scales: dict[Any, np.ndarray] = {}
@@ -254,7 +254,7 @@ def _fold(program: Flat, chains: Sequence[Chain], leaves: Mapping[Any, np.ndarra
 def _entries(
     program: Flat, chains: Sequence[Chain], values: Values, scales: dict, offsets: dict
 ) -> Iterator[tuple[dict, Any, np.ndarray, np.ndarray]]:
-    """Which entries of which leaf get which scale (into `scales`) or offset (into `offsets`)."""
+    """Yields which entries of which leaf get which scale (into `scales`) or offset (into `offsets`)."""
     for chain in chains:
         scale, offset = chain.compose(values)
         where = np.broadcast_to(positions(program, chain.leaf, chain.path), chain.kernel.aval.shape)
@@ -267,7 +267,7 @@ def _entries(
 def _identity(
     program: Flat, chains: Sequence[Chain], leaves: Mapping[Any, np.ndarray], taken: frozenset[Any]
 ) -> dict[Any, float]:
-    """The values of the chains' other leaves with which `fn` multiplies by one and adds zero, where there are such."""
+    """Returns values of the chains' other leaves with which `fn` multiplies by 1 and adds 0, where there are such."""
     skipped = passed(chains)
     live = program.live(skipped)
     fixed = {
@@ -285,7 +285,7 @@ def _identity(
 
 
 def _targets(program: Flat, chain: Chain) -> Iterator[tuple[Any, float]]:
-    """The operands of a chain, with what makes it an identity but for its slot; the factors first."""
+    """Yields a chain's operands and the values that make it an identity except for its slot; factors first."""
     for step in chain.steps:
         if step.op in SCALING:
             yield step.operand, 1
@@ -297,7 +297,7 @@ def _targets(program: Flat, chain: Chain) -> Iterator[tuple[Any, float]]:
 
 
 def _beside(program: Flat, slot: Slot) -> Iterator[Any]:
-    """What is added to a slot's leaf on the way to its operand."""
+    """Yields the values that are added to a slot's leaf on the way to its operand."""
     var = slot.leaf
     for number in slot.path:
         eqn = program.eqns[number]
@@ -305,7 +305,7 @@ def _beside(program: Flat, slot: Slot) -> Iterator[Any]:
         [var] = eqn.outvars
 
 
-# What one operand has to be, given the result and the other operand: of the first, and of the second.
+# By operation: the first operand from the result and the second, and the second from the result and the first.
 _SOLVED: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "add": (lambda result, other: result - other, lambda result, other: result - other),
     "sub": (lambda result, other: result + other, lambda result, other: other - result),
@@ -330,14 +330,14 @@ _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 
 @dataclass(frozen=True)
 class _Solver:
-    """Finds leaves, each of one value throughout, that give expressions wanted values.
+    """Finds values of leaves, the same in all entries of a leaf, that give expressions their target values.
 
     Attributes:
       program: the function.
       leaves: the leaves' own values.
-      fixed: leaves that keep them.
-      taken: leaves that hold something else.
-      known: leaves by their new value.
+      fixed: leaves that keep their own values.
+      taken: leaves that hold scaled kernels or offsets.
+      known: the new values found, by leaf.
     """
 
     program: Flat
@@ -347,7 +347,7 @@ class _Solver:
     known: dict[Any, float]
 
     def value(self, atom: Any) -> float | None:
-        """What an expression is worth already, if it is one number."""
+        """Returns the value of an expression if it is known and the same in all entries, else None."""
         origins = self.program.leaves_of(atom)
         if not origins <= self.fixed | self.known.keys():
             return None
@@ -356,13 +356,13 @@ class _Solver:
         return float(found.flat[0]) if found.size and (found == found.flat[0]).all() else None
 
     def precision(self, atom: Any) -> float:
-        """How near to each other values count as the same, for leaves of these dtypes."""
+        """Returns the relative difference up to which values count as equal, from the dtypes of the known leaves."""
         return 4 * max(
             (float(jnp.finfo(v.aval.dtype).eps) for v in self.program.leaves_of(atom) & self.known.keys()), default=0
         )
 
     def solve(self, atom: Any, target: float) -> bool:
-        """Sets what is free in an expression so that it is worth `target`; False where that cannot be."""
+        """Sets the free leaves of an expression so that its value is `target`; returns False if that is impossible."""
         value = self.value(atom)
         if value is not None:
             return abs(value - target) <= self.precision(atom) * max(1, abs(target))
@@ -398,7 +398,7 @@ class _Solver:
 
 
 def _evaluate(program: Flat, chains: Sequence[Chain], arrays: Sequence[Any]) -> list[Any]:
-    """The outputs, with an addition of its slot in place of each chain."""
+    """Computes the outputs, with one addition of the slot's leaf in place of each chain."""
     inner = program.jaxpr.jaxpr
     skipped, slots = passed(chains), {c.slot.number: c.slot for c in chains if c.slot}
     live = program.live(skipped)
@@ -419,7 +419,7 @@ def _evaluate(program: Flat, chains: Sequence[Chain], arrays: Sequence[Any]) -> 
 
 
 def _add(program: Flat, slot: Slot, value: Any, offset: Any) -> Any:
-    """The value with the offset that a slot's leaf holds."""
+    """Returns the value plus (or minus) the offset that a slot's leaf holds."""
     for number in slot.path:
         eqn = program.eqns[number]
         if eqn.primitive.name in MOVING:

@@ -1,4 +1,4 @@
-"""A function as a flat list of equations whose values are parameters or activations, for `nuqjax.fold`."""
+"""Reads a function as a flat list of equations between parameters and activations, for `nuqjax.fold_batch_norm`."""
 
 import itertools
 import math
@@ -37,15 +37,15 @@ ELEMENTWISE = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Calls are gone inside, so that everything stands in one list.
+# Calls are inlined, so that all equations are in one list.
 
 
 def flatten(jaxpr: core.ClosedJaxpr, unroll: bool = False) -> core.ClosedJaxpr:
-    """The same function without calls around its dots and convolutions.
+    """Returns the same function without calls around its dots and convolutions.
 
     Args:
-      jaxpr: what to flatten.
-      unroll: whether a `scan` with a dot or a convolution in its body is written out, too.
+      jaxpr: the function to flatten.
+      unroll: whether a `scan` with a dot or a convolution in its body is unrolled, too.
     """
     calls = ["checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
     interpreter = Interpreter(
@@ -63,24 +63,24 @@ def flatten(jaxpr: core.ClosedJaxpr, unroll: bool = False) -> core.ClosedJaxpr:
 
 
 def bind_in(scope: str, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
-    """The equation's outputs, under the names of a scope."""
+    """Binds an equation under the names of a scope, and returns its outputs."""
     with scoped(scope):
         return bind(eqn, operands)
 
 
 def scoped(scope: str) -> AbstractContextManager[Any]:
-    """The context that puts what is traced under the names of a scope."""
+    """Returns a context in which equations are traced under the names of a scope."""
     return jax.named_scope(scope) if scope else nullcontext()
 
 
 def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    names = source_info_util.new_name_stack(site.scope)  # in place of the equation's own, which are the end of these
+    names = source_info_util.new_name_stack(site.scope)  # these end in the equation's own names, and replace them
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=names):
         return bind(eqn, operands)
 
 
 def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """A call with a dot or a convolution inside is entered; another keeps its own derivative."""
+    """Inlines a call with a dot or a convolution inside; keeps any other call, with its own derivative."""
     return (inline if _has_linear(eqn) else _keep)(interpreter, site, eqn, *operands)
 
 
@@ -106,7 +106,7 @@ def _has_linear(eqn: core.JaxprEqn) -> bool:
 
 
 def _bodies(eqn: core.JaxprEqn) -> Iterator[tuple[core.ClosedJaxpr, Sequence[Any]]]:
-    """The jaxprs inside an equation, and what each is called with; None stands for a loop's carry."""
+    """Yields the jaxprs inside an equation, and the arguments of each; None stands for the carry of a loop."""
     given: list[Any] = list(eqn.invars)
     match eqn.primitive.name:
         case "scan":
@@ -127,17 +127,17 @@ def _bodies(eqn: core.JaxprEqn) -> Iterator[tuple[core.ClosedJaxpr, Sequence[Any
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The list, and what each value in it is.
+# The list of equations, and the role of each value.
 
 
 class Step(NamedTuple):
-    """An equation that an activation passes through: a move, or an addition or a multiplication by something fixed.
+    """An equation that an activation passes through: a move, or arithmetic with an operand that is not an activation.
 
     Attributes:
-      number: of the equation.
-      op: "move", "neg", "add", "sub", "mul", "div", or "from": the activation is what is subtracted.
+      number: the number of the equation.
+      op: "move", "neg", "add", "sub", "mul", "div", or "from" (operand − activation).
       value: the activation.
-      operand: what is added or multiplied by.
+      operand: the other operand; None for "move" and "neg".
     """
 
     number: int
@@ -152,15 +152,15 @@ class Flat:
 
     Attributes:
       jaxpr: the function.
-      roles: of every variable: "parameter" where it hangs on parameters (and constants) alone, "constant", or
+      roles: of every variable: "parameter" where it depends on parameters (and constants) alone, "constant", or
         "activation".
-      leaves: of the variables that are parameters given, their names.
-      constants: of the variables that are constants, their values.
-      makers: of every other variable, the number of the equation that makes it.
-      takers: of every variable, the numbers of the equations that take it, once for every time and without those that
-        no output hangs on; the number of equations stands for an output.
-      origins: of every variable, the leaves that it hangs on.
-      roots: the parameters with the square root of a parameter in them.
+      leaves: the names of the variables that are leaves of the parameters.
+      constants: the values of the variables that are constants.
+      makers: for every other variable, the number of the equation that computes it.
+      takers: for every variable, the numbers of the equations that use it, one entry for each use, without equations
+        that no output depends on; the number of equations stands for an output.
+      origins: for every variable, the leaves that it depends on.
+      roots: the parameters computed from the square root (or another power) of a parameter.
     """
 
     jaxpr: core.ClosedJaxpr
@@ -178,31 +178,31 @@ class Flat:
         return self.jaxpr.jaxpr.eqns
 
     def role(self, atom: Any) -> str:
-        """The role of a variable or a literal."""
+        """Returns the role of a variable or a literal."""
         return "constant" if isinstance(atom, core.Literal) else self.roles[atom]
 
     def made_by(self, atom: Any) -> core.JaxprEqn | None:
-        """The equation that makes a value; None for an input or a constant."""
+        """Returns the equation that computes a value; None for an input or a constant."""
         return None if isinstance(atom, core.Literal) or atom not in self.makers else self.eqns[self.makers[atom]]
 
     def scope(self, number: int) -> str:
-        """The names around an equation."""
+        """Returns the names of the scopes around an equation."""
         return str(self.eqns[number].source_info.name_stack)
 
     def alone(self, var: Any) -> bool:
-        """Whether a single equation takes a value."""
+        """Returns whether a value has a single use, in an equation."""
         return len(self.takers.get(var, ())) == 1 and self.takers[var][0] < len(self.eqns)
 
     def leaves_of(self, atom: Any) -> frozenset[Any]:
-        """The leaves that a value hangs on."""
+        """Returns the leaves that a value depends on."""
         return frozenset() if atom is None or isinstance(atom, core.Literal) else self.origins[atom]
 
     def normalises(self, atom: Any) -> bool:
-        """Whether the square root of a parameter is in an expression of parameters."""
+        """Returns whether an expression of parameters contains the square root of a parameter."""
         return not isinstance(atom, core.Literal) and atom in self.roots
 
     def step(self, number: int) -> Step | None:
-        """What an equation does to the single activation that it takes, if it is a step of a chain."""
+        """Returns what an equation does to its single activation if it is a step of a chain, else None."""
         eqn, name = self.eqns[number], self.eqns[number].primitive.name
         acts = [v for v in eqn.invars if self.role(v) == "activation"]
         if len(acts) != 1 or len(eqn.outvars) != 1:
@@ -226,7 +226,7 @@ class Flat:
         return Step(number, name, value, operand)
 
     def root(self, step: Step) -> Any:
-        """Where the chain that a step stands in begins: what it hangs on through steps alone."""
+        """Returns the value where the chain of a step begins: only steps lead from there to this step."""
         var = step.value
         while self.alone(var) and var in self.makers:
             before = self.step(self.makers[var])
@@ -236,7 +236,7 @@ class Flat:
         return var
 
     def chain(self, root: Any) -> list[Step]:
-        """The steps that follow a value, each being all that the one before is used for."""
+        """Returns the steps that follow a value, each the only use of the one before."""
         steps, var = [], root
         while self.alone(var):
             step = self.step(self.takers[var][0])
@@ -247,7 +247,7 @@ class Flat:
         return steps
 
     def live(self, passed: Mapping[int, Any]) -> frozenset[int]:
-        """The equations that the outputs hang on where those in `passed` hand on that operand instead."""
+        """Returns the equations that the outputs depend on, if those in `passed` only pass on the operand in it."""
         needed = {v for v in self.jaxpr.jaxpr.outvars if not isinstance(v, core.Literal)}
         found = set()
         for number in range(len(self.eqns))[::-1]:
@@ -259,7 +259,7 @@ class Flat:
         return frozenset(found)
 
     def users(self, leaf: Any, passed: Mapping[int, Any], live: frozenset[int]) -> set[int]:
-        """The equations among `live(passed)` that a leaf reaches through moves alone."""
+        """Returns the equations of `live(passed)`, and the outputs, that a leaf reaches through moves alone."""
         found, stack = set(), [leaf]
         while stack:
             for number in self.takers.get(stack.pop(), ()):
@@ -278,9 +278,9 @@ def flat(jaxpr: core.ClosedJaxpr, roles: Sequence[str], names: Sequence[str]) ->
     """Gives every variable of a flat jaxpr its role.
 
     Args:
-      jaxpr: from `flatten`.
-      roles: of its inputs.
-      names: of its inputs that are parameters.
+      jaxpr: the function, from `flatten`.
+      roles: the roles of its inputs.
+      names: the names of its inputs; only those of parameters are used.
     """
     inner = jaxpr.jaxpr
     made = Flat(jaxpr)
@@ -312,7 +312,7 @@ def flat(jaxpr: core.ClosedJaxpr, roles: Sequence[str], names: Sequence[str]) ->
 
 
 def inner_batch_norms(program: Flat) -> Iterator[tuple[int, str]]:
-    """The equations with a batch-norm in their body (loops, branches): number, and the batch-norm's scope inside."""
+    """Yields the loops and branches with a batch-norm in their body: number, and the batch-norm's scope inside."""
     for number, eqn in enumerate(program.eqns):
         if eqn.primitive.name not in ("scan", "while", "cond"):
             continue
@@ -332,7 +332,7 @@ def inner_batch_norms(program: Flat) -> Iterator[tuple[int, str]]:
 
 
 class Values:
-    """What expressions of parameters and constants are worth, in float64.
+    """The values of expressions of parameters and constants, in float64.
 
     A value has its variable's axes, but length 1 along those that `broadcast_in_dim` stretched.
     """
@@ -342,7 +342,7 @@ class Values:
         self.known = dict(leaves)
 
     def of(self, atom: Any) -> np.ndarray:
-        """The value of a variable or a literal."""
+        """Returns the value of a variable or a literal."""
         if isinstance(atom, core.Literal):
             return wide(atom.val)
         if atom not in self.known:
@@ -369,7 +369,7 @@ class Values:
         full = [np.broadcast_to(x, a.shape).astype(a.dtype) for x, a in zip(operands, avals, strict=True)]
         inside = eqn.params.get(
             "call_jaxpr"
-        )  # which a function with derivatives of its own has; jax 0.7 binds none here
+        )  # of a function with derivatives of its own, which jax 0.7 cannot bind here
         with jax.ensure_compile_time_eval():
             arrays = [jnp.asarray(x) for x in full]
             found = bind(eqn, arrays) if inside is None else core.jaxpr_as_fun(inside)(*arrays)
@@ -377,13 +377,13 @@ class Values:
 
 
 def wide(x: Any) -> np.ndarray:
-    """An array as numpy's, floats as float64."""
+    """Returns an array as NumPy's, floats as float64."""
     array = np.asarray(x)
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def move(eqn: core.JaxprEqn, array: np.ndarray) -> np.ndarray:
-    """What one of `MOVING` makes of an array, which may have length 1 along stretched axes."""
+    """Applies an equation of `MOVING` to an array, which may have length 1 along stretched axes."""
     params, aval = eqn.params, eqn.outvars[0].aval
     match eqn.primitive.name:
         case "broadcast_in_dim":

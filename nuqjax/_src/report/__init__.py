@@ -1,1 +1,1 @@
-"""Sizes, errors and certificates, as tables and pictures."""
+"""Reports sizes, errors and certificates as tables and pictures."""

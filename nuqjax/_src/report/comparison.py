@@ -1,4 +1,4 @@
-"""A compressed leaf against the dense array that it came from, and how often each level is named."""
+"""Compares a compressed leaf with the dense array that it came from, and counts how often each level is used."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _CHUNK = 1 << 20  # values compared at once in float64
 
 
 class Comparison(NamedTuple):
-    """A leaf against its dense array, as `LeafReport` names it."""
+    """A leaf compared with its dense array; the fields are those of `LeafReport`."""
 
     signal: float
     noise: float
@@ -28,13 +28,13 @@ class Comparison(NamedTuple):
 
 
 def compare_leaf(dense: np.ndarray, leaf: CodebookArray) -> Comparison:
-    """Compares a few output channels at a time, by NumPy in float64."""
+    """Compares a leaf with its dense array by NumPy in float64, a few output channels at a time."""
     leaf = jax.tree.map(np.asarray, leaf)
     levels = 1 << leaf.bits
     signal = noise = largest = 0.0
     used, counts = 0, np.zeros(levels, np.int64)
     for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
-        shared = np.zeros(levels, np.int64)  # by the only codebook, of "tensor" granularity
+        shared = np.zeros(levels, np.int64)  # counts of the single codebook of "tensor" granularity
         for original, block in _blocks(dense[place], leaf[place]):
             x = original.astype(np.float64)
             error = x - dense_on_host(block).astype(np.float64)
@@ -53,7 +53,7 @@ def compare_leaf(dense: np.ndarray, leaf: CodebookArray) -> Comparison:
 
 
 def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray, CodebookArray]]:
-    """A slice's output channels, `_CHUNK` values or so at a time: of the dense array `[o, I]`, and of the leaf."""
+    """Yields a slice's output channels, about `_CHUNK` values at a time: the dense array's `[o, I]` and the leaf's."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     if not outputs:
         return
@@ -63,7 +63,7 @@ def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray
     table = count * (1 << leaf.bits) // outputs
     width = outputs // dense.shape[0]  # channels for each index of the first output axis
     group = leaf.granularity.size if isinstance(leaf.granularity, rows_.ChannelGroups) else 1
-    aligned = group // math.gcd(group, width)  # blocks begin where a group does
+    aligned = group // math.gcd(group, width)  # a block begins where a group begins
     step = max(_CHUNK // max(inputs * width, table * width, 1) // aligned, 1) * aligned
     for start in range(0, dense.shape[0], step):
         part = dense[start : start + step]
@@ -72,7 +72,7 @@ def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray
 
 
 def _count_indices(block: CodebookArray) -> np.ndarray:
-    """`[R, K]` how often each level of each codebook is named."""
+    """Returns `[R, K]`: how many indices name each level of each codebook."""
     outputs, inputs = block.slice_shape
     indices = rows_.to_rows(packing.unpack(block.packed, block.bits, inputs), block.granularity)
     number = np.arange(indices.shape[0])[:, None] * (1 << block.bits) + indices

@@ -1,4 +1,4 @@
-"""What compression cost one leaf: sizes, distortion and certificate."""
+"""The result of compression for one leaf: sizes, distortion and certificate."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LeafReport:
-    """One leaf, before and after.
+    """One leaf before and after compression.
 
     Attributes:
       path: its keys, joined by "/".
@@ -20,7 +20,7 @@ class LeafReport:
       weights: number of values.
       nbytes_before: bytes of memory of the dense leaf.
       nbytes_after: bytes of memory of the result: packed indices, codebooks and scales, padding included.
-      reason: why it stayed dense; None where it is compressed. The rest is None for a dense leaf.
+      reason: why it stays dense; None where it is compressed. All that follow are None for a dense leaf.
       method: how its levels were fitted; None where that is not known.
       bits: index width.
       granularity: which values share a codebook.
@@ -28,14 +28,14 @@ class LeafReport:
       levels_used: levels that at least one index names, over all codebooks.
       levels_available: levels stored, over all codebooks.
       payload_bits: bits of information, without padding.
-      entropy: entropy of the indices, bits each (the leaf's indices pooled).
+      entropy: entropy of all the leaf's indices together, in bits per index.
       signal: Σ x².
       noise: Σ (x − decoded x)².
       largest_error: max |x − decoded x|.
-      certificate: the relative amount by which the squared error of the fit may exceed the optimum, as proven:
-        (sse − lower_bound) / sse; None where nothing was proven.
+      certificate: proven bound of how much the fit's squared error exceeds the optimum, relative to that error:
+        (sse − lower_bound) / sse; None where nothing is proven.
       nbytes_packed: bytes of memory of the packed indices.
-      nbytes_coded: bytes of the entropy-coded indices in a file, their model counted; None where none was asked.
+      nbytes_coded: bytes of the entropy-coded indices in a file, their model counted; None without entropy coding.
     """
 
     path: str
@@ -67,16 +67,16 @@ class LeafReport:
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to quantization noise ratio, dB; infinite where nothing was lost, None for a dense leaf."""
+        """Signal to quantization noise ratio in dB; infinite where nothing is lost, None for a dense leaf."""
         return None if self.signal is None or self.noise is None else sqnr_db(self.signal, self.noise)
 
     def to_dict(self) -> dict[str, Any]:
-        """The leaf as plain numbers and strings."""
+        """Returns the leaf as plain numbers and strings."""
         return vars(self) | {"bits_per_weight": self.bits_per_weight, "sqnr_db": self.sqnr_db}
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """10·log10(signal / noise), dB; infinite without noise.
+    """Returns 10·log10(signal / noise) in dB; infinite where there is no noise.
 
     >>> sqnr_db(100.0, 1.0)
     20.0
@@ -88,7 +88,7 @@ def sqnr_db(signal: float, noise: float) -> float:
 
 
 def summary(leaves: Sequence[LeafReport]) -> dict[str, Any]:
-    """A tree in all, as `Report.total` says; without its file."""
+    """Returns the totals of a tree that `Report.total` describes, without the size of its file."""
     compressed = [leaf for leaf in leaves if leaf.reason is None]
     before, after = sum(x.nbytes_before for x in leaves), sum(x.nbytes_after for x in leaves)
     weights, count = sum(x.weights for x in leaves), sum(x.weights for x in compressed)

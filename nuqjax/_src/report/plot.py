@@ -1,7 +1,7 @@
-"""Pictures of what compression cost: a report's leaves, and one layer's weights with its levels.
+"""Draws the results of compression: a report's leaves, and one layer's weights with its levels.
 
-Needs matplotlib (the `plot` extra). Figures are made without pyplot, so that no global state is touched: save one with
-`figure.savefig("name.png")`; a notebook shows it as it is.
+Needs matplotlib (the `plot` extra). Figures are made without pyplot, so that no global state changes. Save a figure
+with `figure.savefig("name.png")`; a notebook shows it as it is.
 """
 
 import math
@@ -16,24 +16,24 @@ from nuqjax._src.leaf.codebook_array import CodebookArray, level_values
 from nuqjax._src.leaf.paths import printable
 from nuqjax._src.report.leaf_report import LeafReport, summary
 
-# Okabe and Ito's palette, which is told apart with any colour vision.
+# Okabe and Ito's palette: its colours can be told apart with any colour vision.
 _BEFORE, _AFTER, _DENSE, _LEVEL = "#BBBBBB", "#0072B2", "#E69F00", "#D55E00"
 _UNITS = ("B", "KiB", "MiB", "GiB")
 _WIDTH = 10.0  # inches
 _DPI = 150
 _LONGEST_PATH = 48  # characters
-_MOST_LINES = 512  # levels drawn one by one; beyond, their density is
+_MOST_LINES = 512  # levels drawn one by one; of more, the density is drawn
 
 
 def plot_report(leaves: Sequence[LeafReport]) -> Figure:
-    """Memory before and after, and SQNR, of every leaf: a row for each, in the tree's order.
+    """Draws memory before and after, and SQNR, of every leaf: one row per leaf, in the tree's order.
 
     Args:
-      leaves: those of the report that `nuqjax.report` or `compress(…, return_report=True)` gives.
+      leaves: the leaves of a report from `nuqjax.report` or `compress(…, return_report=True)`.
 
     Returns:
       A figure whose height grows with the number of leaves. Bytes are on a logarithmic scale; a leaf left dense has
-      another colour and no SQNR; a lossless one says so.
+      another colour and no SQNR; a lossless leaf is marked "lossless".
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"kernel": jnp.linspace(-1, 1, 1024).reshape(32, 32), "bias": jnp.zeros(32)}
@@ -69,7 +69,7 @@ def plot_report(leaves: Sequence[LeafReport]) -> Figure:
 
 
 def _plot_memory(axes: Axes, leaves: Sequence[LeafReport]) -> None:
-    """Bytes before and after as the ends of a line; of a leaf left dense, one point."""
+    """Draws bytes before and after as the ends of a line, and a leaf left dense as one point."""
     compressed, dense = [], []
     for row, leaf in enumerate(leaves):
         (dense if leaf.reason is not None else compressed).append((row, leaf.nbytes_before, leaf.nbytes_after))
@@ -78,7 +78,7 @@ def _plot_memory(axes: Axes, leaves: Sequence[LeafReport]) -> None:
         axes.hlines(rows, after, before, color=_BEFORE, linewidth=3)
         axes.plot(before, rows, "o", color=_BEFORE, label="before")
         axes.plot(after, rows, "o", color=_AFTER, label="after")
-    held = [(row, after) for row, _, after in dense if after]  # nothing has no place on a logarithmic scale
+    held = [(row, after) for row, _, after in dense if after]  # zero bytes have no place on a logarithmic scale
     if held:
         rows, after = zip(*held, strict=True)
         axes.plot(after, rows, "s", color=_DENSE, markersize=5, label="left dense")
@@ -93,7 +93,7 @@ def _plot_memory(axes: Axes, leaves: Sequence[LeafReport]) -> None:
 
 
 def _plot_quality(axes: Axes, leaves: Sequence[LeafReport]) -> None:
-    """SQNR as points, with its number beside each."""
+    """Draws SQNR as points, with the number next to each."""
     values = [leaf.sqnr_db for leaf in leaves]
     finite = [(row, value) for row, value in enumerate(values) if value is not None and math.isfinite(value)]
     low = min(0.0, *(value for _, value in finite)) if finite else 0.0
@@ -111,17 +111,17 @@ def _plot_quality(axes: Axes, leaves: Sequence[LeafReport]) -> None:
 
 
 def plot_levels(weights: Any, levels: Any, *, title: str = "", bins: int = 200) -> Figure:
-    """One layer's weights as a histogram, with its levels as lines.
+    """Draws one layer's weights as a histogram, with its levels as lines.
 
     Args:
       weights: the layer's dense weights, of any shape.
       levels: the `CodebookArray` that stands for them, or levels of any shape `[…]`, all codebooks together.
-      title: the picture's title; a `CodebookArray` has one of its own.
-      bins: of the histogram.
+      title: the title; if it is empty, it is made from the `CodebookArray`.
+      bins: number of bins of the histogram.
 
     Returns:
-      A figure: the histogram of all weights; below it a line at each distinct level (of many codebooks: the density of
-      their levels). The scales of a `CodebookArray` are multiplied in.
+      A figure: the histogram of all weights and, below it, a line at each distinct level (of very many levels, their
+      density). The levels of a `CodebookArray` are multiplied by its scales.
 
     Raises:
       ValueError: there are no weights, or one is not finite.
@@ -167,11 +167,11 @@ def plot_levels(weights: Any, levels: Any, *, title: str = "", bins: int = 200) 
 
 
 def _decoded_levels(leaf: CodebookArray) -> np.ndarray:
-    """The distinct values that a leaf can take, ascending."""
+    """Returns the distinct values that a leaf can take, ascending; with scales, those that it does take."""
     levels = np.asarray(level_values(leaf)).astype(np.float64)
     if leaf.scale is None:
         return np.unique(levels)
-    return np.unique(np.asarray(leaf).astype(np.float64))  # too many to list: those that it does take
+    return np.unique(np.asarray(leaf).astype(np.float64))  # level × scale has too many values to list
 
 
 def _bytes(value: float) -> str:
@@ -182,7 +182,7 @@ def _bytes(value: float) -> str:
 
 
 def _shortened(path: str) -> str:
-    """The path with its middle left out where it is long."""
+    """Returns the path, without its middle where it is long."""
     half = _LONGEST_PATH // 2
     return path if len(path) <= _LONGEST_PATH else f"{path[: half - 1]}…{path[-half:]}"
 

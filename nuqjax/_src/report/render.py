@@ -1,4 +1,4 @@
-"""Tables as text: what stands in them is no markup, and moves no cursor."""
+"""Renders tables as text: cells are not read as markup, and do not move a terminal's cursor."""
 
 import io
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,17 @@ def shown(value: float | None, form: str) -> str:
 
 
 def add_row(table: Table, *cells: Any) -> None:
-    """A row of plain text: nothing in it is markup, or moves a terminal's cursor."""
+    """Adds a row of plain text: cells are not read as markup, and do not move a terminal's cursor."""
     table.add_row(*(Text(printable(cell)) for cell in cells))
 
 
 def plain_console(**options: Any) -> Console:
-    """A console to which text is text."""
+    """Returns a console that prints text as it is: no markup, emoji or highlighting."""
     return Console(markup=False, emoji=False, highlight=False, force_jupyter=False, **options)
 
 
 def render(table: Table) -> str:
-    """A rich table as text, as wide as it needs to be."""
+    """Returns a rich table as text, as wide as it needs to be, up to 200 columns."""
     console = plain_console(file=io.StringIO(), width=200, color_system=None)
     with console.capture() as capture:
         console.print(table)

@@ -1,4 +1,4 @@
-"""What compression cost: sizes, distortion and certificates, per leaf and in all."""
+"""The results of compression: sizes, distortion and certificates, per leaf and in total."""
 
 import html
 import math
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """A compressed tree beside the tree it came from: `str` prints the table, `to_dict` gives its numbers.
+    """A compressed tree compared with the tree it came from: `str` gives a table, `to_dict` the numbers.
 
     Attributes:
       leaves: a `LeafReport` for each leaf, in the tree's order.
-      notes: what a user should know of the tree.
+      notes: what a user should know about the tree.
       nbytes_file: bytes on disk of the file that the tree was written to, all parts and the header counted; None where
-        it was written to none.
-      nbytes_source: bytes on disk of the files that it came from; None where it came from none.
-      calibration: what was learned from data, and measured on such as were held out; None where there were none.
+        it was not written to a file.
+      nbytes_source: bytes on disk of the files that it came from; None where it did not come from files.
+      calibration: results of calibration with data, and measurements on held-out data; None without data.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"w": jnp.arange(1024.0).reshape(32, 32), "b": jnp.zeros(32)}
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def growth(self) -> str | None:
-        """What to say where the file takes more than its source, or than the dense leaves in memory; None otherwise."""
+        """A warning where the file is larger than its source, or than the dense leaves in memory; None otherwise."""
         before, what = self.nbytes_source, "what it was made of"
         if before is None:
             before, what = sum(leaf.nbytes_before for leaf in self.leaves), "the dense leaves"
@@ -66,29 +66,29 @@ class Report:
 
     @property
     def dense(self) -> tuple[LeafReport, ...]:
-        """The leaves that stayed dense, each with its reason."""
+        """The leaves that stay dense, each with its reason."""
         return tuple(leaf for leaf in self.leaves if leaf.reason is not None)
 
     @property
     def total(self) -> dict[str, Any]:
-        """The tree in all.
+        """The totals of the tree.
 
         Keys: `weights`, `compressed_weights`, `nbytes_before`, `nbytes_after`, `ratio` (before / after),
         `bits_per_weight` (all leaves), `compressed_bits_per_weight` (compressed leaves), `payload_bits` and `entropy`
-        (mean bits an index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
+        (mean bits per index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
         `certificate` (the worst leaf's; None unless every compressed leaf has one), `nbytes_packed` of the indices in
-        memory and `nbytes_coded` in a file (leaves that coding makes no smaller as they are packed; None where no leaf
-        is coded), `nbytes_file` of the file on disk.
+        memory and `nbytes_coded` in a file (a leaf that coding does not make smaller counts as packed; None where no
+        leaf is coded), `nbytes_file` of the file on disk.
         """
         return summary(self.leaves) | {"nbytes_file": self.nbytes_file}
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"total": {…}, "leaves": [{…}, …]}` of plain numbers and strings, and `"calibration"` if there was."""
+        """Returns `{"total": {…}, "leaves": [{…}, …]}` of plain values, and `"calibration"` if there is one."""
         learned = {} if self.calibration is None else {"calibration": dict(self.calibration)}
         return {"total": self.total, "leaves": [leaf.to_dict() for leaf in self.leaves], **learned}
 
     def plot(self) -> "Figure":
-        """A figure of the leaves: memory before and after, and SQNR. Needs matplotlib (the `plot` extra)."""
+        """Draws the leaves: memory before and after, and SQNR. Needs matplotlib (the `plot` extra)."""
         from nuqjax._src.report.plot import plot_report
 
         return plot_report(self.leaves)
@@ -97,11 +97,11 @@ class Report:
         return "\n".join([*map(render, self._tables()), *self._lines()])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the same tables and lines."""
+        """Returns the same tables and lines as HTML for a notebook."""
         return html_page(self._tables(), self._lines())
 
     def _tables(self) -> list[Table]:
-        """The compressed leaves and the dense ones, where there are any."""
+        """Returns a table of the compressed leaves and one of the dense leaves, where there are any."""
         tables = []
         if self.compressed:
             tables.append(table := Table(title="compressed leaves"))
@@ -128,7 +128,7 @@ class Report:
         return tables
 
     def _lines(self) -> list[str]:
-        """The sizes in all, the notes, and a warning where the file is larger than its source."""
+        """Returns the total sizes, the notes, and a warning where the file is larger than its source."""
         t = self.total
         line = (
             f"{t['weights']:,} weights: {t['nbytes_before']:,} bytes before, {t['nbytes_after']:,} after "
@@ -144,7 +144,7 @@ class Report:
 
 
 def html_page(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
-    """Rich tables, and lines below them, as HTML for a notebook: every text in it is escaped, however it was made.
+    """Returns rich tables, with lines below them, as HTML for a notebook; all text in it is escaped.
 
     >>> table = Table("leaf", title="leaves")
     >>> add_row(table, "<b>")
@@ -167,18 +167,18 @@ def _html_table(table: Table) -> str:
 
 
 def _html(text: Any) -> str:
-    """Text as HTML that shows it: nothing in it is a tag, a quote or a control character."""
+    """Returns text as HTML that shows it: tags, quotes and control characters are escaped."""
     return html.escape(printable(text, longest=len(str(text))))
 
 
 def report(params: Any, cparams: Any) -> Report:
     """Compares a compressed tree with the tree it came from.
 
-    Methods and certificates are not stored in a compressed tree: `compress(…, return_report=True)` has them.
+    Methods and certificates are not stored in a compressed tree: `compress(…, return_report=True)` reports them.
 
     Args:
       params: the dense tree.
-      cparams: the tree that `compress` made of it.
+      cparams: the tree that `compress` made from it.
 
     Returns:
       A `Report`. Sizes are those of the arrays in memory; SQNR and errors are computed in float64 on the host.
@@ -202,7 +202,7 @@ def build_report(
     fits: Mapping[str, tuple[str, float | None]],
     notes: tuple[str, ...] = (),
 ) -> Report:
-    """`report`, with what only `compress` knows: by path, why a leaf is dense, and its method and certificate."""
+    """Builds a report with what only `compress` knows: by path, why a leaf is dense, or its method and certificate."""
     before, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
     after, compressed_structure = jax.tree_util.tree_flatten_with_path(cparams, is_leaf=is_codebook_array)
     if structure != compressed_structure:
@@ -217,7 +217,7 @@ def build_report(
 def report_leaf(
     path: str, dense: Any, leaf: Any, reason: str | None, method: str | None = None, certificate: float | None = None
 ) -> LeafReport:
-    """One leaf of a report: `leaf` beside the `dense` one that it came from, or why it stayed dense."""
+    """Reports one leaf: `leaf` compared with the `dense` leaf that it came from, or the reason why it stays dense."""
     if is_codebook_array(leaf):
         check_layout(leaf, path or "the compressed leaf")
     if is_codebook_array(leaf) and not is_codebook_array(dense):

@@ -1,4 +1,4 @@
-"""Two arrays side by side: whether their bits are the same, or their values, and by how much they differ."""
+"""Compares two arrays: whether their bits or their values are the same, and by how much they differ."""
 
 import math
 from collections.abc import Iterable
@@ -11,23 +11,23 @@ _CHUNK = 1 << 20  # values compared at once
 
 
 class Square(NamedTuple):
-    """A sum of squares: `mantissa` · 4^`exponent`, so that neither 1e-200² nor 1e200² is lost."""
+    """A sum of squares, `mantissa` · 4^`exponent`, which can hold both 1e-200² and 1e200²."""
 
     mantissa: float
     exponent: int
 
 
 class Difference(NamedTuple):
-    """What two arrays of one shape have in common.
+    """How two arrays of the same shape differ.
 
     Attributes:
-      equal: they are of one dtype, and every bit is the same.
-      equal_values: their values are the same, NaN in the same places, whatever their dtypes, signs of zero and NaN's
-        bits.
+      equal: whether the dtype and every bit are the same.
+      equal_values: whether all values are the same, with NaN in the same places; dtypes, signs of zero and the bits of
+        NaN do not matter.
       nan: how many NaN each has.
-      largest_error: max |x − y|, exact for integers; NaN where just one of the two is NaN at some place.
-      signal: Σ x² of floating values; None of integers.
-      noise: Σ (x − y)² of floating values.
+      largest_error: max |x − y|, exact for integers; NaN if only one of the two is NaN at some place.
+      signal: Σ x² of floating values; None for integers.
+      noise: Σ (x − y)² of floating values; None for integers.
     """
 
     equal: bool
@@ -39,12 +39,12 @@ class Difference(NamedTuple):
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to noise, dB; None of integers, infinite where the values are the same."""
+        """Signal to noise ratio in dB; None for integers, infinite where the values are the same."""
         return None if self.signal is None or self.noise is None else ratio_db(self.signal, self.noise)
 
 
 def difference(first: Any, second: Any) -> Difference:
-    """Compares two arrays of one shape, a million values at a time.
+    """Compares two arrays of the same shape, a million values at a time.
 
     >>> difference(np.array([2**60]), np.array([2**60 + 1]))[:4]
     (False, False, (0, 0), 1)
@@ -62,7 +62,7 @@ def difference(first: Any, second: Any) -> Difference:
     exact = all(_same_values(a, b) for a, b in _chunks(x, y))
     floating = not _is_whole(x.dtype) and not _is_whole(y.dtype)
     nan = [0, 0]
-    strangers = 0.0  # what a place counts where not both are finite, and they differ
+    strangers = 0.0  # the error at places where the values differ and not both are finite
     greatest = top = 0.0
     for a, b in _chunks(x, y):
         a, b = _wide(a), _wide(b)
@@ -91,14 +91,14 @@ def difference(first: Any, second: Any) -> Difference:
 
 
 def total(parts: Iterable[Square]) -> Square:
-    """The sum of sums of squares."""
+    """Returns the total of several sums of squares."""
     parts = list(parts)
     exponent = max((part.exponent for part in parts if part.mantissa), default=0)
     return Square(sum(math.ldexp(part.mantissa, 2 * (part.exponent - exponent)) for part in parts), exponent)
 
 
 def ratio_db(signal: Square, noise: Square) -> float:
-    """10·log10(signal / noise); infinite without noise.
+    """Returns 10·log10(signal / noise) in dB; infinite where there is no noise.
 
     >>> ratio_db(Square(1.0, -700), Square(1.0, -700))
     0.0
@@ -114,7 +114,7 @@ def ratio_db(signal: Square, noise: Square) -> float:
 
 
 def same_object(first: Any, second: Any) -> tuple[bool, bool]:
-    """Of two leaves that are no arrays: whether they are the same in type and bits, and whether in value.
+    """Returns for two leaves that are not numeric arrays whether type and bits are the same, and whether values are.
 
     >>> same_object(True, 1), same_object(math.nan, math.nan), same_object("a", "b")
     ((False, True), (True, True), (False, False))
@@ -144,7 +144,7 @@ def _whole(array: np.ndarray) -> np.ndarray:
 
 def _largest_of_whole(a: np.ndarray, b: np.ndarray) -> int:
     a, b = _whole(a), _whole(b)
-    if a.dtype != b.dtype and not ((a >= 0).all() and (b >= 0).all()):  # beyond 64 bits: by Python's integers
+    if a.dtype != b.dtype and not ((a >= 0).all() and (b >= 0).all()):  # may exceed 64 bits: uses Python's integers
         return int(np.abs(a.astype(object) - b.astype(object)).max(initial=0))
     if a.dtype != b.dtype:
         a, b = a.astype(np.uint64), b.astype(np.uint64)
@@ -161,13 +161,13 @@ def _parts(array: np.ndarray) -> np.ndarray:
 
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
     if (_is_whole(a.dtype) or _is_whole(b.dtype)) and 8 in (a.itemsize, b.itemsize):
-        return bool((a.astype(object) == b.astype(object)).all())  # float64 does not hold all of 64 bits
+        return bool((a.astype(object) == b.astype(object)).all())  # float64 does not hold every 64-bit integer
     a, b = _wide(a), _wide(b)
     return bool(((a == b) | (np.isnan(a) & np.isnan(b))).all())
 
 
 def _finite(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with zeros where not both are finite, of one dtype."""
+    """Returns both arrays in one dtype, with zeros where not both are finite."""
     both = np.isfinite(a) & np.isfinite(b)
     dtype = np.result_type(a, b)
     return np.where(both, a, 0).astype(dtype), np.where(both, b, 0).astype(dtype)
@@ -182,6 +182,6 @@ def _exponent(value: float) -> int:
 
 
 def _plus(sum_: Square, values: np.ndarray, shift: int) -> Square:
-    """A sum with the squares of values · 2^shift added."""
+    """Returns a sum of squares with those of values · 2^shift added."""
     scaled = np.ldexp(_parts(values), shift - sum_.exponent)
     return Square(sum_.mantissa + float(np.vdot(scaled, scaled)), sum_.exponent)
