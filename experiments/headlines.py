@@ -81,7 +81,7 @@ def _with_data(result: dict[str, Any]) -> tuple[str, str, str]:
         f"{result['title']} at {learned['bits_per_weight']:.1f} bits a weight, scales and codebooks counted",
         f"top-1 {percent(learned['top1'])} with {result['learned']} unlabelled images, {percent(plain['top1'])} by the "
         f"weights alone ({plain['bits_per_weight']:.1f} bits; float32 {percent(result['float']['top1'])})",
-        "calibrated --network tiny_darknet --bits 4 --budget 4bpw",
+        f"calibrated --network tiny_darknet --bits 4 --budget 4bpw --learn {result['learned']}",
     )
 
 
