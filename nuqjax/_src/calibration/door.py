@@ -95,7 +95,7 @@ def compress(
         divergence.
       rate: in place of `bits`, for a file that `save(…, entropy_coding=True)` writes: `"2.5bpw"`, bits a weight of the
         coded file (its header not counted). Indices are chosen by error and code length together: at the same outputs
-        the file takes half a bit a weight less than with a budget, but each index takes 6 bits in memory.
+        the file is small, but each index takes 6 bits in memory.
 
     Returns:
       The compressed tree; with `return_report`, the compressed tree and its `Report`.

@@ -1,8 +1,8 @@
 """Indices for entropy-coded files: minimises error and code length together (ECSQ with error feedback).
 
 A coder uses −log2 p bits for an index that a share p of the weights has. Levels are at equal distances, many of them
-rarely used, and an index moves to a likelier level wherever the error costs less than the bits save. At the same error
-this takes half a bit a weight less than 2^bits fitted levels (*entropy-constrained scalar quantization*).
+rarely used, and an index moves to a likelier level wherever the error costs less than the bits save
+(*entropy-constrained scalar quantization*).
 """
 
 import math

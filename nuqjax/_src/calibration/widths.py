@@ -44,7 +44,7 @@ def sensitivity(
     """Measures the KL divergence of the outputs, in nats, that compressing each leaf alone causes at each width.
 
     One leaf at a time is compressed (with feedback, one round of refit, corrected offsets), and `fn` runs. The
-    divergences of all leaves add up to that of the whole tree as long as the sum is below some 0.2 nats.
+    divergences of all leaves add up to about that of the whole tree while they are small (docs/calibration.md).
 
     Args:
       fn: `fn(params, *inputs)`.

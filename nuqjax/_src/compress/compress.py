@@ -15,16 +15,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from nuqjax._src.compress.leaf import (
-    compress_leaf,
-)
+from nuqjax._src.compress.leaf import compress_leaf
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
 from nuqjax._src.compress.rules import Options
 from nuqjax._src.compress.view import from_host
 from nuqjax._src.leaf import rows
-from nuqjax._src.leaf.codebook_array import (
-    is_codebook_array,
-)
+from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.report.report import build_report
 

@@ -20,9 +20,7 @@ from nuqjax._src.compress.plan import LeafPlan, scale_groups
 from nuqjax._src.compress.view import check_finite, each_slice, from_host, in_own_order, view_of
 from nuqjax._src.leaf import fixed_point, packing, rows
 from nuqjax._src.leaf.assign import assign, assign_on_host
-from nuqjax._src.leaf.codebook_array import (
-    CodebookArray,
-)
+from nuqjax._src.leaf.codebook_array import CodebookArray
 from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
 from nuqjax._src.leaf.shardings import leaf_specs
 from nuqjax._src.platform.host import to_jax

@@ -25,29 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax._src.leaf.qformat import OVERFLOW, ROUNDING, AutoQFormat, QFormat, check_modes
+from nuqjax._src.leaf.qformat import QFormat, check_modes
 from nuqjax._src.leaf.rows import namespace
-from nuqjax._src.leaf.words import (
-    drop_bits,
-    into_range,
-    rounding_divide_by_power_of_two,
-    saturating_rounding_doubling_high_mul,
-)
+from nuqjax._src.leaf.words import drop_bits, into_range
 from nuqjax._src.platform.host import flushed, on_host, to_jax, x64
-
-__all__ = [
-    "OVERFLOW",
-    "ROUNDING",
-    "AutoQFormat",
-    "QFormat",
-    "check_modes",
-    "decode",
-    "encode",
-    "overflows",
-    "requantize",
-    "rounding_divide_by_power_of_two",
-    "saturating_rounding_doubling_high_mul",
-]
 
 
 def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow: str = "saturate") -> jax.Array:
