@@ -59,12 +59,7 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
         cuts = count.shape[1]
         count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
         problem = _Problem(count, total, size, zero if pin else None)
-        found, exact, potential, places = _search(problem, price, trials, num_levels)
-
-        def backwards():
-            return potential + _to_size(_potentials(_backwards(problem), found)[0], size)
-
-        excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential))
+        places, found, exact, excess = _search(problem, price, trials, through, num_levels)
         return places, found, exact, excess[:, :cuts]
 
     found = lax.map(run, tuple(map(grouped, (count, total, zero, price))))
@@ -93,47 +88,92 @@ def _backwards(problem: _Problem) -> _Problem:
     return _Problem(count, total, size, None if zero is None else size - 1 - zero)
 
 
-def _search(problem: _Problem, price, trials, num_levels: int):
-    """Returns the price, whether its path has K intervals, the potentials, and the places of the boundaries."""
+class _Tried(NamedTuple):
+    """The state of the search after some prices.
+
+    Attributes:
+      number: how many prices were tried.
+      price: `[R]` the last one.
+      low: `[R]` each: the lowest price known whose path has more than K intervals, its error and its intervals.
+      high: the same of the highest price known whose path has fewer.
+      potential: `[R, M + 1]` cost of the shortest path to each cut at the last price.
+      chain: `[R, steps + 1]` the cuts of the path, from its end.
+      intervals: `[R]` how many of its intervals have a price.
+      onward: `[R, M + 1]` cost of the shortest path from the end of the row back to each cut, cuts in reverse order.
+      passed: whether `onward` is known.
+    """
+
+    number: jax.Array
+    price: jax.Array
+    low: tuple[jax.Array, ...]
+    high: tuple[jax.Array, ...]
+    potential: jax.Array
+    chain: jax.Array
+    intervals: jax.Array
+    onward: jax.Array
+    passed: jax.Array
+
+
+def _search(problem: _Problem, price, trials, through, num_levels: int):
+    """Returns what `priced_paths` does, for one group of rows.
+
+    All passes over the cuts are turns of one loop, so that the program of a pass is compiled once: a pass for each
+    price that is tried, then, with `through`, one from the other end of the row.
+    """
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
     # Factors for a price whose path has so many intervals (Panter and Dite 1951). A table, as XLA's division by a
     # constant differs between one row and many.
     ratios = jnp.asarray((np.maximum(np.arange(steps + 2), 0.5) / free) ** 3)
+    reverse = _backwards(problem)
 
-    def attempt(price):
-        potential, firsts = _potentials(problem, price)
-        return potential, *_traced_back(problem, price, potential, firsts, steps)
+    def searching(tried):
+        return (tried.number == 0) | (jnp.any(tried.intervals != free) & (tried.number < trials))
 
-    def error(price, potential, intervals):
+    def next_price(tried):
+        price, intervals = tried.price, tried.intervals
         paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select separates product and sum
-        return lax.dynamic_index_in_dim(potential, problem.size, axis=1, keepdims=False) - paid
-
-    def wrong(state):
-        *_, intervals, trial = state
-        return jnp.any(intervals != free) & (trial < trials)
-
-    def again(state):
-        price, low, high, potential, _, intervals, trial = state
-        here = price, error(price, potential, intervals), intervals
-        low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
-        high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, high, strict=True))
-        guess = price * _steeper(ratios[intervals], trial - 2)
+        error = lax.dynamic_index_in_dim(tried.potential, problem.size, axis=1, keepdims=False) - paid
+        here = price, error, intervals
+        low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, tried.low, strict=True))
+        high = tuple(jnp.where(intervals < free, x, y) for x, y in zip(here, tried.high, strict=True))
+        guess = price * _steeper(ratios[intervals], tried.number - 2)
         bracketed = (low[0] > 0) & (high[0] < jnp.inf)
         # At this price the paths of both sides cost the same. If K intervals are best at any price, they are here.
         equal = (high[1] - low[1]) / jnp.maximum(low[2] - high[2], 1)
         # The error of a path that was not traced to its start is unknown, and rounding may put this price outside.
         known = (low[2] <= steps) & (equal > low[0]) & (equal < high[0])
         between = jnp.where(known, equal, jnp.sqrt(low[0]) * jnp.sqrt(high[0]))
-        price = jnp.where(intervals == free, price, jnp.where(bracketed, between, guess))
-        return price, low, high, *attempt(price), trial + 1
+        return jnp.where(intervals == free, price, jnp.where(bracketed, between, guess)), low, high
 
-    none = jnp.zeros_like(price), jnp.zeros_like(price), jnp.zeros(price.shape, jnp.int32)
-    begin = price, none, (jnp.full_like(price, jnp.inf), *none[1:]), *attempt(price), jnp.int32(1)
-    price, _, _, potential, chain, intervals, _ = lax.while_loop(wrong, again, begin)
+    def turn(tried):
+        forth = searching(tried)
+        price, low, high = next_price(tried)
+        price = jnp.where(forth, price, tried.price)
+        here = jax.tree.map(lambda there, back: jnp.where(forth, there, back), problem, reverse)
+        potential, firsts = _potentials(here, price)
+
+        def traced():
+            return _traced_back(problem, price, potential, firsts, steps)
+
+        chain, intervals = lax.cond(forth, traced, lambda: (tried.chain, tried.intervals))
+        onward = jnp.where(forth, tried.onward, potential)
+        potential = jnp.where(forth, potential, tried.potential)
+        return _Tried(tried.number + 1, price, low, high, potential, chain, intervals, onward, ~forth)
+
+    nothing, no_cost = jnp.zeros_like(price), jnp.zeros(problem.count.shape)
+    none = nothing, nothing, jnp.zeros(price.shape, jnp.int32)
+    begin = _Tried(
+        number=jnp.int32(0), price=price, low=none, high=(jnp.full_like(price, jnp.inf), *none[1:]), potential=no_cost,
+        chain=jnp.zeros((*price.shape, steps + 1), jnp.int32), intervals=jnp.full(price.shape, free, jnp.int32),
+        onward=no_cost, passed=jnp.zeros((), bool),
+    )  # fmt: skip
+    end = lax.while_loop(lambda tried: searching(tried) | (through & ~tried.passed), turn, begin)
     held = num_levels - free
-    rank = jnp.arange(num_levels - 1, 0, -1, dtype=jnp.int32) * (intervals[:, None] + held) // num_levels
-    return price, intervals == free, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
+    rank = jnp.arange(num_levels - 1, 0, -1, dtype=jnp.int32) * (end.intervals[:, None] + held) // num_levels
+    places = jnp.take_along_axis(end.chain, jnp.minimum(rank, steps), axis=1)
+    excess = jnp.where(through, end.potential + _to_size(end.onward, problem.size), 0.0)
+    return places, end.price, end.intervals == free, excess
 
 
 def _steeper(ratio, times):

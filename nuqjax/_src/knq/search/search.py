@@ -222,7 +222,7 @@ def cost(rows: Rows, cuts, keep_zero: bool) -> np.ndarray:
 
 def partition_of_every_cut(rows: Rows, num_levels: int, keep_zero: bool, price) -> Partition:
     """Searches the best partition of rows on the host through every cut at once; the price starts at `price [R]`."""
-    path = _path(rows, rows.every_cut(rows.length)[0], price, num_levels, keep_zero, final=True)
+    path = _path(rows, rows.every_cut(rows.length)[0], price, num_levels, keep_zero)
     return Partition(path.cuts, path.least, path.price)
 
 
@@ -278,14 +278,60 @@ def _priced(rows: Rows, num_levels: int, keep_zero: bool) -> _Path:
     price = _first_price(rows, cuts, num_levels)
     cells = _CELLS if length <= LONG else _CELLS_OF_LONG
     if length <= max(cells * levels, _EVERY):
-        return _path(rows, rows.every_cut(min(length, rows.length))[0], price, num_levels, keep_zero, final=True)
-    path = _path(rows, cuts, price, num_levels, keep_zero, final=True)
-    cuts = even_cuts(rows, path.cuts, cells * -(-levels // num_levels))
-    for parts in _narrowings(length / (cells * levels)):
-        path = _path(rows, cuts, path.price, num_levels, keep_zero)
-        cuts = _narrower(rows, cuts, path.excess, parts, _KEPT * levels)
-    path = _path(rows, cuts, path.price, num_levels, keep_zero, final=True)
+        return _path(rows, rows.every_cut(min(length, rows.length))[0], price, num_levels, keep_zero)
+    stages, cells = _narrowings(length / (cells * levels)), cells * -(-levels // num_levels)
+    search = _in_stages if xp is np else _in_one_loop
+    path = search(rows, cuts, price, num_levels, keep_zero, cells, stages)
     return path._replace(best=xp.zeros_like(path.best), least=None)  # the cuts were not all
+
+
+def _in_stages(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, cells: int, stages: tuple[int, ...]) -> _Path:
+    """Searches the path through `cuts`, through `cells` even cells per interval, then through narrower ones."""
+    path = _path(rows, cuts, price, num_levels, keep_zero)
+    cuts = even_cuts(rows, path.cuts, cells)
+    for parts in stages:
+        path = _path(rows, cuts, path.price, num_levels, keep_zero, through=True)
+        cuts = _narrower(rows, cuts, path.excess, parts, _kept(num_levels))
+    return _path(rows, cuts, path.price, num_levels, keep_zero)
+
+
+def _in_one_loop(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, cells: int, stages: tuple[int, ...]):
+    """Does what `_in_stages` does, for JAX rows, with one program for all stages, which is compiled once."""
+    kept, last = _kept(num_levels), len(stages) + 1
+    sizes = cuts.shape[1] - 1, cells * num_levels, *[kept + 1] * len(stages)
+    room = _room(max(sizes), num_levels)
+    parts = jnp.asarray([0, *stages, 0])
+
+    def turn(stage, state):
+        cuts, path = state
+        size = jnp.asarray(sizes)[stage]
+        path = _path(rows, cuts, path.price, num_levels, keep_zero, (stage > 0) & (stage < last), size)
+        following = (
+            lambda: _extended(even_cuts(rows, path.cuts, cells), room),
+            lambda: _extended(_narrower(rows, cuts, path.excess, parts[stage], kept, size), room),
+            lambda: cuts,
+        )
+        which = jnp.where(stage == 0, 0, jnp.where(stage < last, 1, 2))
+        return lax.switch(which, following), path
+
+    cuts = _extended(cuts, room)
+    shapes = jax.eval_shape(lambda: _path(rows, cuts, price, num_levels, keep_zero, jnp.bool_(False), jnp.int64(1)))
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return lax.fori_loop(0, last + 1, turn, (cuts, nothing._replace(price=price)))[1]
+
+
+def _kept(num_levels: int) -> int:
+    """Returns how many parts of cells are kept when cells are made narrower."""
+    return _KEPT * max(num_levels, _FEW_LEVELS)
+
+
+def _room(size: int, num_levels: int) -> int:
+    """Returns the size of arrays of cuts, one for all paths of as many levels, of which the last is number `size`."""
+    return next(room for room in _ROOMS if room >= max(size, _kept(num_levels) + 2))
+
+
+def _extended(cuts, room: int):
+    return namespace(cuts).pad(cuts, ((0, 0), (0, room - cuts.shape[1] + 1)), mode="edge")
 
 
 def _narrowings(values: float) -> tuple[int, ...]:
@@ -297,8 +343,11 @@ def _narrowings(values: float) -> tuple[int, ...]:
     return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
 
 
-def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
-    """Returns `room + 2` cuts, some maybe equal: cells nearest to the best paths are split, the others joined."""
+def _narrower(rows: Rows, cuts, excess, most_parts, room: int, size=None):
+    """Returns `room + 2` cuts, some maybe equal: cells nearest to the best paths are split, the others joined.
+
+    Only the cuts up to number `size` count, if it is given.
+    """
     xp = namespace(rows.size)
     low, high = cuts[:, :-1], cuts[:, 1:]
     beside = xp.minimum(excess[:, 1:], excess[:, :-1])
@@ -306,6 +355,8 @@ def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
     low, high = take(low, nearest), take(high, nearest)
     parts = xp.minimum(high - low, most_parts)
     used = xp.cumsum(parts + 1, axis=1)  # cuts of each cell, its ends included
+    if size is not None:  # cells that do not count are the last, since they are empty
+        used = xp.where(xp.arange(used.shape[1], dtype=xp.int64) < size, used, room + 1)
     slot = xp.arange(room, dtype=xp.int64)
     cell = xp.cumsum(_marked(xp.minimum(used, room), room), axis=1)
     fits = take(xp.concatenate([used, xp.full_like(used[:, :1], room + 1)], axis=1), cell) <= room
@@ -337,31 +388,34 @@ def _first_price(rows: Rows, cuts, num_levels: int):
     return xp.maximum(price.astype(xp.float32).astype(xp.float64), 2.0**-1000)
 
 
-def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool = False) -> _Path:
-    """Searches the shortest path through `cuts [R, m + 1]`; the price starts at `price [R]`."""
+def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, through: Any = False, size: Any = None) -> _Path:
+    """Searches the shortest path through `cuts [R, m + 1]`; the price starts at `price [R]`.
+
+    With `through` the costs of the best paths through each cut are computed. In JAX rows both it and `size`, the number
+    of the last cut that counts, may be traced.
+    """
     xp = namespace(rows.size)
-    zero = xp.sum(~_above(rows, cuts, True), axis=1).astype(xp.int32) - 1
-    size, unit, least = cuts.shape[1] - 1, 2.0 ** (2 * rows.frac), None
+    whole = cuts.shape[1] - 1
+    size = whole if size is None else size
+    zero = xp.minimum(xp.sum(~_above(rows, cuts, True), axis=1) - 1, size).astype(xp.int32)
+    unit, least = 2.0 ** (2 * rows.frac), None
     if xp is np and rows.length < COMPILED:
         count, total = rows.sums_below(cuts)
-        places, found, exact, excess, whole = fit_knq_priced_host.priced_paths(
-            count, total, size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, pin=keep_zero
+        places, found, exact, excess, bound = fit_knq_priced_host.priced_paths(
+            count, total, size, zero, price * unit, _TRIALS, through, num_levels=num_levels, pin=keep_zero
         )
-        least = (whole - (num_levels - keep_zero) * found) / unit
+        least = (bound - (num_levels - keep_zero) * found) / unit
     else:
-        most = max(size, _KEPT * max(num_levels, _FEW_LEVELS) + 2)  # one shape for all paths of as many levels
-        room = next(room for room in _ROOMS if room >= most)
-        cuts = xp.pad(cuts, ((0, 0), (0, room - size)), mode="edge")
-        count, total = rows.sums_below(cuts)
+        count, total = rows.sums_below(_extended(cuts, _room(whole, num_levels)))
+        last = np.int32(size) if isinstance(size, int) else size.astype(jnp.int32)
         places, found, exact, excess = priced_paths(
-            count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
-            num_levels=num_levels, pin=keep_zero,
-        )  # fmt: skip
-        places, excess = _like(places, xp), excess[:, : size + 1]
+            count, total, last, zero, price * unit, np.int32(_TRIALS), through, num_levels=num_levels, pin=keep_zero
+        )
+        places, excess = _like(places, xp), excess[:, : whole + 1]
         if xp is np:
             found, exact, excess = np.asarray(found), np.asarray(exact), np.asarray(excess)
     # The path's own cuts come first, whatever rounding makes of their excess.
-    excess = xp.where(_marked(places, size + 1) > 0, -xp.inf, excess)
+    excess = xp.where(_marked(places, whole + 1) > 0, -xp.inf, excess)
     here = take(cuts, places)
     before, after = take(cuts, xp.maximum(places - 1, 0)), take(cuts, xp.minimum(places + 1, size))
     reach = xp.where(exact[:, None], xp.maximum(here - before, after - here), _half_of_longer(rows, here))
