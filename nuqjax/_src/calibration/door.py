@@ -80,7 +80,7 @@ def compress(
       tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
         remaining relative gap is reported as `certificate`. None skips the proof and its cost: on one long row up to
         half the fit's time for 16 levels, on many rows of some thousand values twice the fit's time
-        (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` describes the quality of levels then.
+        (`python -m experiments.speed.fit rows channels`); `nuqjax.fit` describes the quality of levels then.
         Nothing is proven under `jit`, for arrays held by several processes, or for levels fitted to `batches`.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report also has the methods and certificates.
