@@ -23,7 +23,11 @@ def execute(path: Path) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.environ |= {"COLUMNS": "120", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     client = NotebookClient(
-        notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(FOLDER.parent)}}
+        notebook,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(FOLDER.parent)}},
     )
     client.execute()
     notebook.metadata = {

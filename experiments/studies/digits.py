@@ -1,8 +1,9 @@
 """The demo: a small network on scanned digits at 1 to 4 bits a weight, where the choice of the levels decides.
 
 `python -m experiments.studies.digits` (or `make demo`) trains the network, compresses it with k-means (`knq`), the
-means of equal intervals (`enq`) and two kinds of fixed-point words without a codebook (`uniform`, `dfp`), runs every
-result on the test images, prints a table and draws `demo/accuracy.png` and `demo/levels.png`.
+means of equal intervals (`enq`) and two kinds of fixed-point words without a codebook (`uniform`, `dfp`), and with
+levels fitted to unlabelled images (`data`). It runs every result on the test images, prints a table and draws
+`demo/accuracy.png` and `demo/levels.png`.
 """
 
 import argparse
@@ -30,6 +31,8 @@ import nuqjax
 
 METHODS = ("knq", "enq", "uniform", "dfp")
 GRIDS = ("uniform", "dfp")  # fixed-point words, without a codebook
+WAYS = (*METHODS, "data")  # METHODS see the weights alone
+IMAGES = 500  # that `data` sees, of those that the network was trained on, without their labels
 SEED = 0
 
 # The first and the last layer hold 3 % of the weights and are the most sensitive: they keep 4 bits in every cell.
@@ -38,11 +41,13 @@ WITHIN = 1.0  # points of accuracy that the headline's result may lose
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the markers tell the methods apart in grey.
 STYLES = {"knq": ("#0072B2", "o"), "enq": ("#D55E00", "s"), "uniform": ("#009E73", "^"), "dfp": ("#CC79A7", "v")}
+STYLES["data"] = ("black", "D")
 MEANINGS = {
     "knq": "k-means levels",
     "enq": "means of equal intervals",
     "uniform": "fixed point, the step of least error",
     "dfp": "fixed point, Ristretto's step",
+    "data": f"k-means levels, fitted to {IMAGES} unlabelled images",
 }
 
 
@@ -120,6 +125,14 @@ def accuracy(logits: jax.Array, labels: np.ndarray) -> float:
     return float(np.mean(np.argmax(logits, axis=-1) == labels))
 
 
+def compressed(model: nn.Module, variables: Any, data: Digits, bits: int, way: str) -> Any:
+    """The variables compressed in one of `WAYS`."""
+    if way == "data":
+        batches = [data.train_images[start : start + 50] for start in range(0, IMAGES, 50)]
+        return nuqjax.compress(variables, bits=bits, rules=ENDS, fn=model.apply, batches=batches)
+    return nuqjax.compress(variables, bits=bits, method=way, rules=ENDS)
+
+
 def sweep(model: nn.Module, variables: Any, data: Digits, bits: Sequence[int], progress: Progress) -> list[Result]:
     """Compresses the network in every way and runs each result, unchanged model and all, on the test images.
 
@@ -128,12 +141,12 @@ def sweep(model: nn.Module, variables: Any, data: Digits, bits: Sequence[int], p
     """
     forward = jax.jit(model.apply)
     results = []
-    for b, method in progress.track([(b, method) for b in bits for method in METHODS], description="compressing"):
-        cparams = nuqjax.compress(variables, bits=b, method=method, rules=ENDS)
+    for b, way in progress.track([(b, way) for b in bits for way in WAYS], description="compressing"):
+        cparams = compressed(model, variables, data, b, way)
         total = nuqjax.report(variables, cparams).total
         results.append(
             Result(
-                method=method,
+                method=way,
                 bits=b,
                 accuracy=accuracy(forward(nuqjax.decompress(cparams), data.test_images), data.test_labels),
                 bytes=total["nbytes_after"],
@@ -145,22 +158,25 @@ def sweep(model: nn.Module, variables: Any, data: Digits, bits: Sequence[int], p
 
 
 def table(results: Iterable[Result], baseline: Result) -> Table:
-    """A row for each index width, the methods side by side in it."""
+    """A row for each index width, the methods side by side in it; below it one for `knq` with data, in its columns."""
     rows: dict[tuple, dict[str, Result]] = {}
     for result in results:
         rows.setdefault((result.bits, result.bytes, result.ratio), {})[result.method] = result
 
     out = Table(title="Test accuracy, and SQNR of the weights", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    for heading, width in (("bits", 5), ("bytes", 8), ("ratio", 6)):
+    for heading, width in (("bits", 6), ("bytes", 8), ("ratio", 6)):
         out.add_column(heading, justify="right", min_width=width)
     for unit in ("%", "dB"):
         for method in METHODS:
             out.add_column(f"{method}\n{unit}", justify="right", min_width=5)
-    for (bits, size, ratio), by_method in rows.items():
-        shown = [by_method[method] for method in METHODS]
+    for (bits, size, ratio), by_way in rows.items():
+        with_data = by_way.get("data")
+        shown = [with_data] if with_data else [by_way[method] for method in METHODS]
+        gap = [""] * (len(METHODS) - len(shown))
         out.add_row(
-            *(f"{bits}", f"{size:,}", f"{ratio:.1f}×"),
+            *(f"{bits} data" if with_data else f"{bits}", f"{size:,}", f"{ratio:.1f}×"),
             *(f"{100 * result.accuracy:.1f}" for result in shown),
+            *gap,
             *(f"{result.sqnr_db:.1f}" for result in shown),
         )
     out.add_section()
@@ -169,22 +185,36 @@ def table(results: Iterable[Result], baseline: Result) -> Table:
 
 
 def headline(results: Iterable[Result], baseline: Result) -> str:
-    """What the figure shows at the fewest bits at which `knq` loses no more than `WITHIN` points.
+    """What the figure shows at the fewest bits at which `knq` loses no more than `WITHIN` points, and so does `data`.
 
-    Every number in it is one of the results'; where no result is within, it makes no claim.
+    Every number in it is one of the results'; where no result is within, it makes no claim. What data bring is a claim
+    only where they take fewer bits for it than the weights alone.
     """
     cells = {(result.bits, result.method): result for result in results}
-    good = [r for r in cells.values() if r.method == "knq" and r.accuracy >= baseline.accuracy - WITHIN / 100]
-    if not good:
-        return "Digits: test accuracy against the memory of the weights"
-    best = min(good, key=lambda result: result.bits)
-    grids = sorted(cells[best.bits, method].accuracy for method in GRIDS)
-    low, high = (f"{100 * accuracy:.1f}" for accuracy in (grids[0], grids[-1]))
-    return (
-        f"{best.bits} bit{'s' * (best.bits > 1)} a weight, {best.ratio:.0f} times smaller: k-means levels keep "
-        f"{best.accuracy:.1%}, fixed-point words {low if low == high else f'{low} to {high}'}% (float32: "
-        f"{baseline.accuracy:.1%})"
-    )
+    good = [result for result in cells.values() if result.accuracy >= baseline.accuracy - WITHIN / 100]
+    fewest = {
+        way: min(bits) for way in ("knq", "data") if (bits := [result.bits for result in good if result.method == way])
+    }
+    lines = []
+    if "knq" in fewest:
+        best = cells[fewest["knq"], "knq"]
+        grids = sorted(cells[best.bits, method].accuracy for method in GRIDS)
+        low, high = (f"{100 * accuracy:.1f}" for accuracy in (grids[0], grids[-1]))
+        lines.append(
+            f"{_bits_a_weight(best)}: k-means levels keep {best.accuracy:.1%}, fixed-point words "
+            f"{low if low == high else f'{low} to {high}'}% (float32: {baseline.accuracy:.1%})"
+        )
+    if fewest.get("data", math.inf) < fewest.get("knq", math.inf):
+        best = cells[fewest["data"], "data"]
+        lines.append(
+            f"{_bits_a_weight(best)}: {best.accuracy:.1%} with {IMAGES} unlabelled images, "
+            f"{cells[best.bits, 'knq'].accuracy:.1%} by the weights alone"
+        )
+    return "\n".join(lines) or "Digits: test accuracy against the memory of the weights"
+
+
+def _bits_a_weight(result: Result) -> str:
+    return f"{result.bits} bit{'s' * (result.bits > 1)} a weight, {result.ratio:.0f} times smaller"
 
 
 def plot_accuracy(results: Sequence[Result], baseline: Result, images: int, path: Path) -> None:
@@ -196,12 +226,13 @@ def plot_accuracy(results: Sequence[Result], baseline: Result, images: int, path
     axes.axhspan(baseline.accuracy - noise, baseline.accuracy + noise, color="0.93", zorder=0)
     axes.axhline(baseline.accuracy, color="black", linestyle="--", linewidth=1)
     axes.plot(baseline.bytes, baseline.accuracy, "*", color="black", markersize=13, label="float32", linestyle="--")
-    for method in METHODS:
+    for method in WAYS:
         points = [result for result in results if result.method == method]
         sizes, accuracies = [point.bytes for point in points], [point.accuracy for point in points]
         color, marker = STYLES[method]
         axes.plot(sizes, accuracies, color=color, marker=marker, label=f"{method}: {MEANINGS[method]}", alpha=0.85)
-    for size, bits in [*sorted({(result.bytes, result.bits) for result in results}), (baseline.bytes, 32)]:
+    widths = {(result.bytes, result.bits) for result in results if result.method in METHODS}
+    for size, bits in [*sorted(widths), (baseline.bytes, 32)]:
         axes.axvline(size, color="0.92", zorder=0)
         axes.text(size, 1.01, f"{bits}", transform=axes.get_xaxis_transform(), ha="center", color="0.4")
     axes.set_title("bits of each index (first and last layer: 4)", fontsize=10, pad=18, color="0.3")
@@ -216,7 +247,7 @@ def plot_accuracy(results: Sequence[Result], baseline: Result, images: int, path
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1024:.0f} KiB"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("memory of the weights: indices, codebooks and dense biases")
+    axes.set_xlabel("memory of the weights: indices, codebooks, scales and dense biases")
     axes.legend(loc="lower right", framealpha=1, edgecolor="white")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -262,7 +293,8 @@ def main(bits: Sequence[int] = range(1, 5), epochs: int = 12, folder: Path = Pat
     images = len(data.test_labels)
     console.print(
         f"One codebook per tensor; {images} held-out images, of which one is {100 / images:.2f} %. Bytes count "
-        "indices, codebooks and the biases, which stay dense. A fixed-point word of 1 bit is 0 or −1 times a step."
+        "indices, codebooks, scales and the biases, which stay dense. A fixed-point word of 1 bit is 0 or −1 times a "
+        f"step. With data, levels are fitted to what layers put out on {IMAGES} training images, without labels."
     )
     console.print(headline(results, baseline))
     folder.mkdir(parents=True, exist_ok=True)
