@@ -38,7 +38,7 @@ WINGS: dict[str, Wing] = {
         "run/error run/light run/levels run/host run/traced run/mesh knq",
         "leaf",
     ),
-    "report": Wing("leaf_report trees render plot comparison report", "leaf", ("matplotlib", "rich")),
+    "report": Wing("bars leaf_report trees render plot comparison report", "leaf", ("IPython", "matplotlib", "rich")),
     "apply": Wing("apply", "leaf trace"),
     "fold": Wing("program chains fold", "leaf trace"),
     "fit": Wing("grid enq leaf_on_mesh methods", "leaf knq"),

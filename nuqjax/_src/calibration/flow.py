@@ -31,10 +31,12 @@ def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, 
     if not show:
         yield lambda work, name, count: work
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from nuqjax._src.report.bars import progress_bars
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as bars:
+    with progress_bars(*columns) as bars:
         yield lambda work, name, count: bars.track(work, total=count, description=name)
 
 
