@@ -445,7 +445,7 @@ def test_compress_with_a_function_and_its_inputs(folder, capsys):
     for changed, words in {
         "--batches inputs.npz": "given together",
         "a_model:run": "MODULE:FUNCTION",
-        "inputs.npz": "as many examples",
+        "inputs.npz": "the same number of examples",
     }.items():
         replacement = {"a_model:run": "a_model:walk", "inputs.npz": "in.npz"}.get(changed, "")
         status, _, err = run(command.replace(changed, replacement), capsys)

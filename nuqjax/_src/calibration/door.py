@@ -150,8 +150,10 @@ def _check_data(fn: Any, batches: Any, sensitivity: Any, options: Options, param
     if not callable(fn) or callable(getattr(fn, "init", None)):
         raise ValueError(f"compress: fn is a {type(fn).__name__}, but a function fn(params, *inputs) is wanted: {call}")
     if sensitivity is not None:
-        raise ValueError("compress: sensitivity and fn are both given: the batches tell what counts; give one of them")
+        raise ValueError(
+            "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
+        )
     if options.method != "knq":
         raise ValueError(f'compress: method={options.method!r} with fn, but levels are fitted to data by "knq" only')
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-        raise ValueError("compress: with fn and batches values are needed: call it outside of jit")
+        raise ValueError("compress: fn and batches need values: call it outside jit")

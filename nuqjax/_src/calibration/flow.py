@@ -139,7 +139,7 @@ def _at_rate(
             break
         price *= 4.0 ** (bits - goal.amount * 0.998)
     if best is None:
-        raise ValueError(f"compress: {goal.text}: the tree takes {bits:.3f} bits a weight, whatever bits cost")  # pyright: ignore[reportPossiblyUnboundVariable]
+        raise ValueError(f"compress: {goal.text}: the tree takes {bits:.3f} bits a weight at any price of a bit")  # pyright: ignore[reportPossiblyUnboundVariable]
     return best[1:]
 
 
@@ -191,7 +191,7 @@ class _Learned:
         sizes = sums_of_uses(self.programs, next(iter(self.batches)))
         if not sizes:
             raise ValueError(
-                "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params is to be its first "
+                "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params must be its first "
                 "argument: fn(params, *inputs)"
             )
         groups = _groups(self.planned, sizes, self.tied)
