@@ -157,7 +157,9 @@ def test_what_cannot_be_compressed_raises_only_if_a_rule_insists(path, leaf, kin
 def test_insisting_on_what_is_compressed_already():
     once = nuqjax.compress(params(), method="normal")
     refused(
-        "^conv/kernel: rule 'kernel' has skip=False, but it is already a CodebookArray", once, rules=[Rule("kernel", skip=False)]
+        "^conv/kernel: rule 'kernel' has skip=False, but it is already a CodebookArray",
+        once,
+        rules=[Rule("kernel", skip=False)],
     )
 
 
