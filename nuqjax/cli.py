@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command(**args)
         sys.stdout.flush()
         if closed is not None and closed.getvalue():
-            raise OSError("standard output is closed, so that nothing can be shown")
+            raise OSError("standard output is closed: nothing can be shown")
     except KeyboardInterrupt as interrupt:
         print("; ".join(["nuqjax: interrupted", *_notes(interrupt)]), file=sys.stderr)
         return 130
@@ -413,7 +413,7 @@ def _compress_with_data(source: str, target: str, quiet: bool, options: dict[str
         arrays = [file[name] for name in file.files] if hasattr(file, "files") else []
     if not arrays or len({len(x) if x.ndim else 0 for x in arrays}) != 1:
         raise ValueError(
-            f"{data['batches']}: arrays of as many examples each are wanted, got {[x.shape for x in arrays]}"
+            f"{data['batches']}: arrays with the same number of examples are wanted, got {[x.shape for x in arrays]}"
         )
     if size < 1:
         raise ValueError(f"--batch-size {size}, but 1 or more is wanted")

@@ -54,10 +54,10 @@ def locate(path: str | os.PathLike[str], format: str | None = None) -> tuple[str
         if what is not None:
             raise ValueError(f"{path} is {what}")
     if format in ("npz", "npy", "h5") and format != seen:
-        named = {"npz": "not a zip file, as npz is", "npy": "no NumPy array", "h5": "no HDF5 file"}
+        named = {"npz": "not a zip file, as npz is", "npy": "not a NumPy array", "h5": "not an HDF5 file"}
         raise ValueError(f"{path}: {named[format]}")
     if format == "msgpack" and not _is_msgpack(start):
-        raise ValueError(f"{path}: no Flax msgpack file: it does not begin with a map")
+        raise ValueError(f"{path}: not a Flax msgpack file: it does not begin with a map")
     if format is None and seen is None:
         known = "safetensors, npz, npy, Flax msgpack, HDF5 nor an orbax directory"
         raise ValueError(f"{path}: neither {known}")
@@ -116,7 +116,9 @@ def _in_folder(path: str) -> tuple[str, str]:
             return os.path.join(path, usual[0]), format
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) or name == "saved_model.pb"]
     what = f"; {pickled[0]} is not read here: save the weights as safetensors" if pickled else ""
-    raise ValueError(f"{path}: a directory that is no orbax checkpoint and has no safetensors or msgpack file{what}")
+    raise ValueError(
+        f"{path}: a directory that is not an orbax checkpoint and has no safetensors or msgpack file{what}"
+    )
 
 
 def _is_step(path: str) -> bool:
@@ -167,7 +169,7 @@ def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable
     def read() -> np.ndarray:
         raw = np.fromfile(name, np.uint8, entry.end - entry.begin, offset=start + entry.begin)
         if raw.size != entry.end - entry.begin:
-            raise ValueError(f"{name}: the file has become shorter")
+            raise ValueError(f"{name}: the file has become shorter since it was opened")
         return raw.view(dtype).reshape(entry.shape)
 
     return read
@@ -209,11 +211,11 @@ def open_npz(path: str, separator: str | None, skip: str | None) -> Checkpoint:
             raise ValueError(f"{path} is {what}")
         members = archive.infolist()
         if sum(info.compress_size for info in members) > size:
-            raise ValueError(f"{path}: members that overlap, so that few bytes would stand for many")
+            raise ValueError(f"{path}: its members overlap, so that a few bytes would expand to many")
         for info in members:
             name = info.filename.removesuffix(".npy")
             if name in named:
-                raise ValueError(f"{path}: {name[:200]!r} stands twice in it")
+                raise ValueError(f"{path}: {name[:200]!r} appears twice in it")
             named[name] = _npz_leaf(path, archive, info, name)
         notes = remembered(_comments(archive), path) if separator is None else None
     tree, separator = named_tree(path, named, separator, notes)
@@ -234,7 +236,7 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
     if not info.filename.endswith(".npy"):
         return unreadable(path, name, "no array (.npy)")
     if info.file_size > (1 if info.compress_type == zipfile.ZIP_STORED else _DEFLATED) * (info.compress_size + 1):
-        raise ValueError(f"{where} says that it expands to {info.file_size} bytes, more than it can")
+        raise ValueError(f"{where} says that it expands to {info.file_size} bytes, more than is possible")
 
     def read() -> np.ndarray:  # seeks to the member: opening a ZipFile reads the names of all members each time
         with open(path, "rb") as file:
@@ -244,7 +246,7 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
             with zipfile.ZipExtFile(file, "r", info) as member:  # type: ignore[arg-type]
                 return _npy_array(member)
 
-    with reading(where, "no NumPy array"), archive.open(info) as file:
+    with reading(where, "not a NumPy array"), archive.open(info) as file:
         return _npy_leaf(path, name, file, info.file_size, read)
 
 
@@ -280,7 +282,7 @@ def open_npy(path: str, skip: str | None) -> Checkpoint:
             return _npy_array(file)
 
     size = os.path.getsize(path)
-    with reading(path, "no NumPy array"), open(path, "rb") as file:
+    with reading(path, "not a NumPy array"), open(path, "rb") as file:
         leaf = _npy_leaf(path, "", file, size, read)
     return checkpoint_of(path, "npy", leaf, size, skip)
 
@@ -307,14 +309,16 @@ def open_msgpack(path: str, skip: str | None) -> Checkpoint:
     def from_pairs(pairs: list[tuple[Any, Any]]) -> Any:
         for key, _ in pairs:
             if not isinstance(key, str | int):  # msgpack integers have 64 bits: few of them have equal hashes
-                raise ValueError(f"{path}: a map with a key that is {type(key).__name__}; str and int are read")
+                raise ValueError(
+                    f"{path}: a map with a key that is {type(key).__name__}; only str and int keys are read"
+                )
         made = dict(pairs)
         if len(made) < len(pairs):
-            raise ValueError(f"{path}: a map that has a key twice")
+            raise ValueError(f"{path}: a map with a repeated key")
         return _joined(path, made) if "__msgpack_chunked_array__" in made else made
 
     data = Path(path).read_bytes()
-    with reading(path, "no Flax msgpack file"):
+    with reading(path, "not a Flax msgpack file"):
         tree = msgpack.unpackb(
             data, ext_hook=from_extension, object_pairs_hook=from_pairs, raw=False, strict_map_key=False
         )
@@ -329,7 +333,9 @@ def _array_of_bytes(path: str, shape: Any, name: str, raw: Any) -> Any:
     except TypeError:
         return unreadable(path, "", f"values of dtype {name[:40]!r}", shape)
     if dtype.hasobject or dtype.itemsize * count != len(raw):
-        raise ValueError(f"{path}: an array of {len(raw)} bytes, but its shape {shape} of {name[:40]} takes others")
+        raise ValueError(
+            f"{path}: an array of {len(raw)} bytes, but its shape {shape} of {name[:40]} takes another number of bytes"
+        )
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
@@ -339,7 +345,7 @@ def _joined(path: str, chunked: dict[Any, Any]) -> np.ndarray:
     chunks = [chunked["chunks"][str(i)] for i in range(len(chunked["chunks"]))]
     check_shape(shape, path)
     if not chunks or not all(isinstance(chunk, np.ndarray) and chunk.dtype == chunks[0].dtype for chunk in chunks):
-        raise ValueError(f"{path}: chunks of an array that are no arrays of one dtype")
+        raise ValueError(f"{path}: the chunks of an array are not arrays of one dtype")
     return np.concatenate(chunks).reshape(shape)
 
 
@@ -385,10 +391,10 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
     path = os.path.abspath(path)
     files, nbytes = _files_of(path)
     checkpointer = ocp.PyTreeCheckpointer()
-    with reading(path, "no orbax checkpoint of one tree"):
+    with reading(path, "not an orbax checkpoint of one tree"):
         found = checkpointer.metadata(path).item_metadata
         if found is None or found.tree is None:
-            raise ValueError("it names no tree")
+            raise ValueError("its metadata has no tree")
         metadata = found.tree
     stack: list[tuple[Any, int]] = [(metadata, 0)]
     while stack:  # checks the depth before JAX, which recurses, sees the tree
@@ -397,7 +403,7 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
             raise ValueError(f"{path}: a tree deeper than 256 levels")
         if isinstance(here, dict | list | tuple):
             stack += [(child, depth + 1) for child in (here.values() if isinstance(here, dict) else here)]
-    with reading(path, "no orbax checkpoint of one tree"):
+    with reading(path, "not an orbax checkpoint of one tree"):
         flat, structure = jax.tree.flatten(metadata)
     arguments = jax.tree.unflatten(structure, [_restore_args(ocp, info) for info in flat])
 
@@ -491,7 +497,7 @@ def _files_of(path: str) -> tuple[list[str], int]:
             file = os.path.join(folder, name)
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(f"{file} is no regular file")
+                raise OSError(f"{file} is not a regular file")
             files.append(file)
             nbytes += status.st_size
     return sorted(files), nbytes

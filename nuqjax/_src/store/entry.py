@@ -92,7 +92,7 @@ def to_part(array: Any, path: str) -> Part:
     elif name in _CODES:
         stored = array
     else:
-        raise ValueError(f"{path}: dtype {array.dtype}, which the format does not hold")
+        raise ValueError(f"{path}: dtype {array.dtype}, which the format cannot store")
     return Part(name, shape, _CODES[stored.dtype.name], stored)
 
 
@@ -119,7 +119,7 @@ def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any]
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         impl = str(jax.random.key_impl(leaf))
         if impl not in _KEYS:
-            raise ValueError(f"{path}: random keys of {impl!r}, which the format does not hold")
+            raise ValueError(f"{path}: random keys of {impl!r}, which the format cannot store")
         return entry | {"kind": "key", "impl": impl}, {"data": to_part(jax.random.key_data(leaf), path)}
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return entry | {"kind": "array"}, {"data": to_part(leaf, path)}
@@ -246,7 +246,9 @@ class Entry:
             impl = _field(entry, "impl", str, self.where)
             data = self.tensors["data"]
             if impl not in _KEYS or data["dtype"] != "uint32" or data["shape"][-1:] != [_KEYS[impl]]:
-                raise ValueError(f"{self.where}: {impl[:40]!r} and {data['shape']} {data['dtype']} make no random key")
+                raise ValueError(
+                    f"{self.where}: {impl[:40]!r} and {data['shape']} {data['dtype']} do not make a random key"
+                )
         elif self.kind in ("python", "absent"):
             _field(entry, "type", str, self.where)
             self._check_python()
@@ -259,7 +261,7 @@ class Entry:
     def _check_reference(self, reference: Any, role: str) -> dict[str, Any]:
         where = f"{self.where}, {role}"
         if not isinstance(reference, dict):
-            raise ValueError(f"{where}: no reference to a tensor")
+            raise ValueError(f"{where}: not a reference to a tensor")
         _only(reference, {"name", "at", "dtype", "shape", "crc32"}, where)
         name, dtype = _field(reference, "name", str, where), _field(reference, "dtype", str, where)
         _field(reference, "crc32", int, where)
@@ -293,7 +295,7 @@ class Entry:
         entry, where = self.layout, self.where
         self._need("levels", *(["weights"] if "coded" in self.tensors else ["packed"]))
         if {"coded", "packed"} <= set(self.tensors) or ("weights" in self.tensors) != ("coded" in self.tensors):
-            raise ValueError(f"{where}: both packed and coded, or weights of no stream")
+            raise ValueError(f"{where}: both packed and coded indices, or model weights without a coded stream")
         shape = _field(entry, "shape", list, where)
         check_shape(shape, where)
         stack = _field(entry, "stack_axes", int, where)
@@ -344,7 +346,7 @@ class Entry:
 
     def _qformat(self, fixed: Any) -> QFormat:
         if not isinstance(fixed, dict) or set(fixed) != {"word", "frac", "signed"} or type(fixed["signed"]) is not bool:
-            raise ValueError(f"{self.where}: fixed_point is no object of word, frac and signed")
+            raise ValueError(f"{self.where}: fixed_point is not an object of word, frac and signed")
         try:
             found = QFormat(**fixed)
         except ValueError as error:
@@ -374,9 +376,9 @@ class Entry:
                 self._value = complex(*(float.fromhex(x) for x in value))
                 return
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{self.where}: {str(value)[:80]!r} is no {kind}") from error
+            raise ValueError(f"{self.where}: {str(value)[:80]!r} is not a valid {kind}") from error
         if kind not in ("bool", "int", "str") or type(value) is not _PYTHON[kind]:
-            raise ValueError(f"{self.where}: {str(value)[:80]!r} is no {kind[:40]}")
+            raise ValueError(f"{self.where}: {str(value)[:80]!r} is not a valid {kind[:40]}")
         self._value = value
 
     def is_absent(self) -> str | None:
@@ -403,7 +405,9 @@ class Entry:
         if self.kind == "python":
             return self._value
         if self.kind == "absent":
-            raise ValueError(f"{self.where} was of type {self.is_absent()}, which no file holds: like=… gives it")
+            raise ValueError(
+                f"{self.where} was of type {self.is_absent()}, which no file can hold: give it with like=…"
+            )
         arrays: dict[str, Any] = {role: self._array(role, verify) for role in self.tensors}
         if self.kind == "array":
             return arrays["data"]
@@ -443,13 +447,13 @@ class Entry:
         if dtype == "bool" or dtype in _AS_BYTES:
             bits = 1 if dtype == "bool" else _AS_BYTES[dtype]
             if bits < 8 and (raw >> bits).any():
-                raise ValueError(f"{where}: a byte that is no {dtype}")
+                raise ValueError(f"{where}: a byte that is not a valid {dtype}")
             return raw.view(dtype).reshape(shape)
         if dtype in _AS_INTEGERS:
             stored, least, most = _AS_INTEGERS[dtype]
             values = raw.view(stored)
             if ((values < least) | (values > most)).any():
-                raise ValueError(f"{where}: a value that is no {dtype}")
+                raise ValueError(f"{where}: a value that is not a valid {dtype}")
             return values.astype(dtype).reshape(shape)
         return _viewed(raw, dtype).reshape(shape)
 
@@ -490,7 +494,7 @@ def tied(entry: Mapping[str, Any], path: str, earlier: Sequence[Entry], name: st
         raise ValueError(f"{where}: the layout has {str(entry.get('path'))[:200]!r} in its place")
     number = _field(entry, "to", int, where)
     if not 0 <= number < len(earlier) or not earlier[number].tensors or earlier[number].same_as is not None:
-        raise ValueError(f"{where}: tied to leaf {number}, which is no earlier one with tensors of its own")
+        raise ValueError(f"{where}: tied to leaf {number}, which is not an earlier leaf with tensors of its own")
     same = copy.copy(earlier[number])
     same.path, same.where, same.same_as = path, where, number
     return same

@@ -30,9 +30,9 @@ from nuqjax._src.store.text import PLAIN, POOLED, from_text, to_text
 from nuqjax._src.store.tree import Structure, tree_to_nodes
 from nuqjax._src.store.write import write
 
+# Where a tree has 32 or more tensors of at most 4 KiB, those of one dtype share one tensor of the file. Each tensor
+# costs a line of some 75 bytes in the header, which no reader accepts compressed: much, where tensors are small.
 _SMALL, _MANY = 1 << 12, 32
-"""Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more: a line of the header, of some 75
-bytes that no reader takes deflated, would be much of what each takes."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -166,7 +166,7 @@ class Layout:
         if report is not None:
             paths = [entry["path"] for entry in self.entries]
             if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
-                raise ValueError("save: the report is not that of this tree: its leaves have other paths")
+                raise ValueError("save: the report is of another tree: its leaves have other paths")
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
         return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept}, self._version)
@@ -279,7 +279,7 @@ def from_bundle(
     wanted = _wanted(leaves, structure.paths, bundle.name)
     template, treedef = _template(like, entries, bundle.name)
     if sharding is not None and numpy:
-        raise ValueError("load: numpy=True has no sharding")
+        raise ValueError("load: sharding= places JAX arrays, but numpy=True asks for NumPy arrays; give one of them")
     places = _places(sharding, [e for e, w in zip(entries, wanted, strict=True) if w and e.tensors])
     found = []
     for number, (entry, is_wanted) in enumerate(zip(entries, wanted, strict=True)):
@@ -307,9 +307,9 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
     name = bundle.name
     text = bundle.metadata.get("nuqjax")
     if not isinstance(text, str):
-        raise ValueError(f"{name}: the metadata has no 'nuqjax': this is no file that nuqjax.save wrote")
+        raise ValueError(f"{name}: the metadata has no 'nuqjax': nuqjax.save did not write this file")
     if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
-        raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
+        raise ValueError(f"{name}: the layout is not the one that was saved (its CRC-32 differs)")
     layout = from_text(text, name)
     if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
         raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
@@ -340,9 +340,9 @@ def _pools(parts: Sequence[Mapping[str, Any]], bundle: Bundle) -> list[str]:
     for part in sorted(parts, key=lambda part: (part["at"], stored_bytes(part))):
         name, end = part["name"], ends.get(part["name"], 0)
         if part["at"] != end:
-            how = "overlaps" if part["at"] < end else "leaves a hole behind"
+            how = "overlaps" if part["at"] < end else "leaves a hole after"
             raise ValueError(
-                f"{bundle.name}: in tensor {name[:200]!r}, what is at byte {part['at']} {how} what is before it"
+                f"{bundle.name}: in tensor {name[:200]!r}, the leaf at byte {part['at']} {how} the one before it"
             )
         ends[name] = end + stored_bytes(part)
     for name, end in ends.items():
@@ -361,7 +361,7 @@ def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], na
         try:
             pattern = re.compile(leaves)
         except re.error as error:
-            raise ValueError(f"load: leaves={leaves!r} is no regular expression: {error}") from error
+            raise ValueError(f"load: leaves={leaves!r} is not a regular expression: {error}") from error
         wanted = [pattern.search(path) is not None for path in paths]
     else:
         wanted = [bool(leaves(path)) for path in paths]
@@ -416,7 +416,7 @@ def _places(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
     given = {path_name(path): place for path, place in flat}
     for entry in entries:
         if entry.path not in given:
-            raise ValueError(f"{entry.where}: sharding has none for it")
+            raise ValueError(f"{entry.where}: sharding= has no entry for it")
     return given
 
 

@@ -57,7 +57,7 @@ def claim(path: str | os.PathLike[str], inputs: Iterable[str] = (), sharded: boo
     """
     path = os.path.realpath(os.fspath(path))
     if path.endswith(".index.json"):
-        raise ValueError(f"{path} is the name of an index: name the file that it is of, without .index.json")
+        raise ValueError(f"{path} is the name of an index: give the name without .index.json")
     read = {(status.st_dev, status.st_ino) for status in map(os.stat, inputs)}
     _check_replaced(path, read)
     folder = f"{path}.partial"
@@ -160,7 +160,7 @@ def _locked(folder: str, path: str) -> int | None:
             os.close(lock)
         if held:
             return None
-    raise BlockingIOError(f"{path}: {folder} comes and goes: others are writing it")
+    raise BlockingIOError(f"{path}: {folder} appears and disappears: another process is writing it")
 
 
 def _lock(lock: int, path: str) -> None:
@@ -171,7 +171,9 @@ def _lock(lock: int, path: str) -> None:
     except BlockingIOError as error:
         found = re.match(r"nuqjax: (process \d+ on [\w.-]+)", os.pread(lock, 300, 0).decode(errors="replace"))
         who = found[1] if found else "another process"
-        raise BlockingIOError(f"{path}: {who} is writing it; wait for that to end, or name another target") from error
+        raise BlockingIOError(
+            f"{path}: {who} is writing it; wait until it has finished, or name another target"
+        ) from error
     except OSError:  # a file system without locks
         pass
 
@@ -231,7 +233,7 @@ def _check_replaced(path: str, inputs: Collection[tuple[int, int]] = ()) -> None
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a directory; a file is wanted")
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is no regular file, and only such are replaced")
+        raise OSError(f"{path} is not a regular file, and only regular files are replaced")
     if (status.st_dev, status.st_ino) in inputs:
         raise ValueError(f"{path} would be replaced or removed, but it is read from: name another target")
 
@@ -380,7 +382,7 @@ def _shard_names(path: str, tag: str | None, count: int, old: Sequence[str]) -> 
         if not taken:
             return names
         if tag:
-            raise FileExistsError(f"{taken[0]} is there, but no index of nuqjax names it: move it away")
+            raise FileExistsError(f"{taken[0]} exists, but no index of nuqjax names it: move it away")
     raise AssertionError
 
 
@@ -401,7 +403,9 @@ def _write_one(target: Target, path: str, tensors: Sequence[Stored], metadata: M
             for chunk in tensor.chunks():
                 file.write(chunk)
             if file.tell() - start != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {file.tell() - start} bytes written where {tensor.nbytes} were meant")
+                raise ValueError(
+                    f"{tensor.name}: {file.tell() - start} bytes were written, but {tensor.nbytes} were expected"
+                )
 
 
 def _shards(tensors: Sequence[Stored], limit: int | None) -> list[list[Stored]]:
