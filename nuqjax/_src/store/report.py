@@ -99,7 +99,7 @@ def report_entry(entry: Entry, verify: bool) -> LeafReport:
         codebook_format=str(leaf.codebook_format or leaf.levels.dtype),
         levels_used=used, levels_available=math.prod(leaf.levels.shape), payload_bits=leaf.payload_bits,
         entropy=float(-(share * np.log2(share)).sum()) + 0.0, nbytes_packed=int(leaf.packed.nbytes),
-        nbytes_coded=entry.nbytes("coded", "weights") if "coded" in entry.tensors else None,
+        nbytes_coded=entry.nbytes("coded", "model", "weights") if "coded" in entry.tensors else None,
     )  # fmt: skip
 
 
