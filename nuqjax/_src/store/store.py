@@ -23,13 +23,13 @@ from nuqjax._src.leaf.paths import nearest, path_name
 from nuqjax._src.leaf.shardings import shardings
 from nuqjax._src.platform.host import to_jax
 from nuqjax._src.report.report import Report
-from nuqjax._src.store.entropy import encode
+from nuqjax._src.store.entropy import encode, sized
 from nuqjax._src.store.entry import Entry, Shared, checksum, describe, stored_bytes, tied
 from nuqjax._src.store.file import Bundle, Stored, from_array, open_bundle
 from nuqjax._src.store.report import report_entry, report_from_json, report_to_json, with_coded_sizes
 from nuqjax._src.store.text import PLAIN, SHARED, from_text, to_text
 from nuqjax._src.store.tree import Structure, tree_to_nodes
-from nuqjax._src.store.write import write
+from nuqjax._src.store.write import header, write
 
 _SMALL, _MANY = 1 << 12, 32
 """Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more, or if indices are coded: a line of
@@ -98,6 +98,31 @@ def _laid_out(cparams, report, code, limit, pooled) -> tuple[list[Stored], str]:
     text = layout.text(report)
     Structure(nodes, len(text))  # raises for a structure that `load` would refuse
     return tensors, text
+
+
+def file_sizes(cparams: Any) -> tuple[int, int] | None:
+    """Returns the bytes of the files that `save` writes, without and with entropy coding; nothing is coded for it.
+
+    The first number is exact, the second to a few bytes for each leaf. None where no file holds the tree, or where not
+    all of it is on this host.
+
+    >>> import jax.numpy as jnp, nuqjax, os, tempfile
+    >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(os.path.join(folder, "model.safetensors"), cparams)
+    ...     file_sizes(cparams)[0] == os.path.getsize(os.path.join(folder, "model.safetensors"))
+    True
+    """
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(cparams)):
+        return None
+    try:
+        made = [_laid_out(cparams, None, code, None, True) for code in (None, sized)]
+    except ValueError:
+        return None
+    plain, coded = (
+        len(header(tensors, metadata(text)[0])[0]) + sum(tensor.nbytes for tensor in tensors) for tensors, text in made
+    )
+    return plain, coded
 
 
 class Layout:
