@@ -62,7 +62,7 @@ def test_a_report_says_what_files_take_before_they_are_written(name, tmp_path):
             assert report.nbytes_saved == report.total["nbytes_saved"] == plain
             assert report.nbytes_saved_coded == report.total["nbytes_saved_coded"]
             assert report.nbytes_saved_coded == pytest.approx(coded, rel=0.01, abs=16)
-            assert f"a file takes {plain:,} bytes, {report.nbytes_saved_coded:,} with entropy coding" in str(report)
+            assert f"saved: {plain:,} bytes, {report.nbytes_saved_coded:,} with entropy coding" in str(report)
         again = nuqjax.inspect(tmp_path / "f")
         assert (again.nbytes_file, again.nbytes_saved, again.nbytes_saved_coded) == (coded, None, None)
 
@@ -102,4 +102,4 @@ def test_a_tree_that_no_file_holds_has_a_report_without_files(tree, tmp_path):
     assert file_sizes(tree) is None
     report = nuqjax.report(tree, tree)
     assert (report.nbytes_saved, report.nbytes_saved_coded) == (None, None)
-    assert "a file takes" not in str(report)
+    assert "saved:" not in str(report)

@@ -133,7 +133,7 @@ class Report:
         return tables
 
     def _lines(self) -> list[str]:
-        """Returns the total sizes, the notes, and a warning where the file is larger than its source."""
+        """Returns sizes in total and of files to come, the notes, and a warning where the file exceeds its source."""
         t = self.total
         line = (
             f"{t['weights']:,} weights: {t['nbytes_before']:,} bytes before, {t['nbytes_after']:,} after "
@@ -145,9 +145,10 @@ class Report:
             line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
         if self.nbytes_file is not None:
             line += f"; file {self.nbytes_file:,} bytes"
-        elif self.nbytes_saved is not None:
-            line += f"; a file takes {self.nbytes_saved:,} bytes, {self.nbytes_saved_coded:,} with entropy coding"
-        return [line, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])]
+        lines = [line]
+        if self.nbytes_saved is not None and self.nbytes_file is None:
+            lines.append(f"saved: {self.nbytes_saved:,} bytes, {self.nbytes_saved_coded:,} with entropy coding")
+        return [*lines, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])]
 
 
 def html_page(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
