@@ -163,7 +163,7 @@ def test_what_compress_makes_comes_back_with_its_report(compressed, tmp_path):
         same(cparams, nuqjax.load(tmp_path / "a"))
         kept = nuqjax.inspect(tmp_path / "a")
         assert coding or kept == report
-        assert str(kept).count("\n") == str(report).count("\n")
+        assert str(kept).count("\n") == str(report).count("\n") - 1  # no line of files to come
 
 
 def test_inspect_without_a_report_agrees_with_the_report(compressed, tmp_path):
