@@ -390,7 +390,7 @@ class Entry:
         if "coded" in self.tensors:
             if len(self.tensors["coded"]["shape"]) != 1 or self.tensors["coded"]["dtype"] != "uint32":
                 raise ValueError(f"{where}: a coded stream is uint32 along one axis")
-            here, dtypes = self.tensors[model], ("uint8", "uint16")[: 2 - (model == "model")]
+            here, dtypes = self.tensors[model], ("uint8",) if model == "model" else ("uint8", "uint16")
             if here["dtype"] not in dtypes or len(here["shape"]) != 1:
                 raise ValueError(
                     f"{where}: {model} of dtype {here['dtype']} and shape {here['shape']}; {' or '.join(dtypes)} along "

@@ -50,7 +50,7 @@ def from_text(text: str, name: str) -> dict[str, Any]:
     if layout["version"] not in (PLAIN, POOLED, SHARED):
         newer = "; a newer nuqjax reads it" if layout["version"] > SHARED else ""
         raise ValueError(
-            f"{name}: version {layout['version']} of the format, but this nuqjax reads versions 1 to {SHARED}{newer}"
+            f"{name}: version {layout['version']} of the format, but this nuqjax reads versions 1 to 4{newer}"
         )
     return layout
 
