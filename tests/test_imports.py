@@ -43,13 +43,13 @@ WINGS: dict[str, Wing] = {
     "fold": Wing("program chains fold", "leaf trace"),
     "fit": Wing("grid enq leaf_on_mesh methods", "leaf knq"),
     "emulate": Wing("formats program bounds sums emulate calibrate", "leaf trace report", ("rich",)),
-    "store": Wing("foreign file write text entropy tree entry report store", "leaf report", ("constriction",)),
-    "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report", ("rich",)),
+    "store": Wing("foreign file write text entropy tree entry report store compared", "leaf report", ("constriction",)),
+    "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report store", ("rich",)),
     "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
     "calibration": Wing(
         "fisher measures squares sweeps problem places level_formats stages rated solver "
         "convolutions uses programs second_moments biases layouts layers widths flow door",
-        "leaf trace fit fold report compress",
+        "leaf trace fit fold report store compress",
         ("rich",),
     ),
     "checkpoint": Wing(
