@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import nuqjax
-from experiments import images, networks
-from experiments.studies.calibrated import kept_leaves
+from experiments import networks
+from experiments.data import images
 from experiments.networks import Network
-from experiments.settings import listed
+from experiments.record.settings import listed
+from experiments.studies.calibrated import kept_leaves
 
 _BATCH = 16
 

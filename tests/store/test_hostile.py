@@ -346,8 +346,8 @@ def test_a_place_in_a_shared_tensor_that_lies(files, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("shared", []), "the layout's shared tensors are no object of checksums"),
-        (set_at("shared", "small.I8", "1"), "the layout's shared tensors are no object of checksums"),
+        (set_at("shared", []), "the layout's shared tensors are not an object of checksums"),
+        (set_at("shared", "small.I8", "1"), "the layout's shared tensors are not an object of checksums"),
         (set_at("shared", "small.I8", 1), "leaf '1', data: the bytes of tensor 'small.I8' are not those that were"),
         (set_at("shared", "small.I8", KeyError), "leaf '1', data: the layout has no 'crc32'"),
         (set_at("shared", "nothing", 1), "the layout's shared tensors: the tensor 'nothing' is not in the file"),

@@ -206,7 +206,7 @@ class Shared:
         """
         where = f"{bundle.name}: the layout's shared tensors"
         if not isinstance(given, dict) or not all(type(crc32) is int for crc32 in given.values()):
-            raise ValueError(f"{where} are no object of checksums")
+            raise ValueError(f"{where} are not an object of checksums")
         self._checksums, self._bundle, self._whole = given, bundle, set()
         self._ends = dict.fromkeys(given, 0)
         for name in given:
