@@ -253,13 +253,19 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
     return _Path(potential[width:], None, None)
 
 
-def schedule(cuts: int, most: int) -> list[int]:
-    """Returns where blocks end; blocks are smaller near the ends of the row, as intervals are."""
+def schedule(cuts: int, most: int | np.ndarray) -> list[int]:
+    """Returns where blocks of at most `most` cuts end, or of at most `most[cut]` where they differ along the row.
+
+    Blocks are smaller near the ends of the row, as intervals are.
+    """
+    limits = (np.full(cuts, most) if isinstance(most, int) else most).tolist()
     ends = [0]
     while ends[-1] < cuts:
-        near = min(ends[-1], cuts - ends[-1]) // _PER_BLOCK
-        size = 1 << max(near, LEAST_BLOCK).bit_length() - 1
-        ends.append(min(ends[-1] + min(size, most), cuts))
+        start = ends[-1]
+        near = min(start, cuts - start) // _PER_BLOCK
+        size = min(1 << max(near, LEAST_BLOCK).bit_length() - 1, limits[start])
+        size = min(size, limits[min(start + size, cuts) - 1])
+        ends.append(min(start + size, cuts))
     return ends
 
 
