@@ -228,10 +228,27 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
     """
     zero, gains = problem.zero, problem.gains
     width, length, number = gains.shape
-    lag = np.arange(width, 0, -1)[:, None]
     potential = np.full((width + length, number), np.inf)  # padded for cuts before the first
     potential[width] = 0.0
-    widest = np.empty((length, number))
+    if number == 1:
+        _settle_each_of_one(potential[:, 0], gains[:, :, 0], price[0], None if zero is None else int(zero[0]))
+    else:
+        _settle_each(potential, gains, price, zero)
+    begun = potential[:length]  # at the cut as many cells before each cut as the width
+    widest = begun - gains[0] + price
+    if zero is not None:
+        end = np.arange(length)[:, None]
+        widest = np.where((end - width <= zero) & (end > zero), begun, widest)
+    inner = slice(width, length - 1)
+    if (widest[inner] <= potential[width:][inner]).any():
+        return None
+    return _Path(potential[width:], None, None)
+
+
+def _settle_each(potential, gains, price, zero) -> None:
+    """Computes the paths to one cut after the other, in place, from the gains of the intervals that end there."""
+    width, length, number = gains.shape
+    lag = np.arange(width, 0, -1)[:, None]
     zero = np.zeros(0, np.int64) if zero is None else zero
     pinned_from, pinned_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
     reached, least = np.empty((width, number)), np.empty(number)
@@ -242,15 +259,25 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
             reached += price
             np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
             np.minimum.reduce(reached, axis=0, out=potential[end + width])
-            widest[end] = reached[0]
         else:
             np.minimum.reduce(reached, axis=0, out=least)
             np.add(least, price, out=potential[end + width])
-            np.add(reached[0], price, out=widest[end])
-    inner = slice(width, length - 1)
-    if (widest[inner] <= potential[width:][inner]).any():
-        return None
-    return _Path(potential[width:], None, None)
+
+
+def _settle_each_of_one(potential, gains, price, zero: int | None) -> None:
+    """Computes `_settle_each` for one row, whose gains to a cut are put next to each other."""
+    width = len(gains)
+    lag, reached = np.arange(width, 0, -1), np.empty(width)
+    pinned = range(0) if zero is None else range(zero + 1, zero + 1 + width)
+    for end, to_end in enumerate(np.ascontiguousarray(gains.T[1:]), 1):
+        begun = potential[end : end + width]
+        np.subtract(begun, to_end, out=reached)
+        if end in pinned:
+            reached += price
+            np.copyto(reached, begun, where=end - lag <= zero)
+            potential[end + width] = np.minimum.reduce(reached)
+        else:
+            potential[end + width] = np.minimum.reduce(reached) + price
 
 
 def schedule(cuts: int, most: int | np.ndarray) -> list[int]:
