@@ -231,7 +231,7 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
     potential = np.full((width + length, number), np.inf)  # padded for cuts before the first
     potential[width] = 0.0
     if number == 1:
-        _settle_each_of_one(potential[:, 0], gains[:, :, 0], price[0], None if zero is None else int(zero[0]))
+        _settle_each_of_one(potential[:, 0], gains[:, :, 0], price[0], -1 if zero is None else int(zero[0]))
     else:
         _settle_each(potential, gains, price, zero)
     begun = potential[:length]  # at the cut as many cells before each cut as the width
@@ -264,11 +264,11 @@ def _settle_each(potential, gains, price, zero) -> None:
             np.add(least, price, out=potential[end + width])
 
 
-def _settle_each_of_one(potential, gains, price, zero: int | None) -> None:
+def _settle_each_of_one(potential, gains, price, zero: int) -> None:
     """Computes `_settle_each` for one row, whose gains to a cut are put next to each other."""
     width = len(gains)
     lag, reached = np.arange(width, 0, -1), np.empty(width)
-    pinned = range(0) if zero is None else range(zero + 1, zero + 1 + width)
+    pinned = range(zero + 1, zero + 1 + width) if zero >= 0 else ()
     for end, to_end in enumerate(np.ascontiguousarray(gains.T[1:]), 1):
         begun = potential[end : end + width]
         np.subtract(begun, to_end, out=reached)
@@ -415,7 +415,7 @@ def _path_of_one(problem: _Problem, price) -> _Path:
     weighty, length, paid = problem.weighty, len(count), price[0]
     potential = np.full(length, np.inf)
     potential[0] = 0.0
-    ends = schedule(length - 1, min(problem.block, _BLOCK))
+    ends = schedule(length - 1, problem.block)
     firsts = np.zeros(len(ends), np.int64)
     for block, (below, last) in enumerate(itertools.pairwise(ends)):
         first = firsts[block]
