@@ -10,9 +10,10 @@ on three facts, each short enough to check by hand (see `docs/knq.md`).
    prices to ψᵢ = (xᵢ − C)² + α, so that they add up to the difference of φ over the cell. Against any level c the terms
    f = ψᵢ − (xᵢ − c)² are linear in xᵢ, and a linear function satisfies E max(0, f) ≤ max(0, E f) + std(f)/2. So a run
    that ends inside a cell gains at most what it gains with the whole cell or without it, plus |c − C| n σ, and nothing
-   more if f has one sign on the cell. Where f has both signs, |c − C| ≤ 2 max|x − C| + √|α|. With the C that makes
-   α = 0, this *leak* is 2 n σ max(x − C). Hence the prices satisfy fact 1 if φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a)
-   for all cuts a < b.
+   more if f has one sign on the cell. Where f has both signs, |c − C| ≤ 2 max|x − C| + √max(0, α). With the C that
+   makes α = 0, or the cell's least value if that is lower (then α < 0), this *leak* is 2 n σ max(x − C) where a run
+   begins, and nothing where one ends: there c < C, and f is negative. Hence the prices satisfy fact 1 if
+   φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a) for all cuts a < b.
 3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ, computed by
    `proof.path.potentials`.
 
@@ -96,7 +97,8 @@ class _Request(NamedTuple):
     cells: _Cells
     leak: np.ndarray  # [m + 1] at each cut
     price: float
-    band: int  # first guess of how many cuts before a block are candidates
+    sizes: np.ndarray  # the number of cells of each interval of the partition known
+    band: int  # first guess of how many cuts before a block are candidates, in compiled passes
     compiled: bool  # whether the pass is large enough to pay for its compilation
 
 
@@ -164,7 +166,7 @@ def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
         if not request.compiled:
             row = requests.pop(r).cells
             arrays = row.weight, row.mean, row.square, request.leak
-            yield r, fit_knq_path_host.potentials(*arrays, request.price, row.zero, request.band)
+            yield r, fit_knq_path_host.potentials(*arrays, request.price, row.zero, request.sizes)
     while requests:
         groups: dict[tuple[int, bool], list[int]] = {}
         for r, request in requests.items():
@@ -241,14 +243,16 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         inner = open_cells & (cells.greatest > cells.least)
         spread = np.where(inner, 2 * np.sqrt(cells.weight * cells.square), 0.0)
         margin = _margins(cells, whole)
-        up = margin * spread * np.maximum(cells.greatest - np.interp(cells.least, left_places, left_level), 0.0)
-        down = margin * spread * np.maximum(np.interp(cells.greatest, right_places, right_level) - cells.least, 0.0)
-        band = _band(cells, whole)
+        left = np.minimum(np.interp(cells.least, left_places, left_level), cells.least)
+        right = np.maximum(np.interp(cells.greatest, right_places, right_level), cells.greatest)
+        up, down = margin * spread * (cells.greatest - left), margin * spread * (right - cells.least)
+        sizes = np.diff(np.searchsorted(cells.cuts, whole))
+        band = min(int(1.6 * sizes.max()) + 32, len(cells.weight) + 32)
         tangents: dict[float, tuple[float, int]] = {}
         for _ in range(_TRIALS if inner.any() else _LAST_TRIALS):
             price = proposed
             up = np.minimum(up, price / 2)
-            forward, before, band, merges = yield _Request(cells, _at_cuts(up), price, band, compiled)
+            forward, before, band, merges = yield _Request(cells, _at_cuts(up), price, sizes, band, compiled)
             left_level, leak = _leaks(cells, spread, forward)
             more_up = _more(leak, up, price)
             rounding = _rounding(row, cells, float(forward[-1]) + best, merges, num_levels, moment)
@@ -270,7 +274,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         if bound >= enough:
             break
         mirror, down = cells.reversed(), np.minimum(down, price / 2)
-        backward, _, band, merges = yield _Request(mirror, _at_cuts(down[::-1]), price, band, compiled)
+        backward, _, band, merges = yield _Request(mirror, _at_cuts(down[::-1]), price, sizes[::-1], band, compiled)
         rounding = max(rounding, _rounding(row, cells, float(backward[-1]) + best, merges, num_levels, moment))
         right_level, leak = _leaks(mirror, spread[::-1], backward)
         more_down = _more(leak, down[::-1], price)
@@ -327,18 +331,12 @@ def _margins(cells: _Cells, whole: np.ndarray) -> np.ndarray:
     return _MARGIN + (_MARGIN_INSIDE - _MARGIN) * 4 * (middle - low) / width * (high - middle) / width
 
 
-def _levels(cells: _Cells, potential: np.ndarray) -> np.ndarray:
-    """Returns the C of each cell (fact 2): the level below a boundary there."""
-    weight = np.where(cells.weight > 0, cells.weight, 1.0)
-    return cells.mean - np.sqrt(np.maximum((np.diff(potential) - cells.square) / weight, 0.0))
-
-
 def _leaks(cells: _Cells, spread: np.ndarray, potential: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the C of each cell, and its leak; `spread` is 2 n σ, or 0 where the cell has no leak."""
     weight = np.where(cells.weight > 0, cells.weight, 1.0)
-    level = _levels(cells, potential)
-    missing = np.maximum((cells.square - np.diff(potential)) / weight, 0.0)
-    missing += 8 * _UNIT * potential[-1] / weight  # φ is rounded
+    level = cells.mean - np.sqrt(np.maximum((np.diff(potential) - cells.square) / weight, 0.0))
+    level = np.minimum(level, cells.least)  # a run that ends in a cell with C inside it would leak too
+    missing = 8 * _UNIT * potential[-1] / weight  # φ is rounded
     reach = np.maximum(cells.greatest - level, 0.0) + np.sqrt(missing)
     return level, spread * reach * (1 + 2.0**-30)
 
@@ -391,12 +389,6 @@ def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
         pinned = np.searchsorted(starts, cells.zero, side="right") - 1
         error += float(weight[pinned] * mean[pinned] ** 2)
     return error
-
-
-def _band(cells: _Cells, whole: np.ndarray) -> int:
-    """Returns a first guess of how many cuts before a block are candidates; a pass that needs more reports it."""
-    longest = int(np.diff(np.searchsorted(cells.cuts, whole)).max())
-    return min(int(1.6 * longest) + 32, len(cells.weight) + 32)
 
 
 def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:

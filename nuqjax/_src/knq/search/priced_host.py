@@ -18,6 +18,8 @@ _BAND = 2.5  # width of the widest intervals tried first, over the average
 _HELD = 2**21  # gains stored at once
 LEAST_BLOCK, _BLOCK, _MOST_BLOCK = 4, 32, 128  # cuts settled at once: at the ends of a row, with one window, at most
 _PER_BLOCK = 4  # a block has at most one cut for every so many between it and the nearer end of the row
+_AT_ONCE = 2**16  # gains compared at once
+_STEP = 2**13  # going back an interval costs as much as comparing so many gains, besides those that it compares
 _EXACT = 2.0**52  # sums and differences of integers below this are exact in float64
 
 
@@ -226,10 +228,27 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
     """
     zero, gains = problem.zero, problem.gains
     width, length, number = gains.shape
-    lag = np.arange(width, 0, -1)[:, None]
     potential = np.full((width + length, number), np.inf)  # padded for cuts before the first
     potential[width] = 0.0
-    widest = np.empty((length, number))
+    if number == 1:
+        _settle_each_of_one(potential[:, 0], gains[:, :, 0], price[0], -1 if zero is None else int(zero[0]))
+    else:
+        _settle_each(potential, gains, price, zero)
+    begun = potential[:length]  # at the cut as many cells before each cut as the width
+    widest = begun - gains[0] + price
+    if zero is not None:
+        end = np.arange(length)[:, None]
+        widest = np.where((end - width <= zero) & (end > zero), begun, widest)
+    inner = slice(width, length - 1)
+    if (widest[inner] <= potential[width:][inner]).any():
+        return None
+    return _Path(potential[width:], None, None)
+
+
+def _settle_each(potential, gains, price, zero) -> None:
+    """Computes the paths to one cut after the other, in place, from the gains of the intervals that end there."""
+    width, length, number = gains.shape
+    lag = np.arange(width, 0, -1)[:, None]
     zero = np.zeros(0, np.int64) if zero is None else zero
     pinned_from, pinned_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
     reached, least = np.empty((width, number)), np.empty(number)
@@ -240,24 +259,40 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
             reached += price
             np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
             np.minimum.reduce(reached, axis=0, out=potential[end + width])
-            widest[end] = reached[0]
         else:
             np.minimum.reduce(reached, axis=0, out=least)
             np.add(least, price, out=potential[end + width])
-            np.add(reached[0], price, out=widest[end])
-    inner = slice(width, length - 1)
-    if (widest[inner] <= potential[width:][inner]).any():
-        return None
-    return _Path(potential[width:], None, None)
 
 
-def schedule(cuts: int, most: int) -> list[int]:
-    """Returns where blocks end; blocks are smaller near the ends of the row, as intervals are."""
+def _settle_each_of_one(potential, gains, price, zero: int) -> None:
+    """Computes `_settle_each` for one row, whose gains to a cut are put next to each other."""
+    width = len(gains)
+    lag, reached = np.arange(width, 0, -1), np.empty(width)
+    pinned = range(zero + 1, zero + 1 + width) if zero >= 0 else ()
+    for end, to_end in enumerate(np.ascontiguousarray(gains.T[1:]), 1):
+        begun = potential[end : end + width]
+        np.subtract(begun, to_end, out=reached)
+        if end in pinned:
+            reached += price
+            np.copyto(reached, begun, where=end - lag <= zero)
+            potential[end + width] = np.minimum.reduce(reached)
+        else:
+            potential[end + width] = np.minimum.reduce(reached) + price
+
+
+def schedule(cuts: int, most: int | np.ndarray) -> list[int]:
+    """Returns where blocks of at most `most` cuts end, or of at most `most[cut]` where they differ along the row.
+
+    Blocks are smaller near the ends of the row, as intervals are.
+    """
+    limits = (np.full(cuts, most) if isinstance(most, int) else most).tolist()
     ends = [0]
     while ends[-1] < cuts:
-        near = min(ends[-1], cuts - ends[-1]) // _PER_BLOCK
-        size = 1 << max(near, LEAST_BLOCK).bit_length() - 1
-        ends.append(min(ends[-1] + min(size, most), cuts))
+        start = ends[-1]
+        near = min(start, cuts - start) // _PER_BLOCK
+        size = min(1 << max(near, LEAST_BLOCK).bit_length() - 1, limits[start])
+        size = min(size, limits[min(start + size, cuts) - 1])
+        ends.append(min(start + size, cuts))
     return ends
 
 
@@ -380,7 +415,7 @@ def _path_of_one(problem: _Problem, price) -> _Path:
     weighty, length, paid = problem.weighty, len(count), price[0]
     potential = np.full(length, np.inf)
     potential[0] = 0.0
-    ends = schedule(length - 1, min(problem.block, _BLOCK))
+    ends = schedule(length - 1, problem.block)
     firsts = np.zeros(len(ends), np.int64)
     for block, (below, last) in enumerate(itertools.pairwise(ends)):
         first = firsts[block]
@@ -440,6 +475,22 @@ def _settle_within(problem: _Problem, price, below: int, last: int, potential, f
 
 def _traced_back(problem: _Problem, price, path: _Path, steps: int):
     """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
+    zero, gains = problem.zero, problem.gains
+    number = problem.count.shape[1]
+    if gains is not None and gains.size <= steps * (_STEP + 2 * len(gains) * number):
+        chain = _through_every_cut(problem, price, path, steps)
+    elif gains is None and number == 1:
+        chain = _chain_of_one(problem, price, path, steps)
+    else:
+        chain = _chain(problem, price, path, steps)
+    priced = chain[:, :-1] > 0
+    if zero is not None:
+        priced &= (chain[:, 1:] > zero[:, None]) | (chain[:, :-1] <= zero[:, None])
+    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were traced
+
+
+def _chain(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
+    """Returns `[R, steps + 1]` the cuts of each path, from its end: all rows go back an interval at a time."""
     count, total, zero, gains, weighty, _ = problem
     length, number = count.shape
     lane = np.arange(number)
@@ -470,8 +521,44 @@ def _traced_back(problem: _Problem, price, path: _Path, steps: int):
         chain[step] = end = np.where(end > 0, np.minimum(first + at, last), 0)
         if not end.any():
             break
-    chain = chain.T
-    priced = chain[:, :-1] > 0
-    if zero is not None:
-        priced &= (chain[:, 1:] > zero[:, None]) | (chain[:, :-1] <= zero[:, None])
-    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were traced
+    return chain.T
+
+
+def _chain_of_one(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
+    """Computes `_chain` for one row, in which the beginnings of an interval are a slice."""
+    count, total, potential = problem.count[:, 0], problem.total[:, 0], path.potential[:, 0]
+    zero = -1 if problem.zero is None else int(problem.zero[0])
+    firsts, blocks, paid = path.firsts[:, 0].tolist(), path.block, price[0]
+    chain = np.zeros((1, steps + 1), np.int64)
+    chain[0, 0] = end = len(count) - 1
+    for step in range(1, steps + 1):
+        first = min(firsts[blocks[end]], end - 1)
+        gain = _gain(count[first:end], total[first:end], count[end], total[end], problem.weighty)
+        pinned = np.arange(first, end) <= zero if first <= zero < end else None
+        end = first + int(np.argmin(_reached(potential[first:end], gain, paid, pinned)))
+        chain[0, step] = end
+        if not end:
+            break
+    return chain
+
+
+def _through_every_cut(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
+    """Computes `_chain` from the best beginning of the last interval to every cut, a few cuts at a time."""
+    _, _, zero, gains, _, _ = problem
+    width, length, number = gains.shape
+    padded = np.concatenate([np.full((width, number), np.inf), path.potential])
+    before = np.zeros((length, number), np.int64)
+    lag = np.arange(width, 0, -1)[:, None, None]
+    cuts = max(1, _AT_ONCE // (width * number))
+    for start in range(1, length, cuts):
+        end = np.arange(start, min(start + cuts, length))[:, None]
+        begun = np.lib.stride_tricks.sliding_window_view(padded[start : start + len(end) + width - 1], len(end), axis=0)
+        begun = begun.transpose(0, 2, 1)
+        pinned = None if zero is None else (end - lag <= zero) & (end > zero)
+        reached = _reached(begun, gains[:, start : start + len(end)].copy(), price, pinned)
+        before[start : start + len(end)] = end - width + np.argmin(reached, axis=0)
+    chain = np.empty((steps + 1, number), np.int64)
+    chain[0] = length - 1
+    for step in range(steps):
+        chain[step + 1] = before[chain[step], np.arange(number)]
+    return chain.T
