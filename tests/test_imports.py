@@ -47,7 +47,11 @@ WINGS: dict[str, Wing] = {
         "leaf trace report",
         ("rich",),
     ),
-    "store": Wing("foreign file write text entropy tree entry report store", "leaf report", ("constriction",)),
+    "store": Wing(
+        "foreign dtypes file target write text entropy tree describe entry report layout place store",
+        "leaf report",
+        ("constriction",),
+    ),
     "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report", ("rich",)),
     "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
     "calibration": Wing(
@@ -57,7 +61,8 @@ WINGS: dict[str, Wing] = {
         ("rich",),
     ),
     "checkpoint": Wing(
-        "tree names journal read checkpoint convert",
+        "tree names journal locate "
+        "formats/safetensors formats/numpy formats/msgpack formats/orbax formats/hdf5 checkpoint convert",
         "leaf report store compress",
         ("flax", "h5py", "msgpack", "orbax"),
     ),

@@ -18,11 +18,13 @@ from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report, report_leaf
 from nuqjax._src.store import entropy as store_entropy
-from nuqjax._src.store.entry import to_part
+from nuqjax._src.store.dtypes import to_part
+from nuqjax._src.store.file import shard_size
+from nuqjax._src.store.layout import Layout, described, metadata
 from nuqjax._src.store.report import with_coded_sizes
-from nuqjax._src.store.store import Layout, described, metadata, shard_size
+from nuqjax._src.store.target import claim
 from nuqjax._src.store.tree import tree_to_nodes
-from nuqjax._src.store.write import claim, to_json, write
+from nuqjax._src.store.write import to_json, write
 
 
 def compress_checkpoint(

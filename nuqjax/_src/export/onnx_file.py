@@ -11,10 +11,10 @@ from jax.extend.core import jaxpr_as_fun
 
 from nuqjax._src.export.program import by_name, check_kept, checked_inputs
 from nuqjax._src.leaf.codebook_array import decode, is_codebook_array, level_values, with_levels
-from nuqjax._src.store.entry import NUMPY_DTYPES
-from nuqjax._src.store.store import Layout
+from nuqjax._src.store.dtypes import DTYPES
+from nuqjax._src.store.layout import Layout
+from nuqjax._src.store.target import replacing
 from nuqjax._src.store.tree import tree_to_nodes
-from nuqjax._src.store.write import replacing
 from nuqjax._src.trace.interpret import Interpreter, Site, bind
 
 
@@ -101,7 +101,7 @@ def _stored(cparams: Any) -> dict[str, np.ndarray]:
     for path, leaf in named:
         for tensor in layout.add(path, leaf):
             data = b"".join(bytes(chunk) for chunk in tensor.chunks())
-            found[tensor.name] = np.frombuffer(data, NUMPY_DTYPES[tensor.code]).reshape(tensor.shape)
+            found[tensor.name] = np.frombuffer(data, DTYPES[tensor.code]).reshape(tensor.shape)
     return found
 
 

@@ -17,10 +17,11 @@ from jax import lax
 from nuqjax._src.apply.apply import apply
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.store.entry import NUMPY_DTYPES
-from nuqjax._src.store.store import Layout, save_by_name
+from nuqjax._src.store.dtypes import DTYPES
+from nuqjax._src.store.layout import Layout
+from nuqjax._src.store.store import save_by_name
+from nuqjax._src.store.target import replacing
 from nuqjax._src.store.tree import tree_to_nodes
-from nuqjax._src.store.write import replacing
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, WEIGHTS = "program.jax_export", "weights.safetensors"
@@ -172,7 +173,7 @@ def by_name(cparams: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[Ma
         references = layout.entries[-1].get("tensors", {})
         for (role, reference), tensor in zip(references.items(), stored, strict=True):
             where = f"{path or 'the tree'}{'' if role == 'data' else f', {role}'}"
-            dtype = NUMPY_DTYPES[tensor.code]
+            dtype = DTYPES[tensor.code]
             for name in (dtype, reference["dtype"]):
                 _check_dtype(name, where)
             tensors[reference["name"]] = jax.ShapeDtypeStruct(tensor.shape, dtype)

@@ -13,7 +13,8 @@ from nuqjax._src.leaf.codebook_array import CodebookArray
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report
-from nuqjax._src.store.entry import Entry, is_floating
+from nuqjax._src.store.dtypes import is_floating
+from nuqjax._src.store.entry import Entry
 
 
 def report_to_json(report: Report) -> list[dict[str, Any]]:
