@@ -29,7 +29,7 @@ class Wing(NamedTuple):
 # In the order of the flow: arrows point up this table only. The import of a name that only types need counts, too.
 WINGS: dict[str, Wing] = {
     "platform": Wing("meshes compat host"),
-    "leaf": Wing("paths qformat words rows fixed_point packing assign codebook_array codebooks shardings"),
+    "leaf": Wing("paths qformat words rows fixed_point packing assign codebook_array check take codebooks shardings"),
     "trace": Wing("interpret"),
     "knq": Wing(
         "rows/sorted rows/long "
@@ -41,7 +41,7 @@ WINGS: dict[str, Wing] = {
     "report": Wing("leaf_report trees render plot comparison report", "leaf", ("matplotlib", "rich")),
     "apply": Wing("after apply", "leaf trace"),
     "fold": Wing("program chains solver fold", "leaf trace"),
-    "fit": Wing("grid enq leaf_on_mesh methods", "leaf knq"),
+    "fit": Wing("per_row steps grid enq leaf_on_mesh methods", "leaf knq"),
     "emulate": Wing(
         "formats program bounds sums parameters exact trace emulate presets measure calibrate",
         "leaf trace report",

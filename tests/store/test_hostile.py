@@ -19,7 +19,8 @@ import pytest
 import nuqjax
 from nuqjax import ChannelGroups, InputGroups, QFormat, Rule
 from nuqjax._src.leaf import packing
-from nuqjax._src.leaf.codebook_array import check_structure, is_codebook_array
+from nuqjax._src.leaf.check import check_structure
+from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.report.report import Report
 from nuqjax._src.store import file as store_file
 from nuqjax._src.store import layout as store_layout

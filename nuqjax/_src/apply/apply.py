@@ -14,22 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
 
 from nuqjax._src.apply.after import after, token_of
-from nuqjax._src.leaf.codebook_array import (
-    CodebookArray,
-    check_layout,
-    decode,
-    decode_take,
-    dense_sharding,
-    is_codebook_array,
-)
+from nuqjax._src.leaf.codebook_array import CodebookArray, check_layout, decode, dense_sharding, is_codebook_array
 from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.leaf.take import decode_take
 from nuqjax._src.platform.meshes import as_automatic, explicit_sharding
 from nuqjax._src.trace.interpret import (
     CONTROL_FLOW,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.leaf import rows as rows_
-from nuqjax._src.leaf.codebook_array import CodebookArray, check_structure, is_codebook_array
+from nuqjax._src.leaf.check import check_structure
+from nuqjax._src.leaf.codebook_array import CodebookArray, is_codebook_array
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
 from nuqjax._src.store import entropy as store_entropy
 from nuqjax._src.store.dtypes import Part, is_floating, to_part

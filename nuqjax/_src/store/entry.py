@@ -16,7 +16,8 @@ import numpy as np
 
 from nuqjax._src.leaf import packing
 from nuqjax._src.leaf import rows as rows_
-from nuqjax._src.leaf.codebook_array import CodebookArray, check_structure
+from nuqjax._src.leaf.check import check_structure
+from nuqjax._src.leaf.codebook_array import CodebookArray
 from nuqjax._src.leaf.qformat import QFormat
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
 from nuqjax._src.platform.host import to_jax
