@@ -66,6 +66,7 @@ WINGS: dict[str, Wing] = {
         "leaf report store compress",
         ("flax", "h5py", "msgpack", "orbax"),
     ),
+    "cli": Wing("options parser process show compare commands", "leaf report checkpoint nuqjax", ("rich", "shtab")),
 }
 SOURCES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
 FACE = sorted(PACKAGE.glob("*.py"))
@@ -110,6 +111,7 @@ def test_the_table_and_the_package_name_the_same_files():
 
 def test_the_arrows_of_the_table_point_one_way():
     order = list(WINGS)
+    order.insert(order.index("cli"), "nuqjax")  # the command line alone stands on the face
     for wing, row in WINGS.items():
         assert set(row.wings.split()) <= set(order[: order.index(wing)]), wing
 

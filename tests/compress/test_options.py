@@ -7,6 +7,7 @@ import pytest
 
 import nuqjax
 from nuqjax import cli
+from nuqjax._src.cli.options import RULE_OPTIONS
 from nuqjax._src.compress.rules import INHERIT, Options
 
 OF_LEAVES = {"stack_axes", "skip", "rule"}  # only a rule says these
@@ -45,4 +46,4 @@ def test_the_command_line_has_the_options_with_their_defaults():
 
 
 def test_the_command_line_reads_every_option_of_a_rule():
-    assert {key for key, _ in cli._RULE_OPTIONS.values()} == {field.name for field in fields(Options)} - {"rule"}
+    assert {key for key, _ in RULE_OPTIONS.values()} == {field.name for field in fields(Options)} - {"rule"}
