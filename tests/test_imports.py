@@ -30,7 +30,7 @@ class Wing(NamedTuple):
 WINGS: dict[str, Wing] = {
     "platform": Wing("meshes compat host"),
     "leaf": Wing("paths qformat words rows fixed_point packing assign codebook_array check take codebooks shardings"),
-    "trace": Wing("interpret"),
+    "trace": Wing("traced interpret operations"),
     "knq": Wing(
         "rows/sorted rows/long "
         "search/priced_host search/windows_host search/dense_host search/dense search/priced search/search search/gaps "

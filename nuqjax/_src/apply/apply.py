@@ -24,17 +24,8 @@ from nuqjax._src.leaf.codebook_array import CodebookArray, check_layout, decode,
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.leaf.take import decode_take
 from nuqjax._src.platform.meshes import as_automatic, explicit_sharding
-from nuqjax._src.trace.interpret import (
-    CONTROL_FLOW,
-    Interpreter,
-    Rule,
-    Site,
-    argument_name,
-    bind,
-    scan_parts,
-    trace,
-    write_changes,
-)
+from nuqjax._src.trace.interpret import CONTROL_FLOW, Interpreter, Rule, Site, bind, scan_parts
+from nuqjax._src.trace.traced import argument_name, trace, write_changes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending"))

@@ -13,7 +13,7 @@ from nuqjax._src.calibration.convolutions import with_fast_convolutions
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.platform.meshes import on_automatic
-from nuqjax._src.trace.interpret import Traced, trace
+from nuqjax._src.trace.traced import Traced, trace
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 

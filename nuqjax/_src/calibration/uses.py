@@ -18,8 +18,8 @@ from jax import lax
 from jax.extend import core
 
 from nuqjax._src.calibration.convolutions import convolve
-from nuqjax._src.fold.program import MOVING, move
 from nuqjax._src.trace.interpret import Interpreter, Rule, Site, bind, inline, scan_parts
+from nuqjax._src.trace.operations import DERIVED, MOVING, move
 
 
 class Slice:
@@ -450,10 +450,7 @@ def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVING, _moved),
-    **dict.fromkeys(
-        ("checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-        inline,
-    ),
+    **dict.fromkeys(DERIVED, inline),
     **dict.fromkeys(("add", "sub", "add_any"), _add),
     "split": _parted,
     "dot_general": _dot,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
-from nuqjax._src.emulate.program import LINEAR, LOOKING_UP, MOVING, Node, Program, whole_numbers
+from nuqjax._src.emulate.program import LOOKING_UP, MOVING, Node, Program, whole_numbers
 from nuqjax._src.leaf.qformat import QFormat
+from nuqjax._src.trace.operations import LINEAR
 
 _WIDEST = 62  # bits of magnitude that int64 words may have, so that a doubled word and a sum of two words still fit
 _FLOAT32, _FLOAT64 = 24, 53  # bits of the significands

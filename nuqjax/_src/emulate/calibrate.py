@@ -11,11 +11,12 @@ from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
 from nuqjax._src.emulate.measure import Wanted, measured
 from nuqjax._src.emulate.parameters import Parameters
 from nuqjax._src.emulate.presets import CHOICES, PRESETS, Preset
-from nuqjax._src.emulate.program import LINEAR, MOVING, Node, Program, build, operands
+from nuqjax._src.emulate.program import MOVING, Node, Program, build, operands
 from nuqjax._src.emulate.sums import weight_sums
 from nuqjax._src.leaf.codebook_array import CodebookArray
 from nuqjax._src.leaf.qformat import QFormat, check_modes
 from nuqjax._src.platform.meshes import as_on_automatic
+from nuqjax._src.trace.operations import LINEAR
 
 
 def calibrate(

@@ -18,7 +18,7 @@ from nuqjax._src.emulate.bounds import Site, Words, format_words, sites
 from nuqjax._src.emulate.exact import exact_words, plain, telling
 from nuqjax._src.emulate.formats import Formats, SiteFormat
 from nuqjax._src.emulate.parameters import Parameters
-from nuqjax._src.emulate.program import LINEAR, TELLING, Node, Program, build
+from nuqjax._src.emulate.program import TELLING, Node, Program, build
 from nuqjax._src.emulate.sums import products_sum, scanned_sum, wrapped
 from nuqjax._src.emulate.trace import Recorder
 from nuqjax._src.leaf import fixed_point
@@ -26,6 +26,7 @@ from nuqjax._src.leaf.words import divide, drop_bits, drop_bits_twice, into_rang
 from nuqjax._src.platform.compat import enable_x64
 from nuqjax._src.platform.host import x64
 from nuqjax._src.platform.meshes import as_on_automatic
+from nuqjax._src.trace.operations import LINEAR
 
 
 def emulate(

@@ -18,22 +18,12 @@ import numpy as np
 from jax.extend import core
 
 from nuqjax._src.fold.chains import Chain, Slot, find, passed, positions
-from nuqjax._src.fold.program import (
-    MOVING,
-    SCALING,
-    Flat,
-    Values,
-    bind_in,
-    flat,
-    flatten,
-    inner_batch_norms,
-    scoped,
-    wide,
-)
+from nuqjax._src.fold.program import SCALING, Flat, Values, bind_in, flat, flatten, inner_batch_norms, scoped, wide
 from nuqjax._src.fold.solver import Solver
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.trace.interpret import Traced, trace, write_changes
+from nuqjax._src.trace.operations import MOVING
+from nuqjax._src.trace.traced import Traced, trace, write_changes
 
 
 def fold_batch_norm(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from nuqjax._src.fold.program import MOVING, Flat, Values
+from nuqjax._src.fold.program import Flat, Values
+from nuqjax._src.trace.operations import MOVING
 
 # By operation: the first operand from the result and the second, and the second from the result and the first.
 _SOLVED: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
