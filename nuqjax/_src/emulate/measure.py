@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nuqjax._src.emulate.parameters import Parameters
 from nuqjax._src.emulate.presets import Preset
 from nuqjax._src.emulate.program import Node, Program, consumers
 from nuqjax._src.leaf import fixed_point
-from nuqjax._src.leaf.qformat import QFormat
+from nuqjax._src.leaf.qformat import QFormat, of_least_error
 from nuqjax._src.leaf.words import rounds_up
 
 
@@ -60,7 +59,8 @@ def measured(program: Program, arrays: Any, wanted: Sequence[Wanted], modes: Pre
         return [[_squared_error(v, fmt, modes) for fmt in fmts] for v, fmts in zip(values, candidates, strict=True)]
 
     found = jax.device_get(jax.jit(errors)(arrays))
-    return [fmts[int(np.argmin(error))] for fmts, error in zip(candidates, found, strict=True)]
+    by_format = [dict(zip(*pair, strict=True)) for pair in zip(candidates, found, strict=True)]
+    return [of_least_error(known, lambda fmt, _, known=known: known[fmt]) for known in by_format]
 
 
 def _first_choice(entry: Wanted, low: float, high: float, modes: Preset) -> QFormat:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax._src.knq.rows.sorted import first_least, windows
+from nuqjax._src.platform.rounding import rounded_in_loop
 
 
 class Carried(NamedTuple):
@@ -40,11 +41,6 @@ def nothing_yet(rows: int, band: int) -> Carried:
     return Carried(empty, empty, empty, empty, start, np.zeros(rows, np.int32), np.ones(rows, bool))
 
 
-def _rounded(product):
-    """Rounds a product before it is added to anything: otherwise XLA contracts a·b + c in some programs only."""
-    return jnp.where(product < jnp.inf, product, jnp.inf)
-
-
 def _merged(one, two):
     """Merges weight, mean, its rest and squared error of two neighbouring runs (Chan, Golub and LeVeque 1983).
 
@@ -56,10 +52,10 @@ def _merged(one, two):
     inverse = 1.0 / jnp.where(both > 0, both, 1.0)
     apart = (other - mean) + (other_rest - rest)
     left = n >= k
-    moved = _rounded(apart * jnp.where(left, k, -n) * inverse) + jnp.where(left, rest, other_rest)
+    moved = rounded_in_loop(apart * jnp.where(left, k, -n) * inverse) + jnp.where(left, rest, other_rest)
     base = jnp.where(left, mean, other)
     middle = base + moved
-    between = _rounded(apart * apart * (n * k * inverse))
+    between = rounded_in_loop(apart * apart * (n * k * inverse))
     return both, middle, moved - (middle - base), (square + other_square) + between
 
 
@@ -141,7 +137,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         level = mean + rest
         where = zero.reshape(count, *(1,) * (a.ndim - 1))
         paid = price.reshape(where.shape)
-        return error + jnp.where((a <= where) & (b > where), _rounded(total * level * level), paid)
+        return error + jnp.where((a <= where) & (b > where), rounded_in_loop(total * level * level), paid)
 
     def step(number, state):
         *known, start, first, enough, potential, before = state
@@ -192,7 +188,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
             if pin:
                 level = ring[1] + ring[2]
                 held = (a <= zero[:, None]) & (below + 1 + i > zero[:, None])
-                value = value + jnp.where(held, _rounded(ring[0] * level * level), charge)
+                value = value + jnp.where(held, rounded_in_loop(ring[0] * level * level), charge)
             else:
                 value = value + charge
             low, where = first_least(jnp.where(begun, value, infinite), a, 1)

@@ -16,6 +16,7 @@ from jax import lax
 
 from nuqjax._src.knq.rows.sorted import fraction_bits, places_of_rows, search, take
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.rounding import rounded_first
 
 _BLOCK, _BLOCK_OF_LONGEST = 16, 64  # values between two running sums
 _LONGEST = 2**24  # in longer rows memory matters more than the time of the search
@@ -364,13 +365,13 @@ def _summed(rows: LongRows) -> LongRows:
     scaled = jnp.where(there, values, 0).astype(jnp.float64) / unit[:, None]
     heavy = there.astype(jnp.float64) if shares is None else shares
     exact = _moments(scaled, shares, frac)
-    off = jnp.sum(lax.optimization_barrier(jnp.abs(scaled * heavy - exact.astype(jnp.float64) * 2.0**-frac)), axis=1)
+    off = jnp.sum(rounded_first(jnp.abs(scaled * heavy - exact.astype(jnp.float64) * 2.0**-frac)), axis=1)
     masses = None
     if shares is not None:
         mass = _masses(shares, frac)
         off = off + 4 * jnp.sum(jnp.abs(heavy - mass.astype(jnp.float64) * 2.0**-frac), axis=1)
         masses = _below_blocks(mass)
-    square = jnp.sum(lax.optimization_barrier(scaled * scaled * heavy), axis=1)
+    square = jnp.sum(rounded_first(scaled * scaled * heavy), axis=1)
     return rows._replace(masses=masses, moments=_below_blocks(exact), square=square, slack=4 * off)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.rounding import rounded_first
 
 _STRETCH = 2**20  # 16-bit values counted at once: NumPy makes them 64 bits wide
 _FAR = np.int32(2**30)  # greater than every place
@@ -350,8 +351,8 @@ def _from_nothing(sums):
 def _square_and_slack(values, heavy, off):
     """Returns `[R]` Σ weight · value², and the most by which the rounding `off` may change any partition's error."""
     xp = namespace(values)
-    square = xp.sum(_rounded(values * values * heavy), axis=1)
-    return square, 4 * xp.sum(_rounded(off), axis=1)  # magnitudes are below 2, squares below 4
+    square = xp.sum(rounded_first(values * values * heavy), axis=1)
+    return square, 4 * xp.sum(rounded_first(off), axis=1)  # magnitudes are below 2, squares below 4
 
 
 def _in_units(values, masses, weighted: bool, frac: int):
@@ -364,11 +365,6 @@ def _in_units(values, masses, weighted: bool, frac: int):
     single = xp.rint(values * 2.0**frac)
     heavy = masses.astype(xp.float64)
     return single.astype(xp.int64) * masses, heavy, xp.abs(values - single * 2.0**-frac) * heavy
-
-
-def _rounded(terms):
-    """Returns terms that are rounded before they are added up: XLA cannot contract a product and a sum."""
-    return terms if isinstance(terms, np.ndarray) else lax.optimization_barrier(terms)
 
 
 def _sorted(keys, shares):

@@ -29,6 +29,7 @@ from nuqjax._src.knq.search.dense import dense_rows
 from nuqjax._src.knq.search.priced import priced_paths
 from nuqjax._src.knq.search.windows_host import windows_rows
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.rounding import rounded_first
 
 _FEW_LEVELS = 12  # for fewer levels there are as many cells as for these
 _SPREAD = 12  # cells per interval, on average, before a partition is known
@@ -49,11 +50,6 @@ _LANES = 16  # rows handled at once
 Rows = SortedRows | LongRows | ShardedRows
 
 
-def _rounded(product):
-    """Returns a product that is rounded before anything is added to it: XLA cannot contract the two."""
-    return product if isinstance(product, np.ndarray) else lax.optimization_barrier(product)
-
-
 def coarse_cuts(rows: Rows, count: int):
     """Returns `[R, count + 1]` ascending cuts from 0 to the last: all if they are few, else spread in four ways.
 
@@ -68,12 +64,12 @@ def coarse_cuts(rows: Rows, count: int):
     share = xp.arange(1, quarter, dtype=xp.int64)
     even = share * size // quarter
     low, high = rows.value_at(xp.zeros_like(size)), rows.value_at(size)
-    grid = rows.cut_below(low + _rounded((high - low) * (share / quarter)))
+    grid = rows.cut_below(low + rounded_first((high - low) * (share / quarter)))
     edges = xp.arange(4 * count + 1, dtype=xp.int64) * size // (4 * count)
     ends = rows.value_at(edges)
     gaps = ends[:, 1:] - ends[:, :-1]
     root = xp.sqrt(gaps)
-    pull = _rounded(root * xp.sqrt(xp.sqrt(xp.sqrt(gaps))))  # gap^(5/8), by correctly rounded steps
+    pull = rounded_first(root * xp.sqrt(xp.sqrt(xp.sqrt(gaps))))  # gap^(5/8), by correctly rounded steps
     pull = (pull * 2.0**30).astype(xp.int64) + 1
     running = xp.cumsum(pull, axis=1)
     place = xp.sum(running[:, None, :] <= (share * running[:, -1:] // quarter)[:, :, None], axis=2)
@@ -103,7 +99,7 @@ def even_cuts(rows: Rows, cuts, cells: int):
     half = xp.arange(cells // 2, dtype=xp.int64)
     ranks = low + (high - low) * half // (cells // 2)
     least, most = rows.value_at(low), rows.value_at(xp.maximum(high - 1, 0))
-    wanted = least + _rounded((most - least) * ((half + 0.5) / (cells // 2)))
+    wanted = least + rounded_first((most - least) * ((half + 0.5) / (cells // 2)))
     count = wanted.shape[0]
     by_value = rows.cut_below(wanted.reshape(count, -1))
     chosen = xp.concatenate([rows.before_ties(ranks.reshape(count, -1)), by_value, size], axis=1)
@@ -146,13 +142,13 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     middle = size // 2
     both = reference[1:] + reference[:-1]
     moved = 2 * (total - total[:, middle : middle + 1]) - (count - count[:, middle : middle + 1]) * both[:, None]
-    shift = _rounded(spacing[:, None] * moved.astype(jnp.float64))
+    shift = rounded_first(spacing[:, None] * moved.astype(jnp.float64))
     place = jnp.arange(size, dtype=jnp.int32)[:, None]
 
     def cost(left, right, level):
         n, s = right[0] - left[0], right[1] - left[1]
         rest = (s - n * level).astype(jnp.float64)
-        to_zero = _rounded(level.astype(jnp.float64) * (s + rest.astype(s.dtype)).astype(jnp.float64))
+        to_zero = rounded_first(level.astype(jnp.float64) * (s + rest.astype(s.dtype)).astype(jnp.float64))
         gain = jnp.where(~left[2] & right[2], -to_zero, _gain(n.astype(jnp.float64), rest))
         return jnp.where(n < 0, jnp.inf, -gain)
 
