@@ -27,25 +27,25 @@ def after(packed: jax.Array, token: jax.Array) -> jax.Array:
     return as_automatic(_after_p.bind, sharding.mesh, typed_spec(packed))(packed, token)
 
 
-def _after_by_data(packed, token):
+def _after_by_data(packed, token) -> Any:
     """Combines the bytes with a zero that XLA cannot simplify away, since a float times zero may be NaN."""
     first = lax.reshape(lax.slice(token, (0,) * token.ndim, (1,) * token.ndim), ())
     never = first.astype(jnp.float32) * 0 > 0
     return packed ^ never.astype(packed.dtype)
 
 
-def _after_by_barrier(packed, token):
+def _after_by_barrier(packed, token) -> Any:
     return lax.optimization_barrier((packed, token))[0]
 
 
-def _batch_after(args, dims):
+def _batch_after(args, dims) -> tuple[Any, Any]:
     packed, token = args
     if dims[1] is not None:  # any one example serves: decoding must not be repeated for each
         token = lax.index_in_dim(token, 0, dims[1], keepdims=False)
     return _after_p.bind(packed, token), dims[0]
 
 
-def _jvp_after(primals, tangents):
+def _jvp_after(primals, tangents) -> tuple[Any, Any]:
     output = _after_p.bind(*primals)
     del tangents  # the bytes have no tangent, and that of the token is not used
     return output, ad.Zero.from_primal_value(output)  # pyright: ignore[reportAttributeAccessIssue]

@@ -111,10 +111,10 @@ def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES)
 class _Lifted:
     """A lifted function; it is a class so that it pickles."""
 
-    def __init__(self, fn: Callable[..., Any], loop_bytes: int):
+    def __init__(self, fn: Callable[..., Any], loop_bytes: int) -> None:
         self._fn, self._loop_bytes = fn, loop_bytes
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]
         for path, x in leaves:
             if is_codebook_array(x):
@@ -135,10 +135,10 @@ class _Lifted:
         write_changes(traced, args, kwargs, computed, "nuqjax.apply")
         return jax.tree.unflatten(traced.outputs, outputs)
 
-    def __get__(self, instance, owner=None):
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
-    def __reduce__(self):
+    def __reduce__(self) -> str | tuple[Any, ...]:
         name = getattr(self._fn, "__qualname__", "")
         if getattr(sys.modules.get(getattr(self._fn, "__module__", "")), name, None) is self:
             return name  # decorated by `@nuqjax.apply` at the top level of a module
@@ -187,14 +187,14 @@ def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
 # Rules: what a primitive does with a packed leaf instead of decoding it whole.
 
 
-def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest):
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest) -> Sequence[Any]:
     """Postpones a change of shape or dtype until the leaf is decoded."""
     if rest:
         return bind(eqn, interpreter.lower_all((value, *rest)))
     return [replace(value, pending=(*value.pending, eqn))]
 
 
-def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed) -> Sequence[Any]:
     """Removes stack axes of length 1 from the leaf itself."""
     dimensions, stack = eqn.params["dimensions"], len(value.leaf.stack_shape)
     if value.only_cast and all(d < stack for d in dimensions):
@@ -202,7 +202,7 @@ def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pa
     return _keep(interpreter, site, eqn, value)
 
 
-def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed) -> Sequence[Any]:
     """Slices the leaf itself along stack axes; for a slice along one other axis, decodes only the values in it."""
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
@@ -219,7 +219,7 @@ def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pack
     return _keep(interpreter, site, eqn, value)
 
 
-def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start):
+def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start) -> Sequence[Any]:
     """As `_slice`, with computed starts, which `dynamic_slice` clamps so that the slice is inside the array."""
     sizes, shape = eqn.params["slice_sizes"], _operand_shape(eqn)
     if not isinstance(value, Packed) or any(map(interpreter.is_lifted, start)) or not value.only_cast:
@@ -228,7 +228,7 @@ def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, val
     stack = len(value.leaf.stack_shape)
     if all(a < stack for a in cut):
 
-        def sliced(array):
+        def sliced(array) -> jax.Array:
             rest = array.ndim - stack
             zeros = [jnp.zeros((), start[0].dtype)] * rest
             return lax.dynamic_slice(array, [*start[:stack], *zeros], [*sizes[:stack], *array.shape[stack:]])
@@ -242,7 +242,7 @@ def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, val
 
 
 def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax.Array:
-    def taken(leaf, index):
+    def taken(leaf, index) -> jax.Array:
         with jax.named_scope(f"decode {value.path}"):
             return value.finish(decode_take(leaf, index, axis))
 
@@ -252,7 +252,7 @@ def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax
 def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Wraps a function in place of an equation: on a mesh with explicit axes its output has the equation's sharding."""
 
-    def run(*args):
+    def run(*args) -> Any:
         sharding = explicit_sharding(*jax.tree.leaves(args))
         aval: Any = eqn.outvars[0].aval
         return function(*args) if sharding is None else as_automatic(function, sharding.mesh, aval.sharding.spec)(*args)
@@ -260,7 +260,7 @@ def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Call
     return run
 
 
-def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices):
+def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices) -> Sequence[Any]:
     """Decodes only what a look-up along one axis (`jnp.take`, `Embed`) reads; any other gather decodes the leaf."""
     axis = _taken_axis(eqn)
     if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
@@ -307,7 +307,7 @@ def _taken_axis(eqn: core.JaxprEqn) -> int | None:
     return axis if whole and not numbers.operand_batching_dims else None
 
 
-def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """Decodes before a loop the leaves that each of its steps would decode, up to `loop_bytes` in all."""
     constants = _loop_constants(eqn, len(operands))
     repeated = _decoded_inside(interpreter, site, eqn, operands)
@@ -336,7 +336,7 @@ def _decoded_inside(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, op
     """Returns the paths of the leaves that the body of an equation decodes whole, found by tracing it."""
     paths = set()
 
-    def note(value: Packed, others: Sequence[Any]):
+    def note(value: Packed, others: Sequence[Any]) -> jax.Array:
         paths.add(value.path)
         return value.finish(jnp.zeros(value.leaf.shape, value.leaf.dtype))
 

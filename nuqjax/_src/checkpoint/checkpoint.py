@@ -6,7 +6,7 @@ msgpack file can only be read as a whole.)
 
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -213,7 +213,7 @@ def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit:
         if name == "__metadata__":
             raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r}: safetensors has another use for that name")
 
-        def chunks(leaf=leaf):
+        def chunks(leaf=leaf) -> Iterator[memoryview]:
             yield np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8).data
 
         tensors.append(Stored(name, codes[leaf.dtype], leaf.shape or (), chunks))

@@ -27,7 +27,7 @@ class Journal:
     checksums of their own for the same purpose. A leaf that is not complete is compressed again.
     """
 
-    def __init__(self, folder: str, mark: str, resume: bool):
+    def __init__(self, folder: str, mark: str, resume: bool) -> None:
         """Opens the journal in a folder; without `resume`, an existing one is removed first.
 
         Raises:

@@ -126,7 +126,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
     indices = assign_on_host(values, levels)
     mass = np.zeros(levels.shape)
 
-    def block(some, columns):
+    def block(some, columns) -> tuple[Any, np.ndarray]:
         place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * num_levels
         each = None if weights is None else weights[some, columns]
         if mask is not None:
@@ -140,7 +140,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
 
 
 @jax.jit
-def _jit_mass(values, levels, weights, mask):
+def _jit_mass(values, levels, weights, mask) -> jax.Array:
     """Computes `_mass` for arrays that are not on the host and are already multiplied by `unit`."""
     with x64():
         each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)

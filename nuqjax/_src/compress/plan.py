@@ -125,7 +125,7 @@ class Plan:
         return table
 
 
-def _plain(value):
+def _plain(value) -> str | int | float | None:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 

@@ -68,7 +68,7 @@ class Rule:
     tolerance: float | None = INHERIT
     min_size: int = INHERIT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
         except re.error as error:

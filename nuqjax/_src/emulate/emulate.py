@@ -74,7 +74,7 @@ def emulate(
 
     @as_on_automatic(PartitionSpec())
     @functools.wraps(fn)
-    def run(*args, **kwargs):
+    def run(*args, **kwargs) -> Any:
         program, arrays = build(fn, args, kwargs)
         known = sites(program, formats)
         with x64():

@@ -36,7 +36,7 @@ def measured(program: Program, arrays: Any, wanted: Sequence[Wanted], modes: Pre
             for entry in wanted
         ]
 
-    def extremes(arrays):
+    def extremes(arrays) -> list[tuple[jax.Array, jax.Array]]:
         return [(v.min(initial=jnp.inf), v.max(initial=-jnp.inf)) for v in values_of(arrays)]
 
     chosen = []
@@ -54,7 +54,7 @@ def measured(program: Program, arrays: Any, wanted: Sequence[Wanted], modes: Pre
         for entry, fmt in zip(wanted, chosen, strict=True)
     ]
 
-    def errors(arrays):
+    def errors(arrays) -> list[list[jax.Array]]:
         values = values_of(arrays)
         return [[_squared_error(v, fmt, modes) for fmt in fmts] for v, fmts in zip(values, candidates, strict=True)]
 

@@ -18,7 +18,7 @@ from nuqjax._src.platform.compat import enable_x64
 class Parameters:
     """Computes the words and the floats of parameters and constants where they are needed."""
 
-    def __init__(self, arrays: Mapping[Node, Any]):
+    def __init__(self, arrays: Mapping[Node, Any]) -> None:
         self._arrays = arrays
 
     def floats(self, node: Node) -> Any:

@@ -8,7 +8,7 @@ bits, or *rounded* to its site's format.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -161,7 +161,7 @@ _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 class _Recorder:
     """Makes nodes with distinct names."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.names: dict[str, int] = {}
 
     def node(self, op, inputs, eqns, shape, dtype, name, value=None, index=0) -> Node:
@@ -231,7 +231,7 @@ def _leaf_of(node: Node) -> str:
 
 
 def _INTERPRETER(recorder: _Recorder) -> Interpreter:
-    def lower(value, others):
+    def lower(value, others) -> NoReturn:
         raise AssertionError("a program's values are not lowered")
 
     rules = dict.fromkeys(operations.DERIVED, inline)

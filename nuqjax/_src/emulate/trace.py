@@ -71,7 +71,7 @@ class Trace:
 class Recorder:
     """Collects the words of the requested sites, and every site's overflows."""
 
-    def __init__(self, wanted: Sequence[str] | None):
+    def __init__(self, wanted: Sequence[str] | None) -> None:
         self.wanted = wanted
         self.words: dict[str, jax.Array] = {}
         self.formats: list[tuple[str, QFormat]] = []

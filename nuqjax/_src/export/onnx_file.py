@@ -58,7 +58,7 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
     tensors, rebuild = by_name(cparams)
     count = len(inputs)
 
-    def dense(*arrays):
+    def dense(*arrays) -> list[Any]:
         tree = rebuild(dict(zip(tensors, arrays[count:], strict=True)))
         decoded = jax.tree.map(lambda x: decode(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
         arguments = decoded, *arrays[:count]

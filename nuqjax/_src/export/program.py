@@ -119,7 +119,7 @@ def export(
     run = apply(fn)
 
     @jax.jit
-    def program(weights, *inputs):
+    def program(weights, *inputs) -> Any:
         arguments = (rebuild(weights), *inputs)
         before = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0]
         outputs = run(*arguments)
@@ -149,7 +149,7 @@ def checked_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """Returns the inputs as a tuple, each array replaced by its shape and dtype; raises ValueError for other leaves."""
     inputs = example_inputs if type(example_inputs) is tuple else (example_inputs,)
 
-    def shape_of(path, x):
+    def shape_of(path, x) -> jax.ShapeDtypeStruct:
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):
             raise ValueError(
                 f"export: input {path_name(path)} is of type {type(x).__name__}, but an array or a ShapeDtypeStruct is "

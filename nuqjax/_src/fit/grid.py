@@ -110,11 +110,11 @@ def pow2_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = 
     middle = (pattern[:-1] + pattern[1:]) / 2
     xp = namespace(rows)
 
-    def best(values, mass, largest):
+    def best(values, mass, largest) -> Any:
         del largest
         tops = xp.asarray(powers(1))  # in units of the row's scale
 
-        def option(i):
+        def option(i) -> tuple[Any, Any]:
             index = xp.searchsorted(xp.asarray(middle) * tops[i], values)
             return squared_error(values, mass, (xp.asarray(pattern) * tops[i])[index]), tops[i]
 
@@ -151,7 +151,7 @@ def normal_table(num_levels: int) -> list[float]:
     positive, negative = num_levels // 2, num_levels - 1 - num_levels // 2
     end = 1 - (1 / (2 * num_levels) + 1 / (2 * (num_levels - 1))) / 2
 
-    def side(count):
+    def side(count) -> list[float]:
         quantiles = [NormalDist().inv_cdf(end + (0.5 - end) * i / count) for i in range(count)]
         return [q / quantiles[0] for q in quantiles]
 
@@ -197,7 +197,7 @@ def _quantile_on_host(rows, num_levels, weights, mask) -> np.ndarray:
     scale = row_scale(rows, mask).astype(np.float64)[:, None]  # in these units no sum overflows
     levels = np.zeros((count, num_levels), dtype)
 
-    def search(some, columns):
+    def search(some, columns) -> None:
         values, mass = flushed(rows[some, columns].astype(dtype)), None
         if weights is None and mask is None:
             values.sort(axis=-1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -43,7 +44,7 @@ def per_row(best: Callable, rows, weights, mask) -> Any:
         values, mass = lax.sort((values, mass), num_keys=2)
     batch = max(1, _BATCH_VALUES // max(1, min(rows.shape[-1], _BINS)))
 
-    def one(row):
+    def one(row) -> Any:
         values, mass = row[0].astype(jnp.float64), row[1].astype(jnp.float64)
         largest = jnp.max(jnp.abs(values), initial=0)
         if values.shape[0] > _BINS:
@@ -65,7 +66,7 @@ def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
     heaviest: Any = None if weights is None else row_scale(weights, mask)
     found = np.empty(count, dtype)
 
-    def part(some, columns):
+    def part(some, columns) -> tuple[Any, Any]:
         """Returns values and masses in units of their scales; None for the masses if all are equal."""
         values, mass = flushed(rows[some, columns].astype(dtype)), None
         if mask is not None:
@@ -76,7 +77,7 @@ def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
         values = values if mass is None else np.where(mass > 0, values, 0)
         return values / scale[some, None], mass
 
-    def search(some, columns):
+    def search(some, columns) -> None:
         if length > _BINS:
             found[some] = best(*_histogram_on_host(partial(part, some), length))
             return
@@ -94,7 +95,7 @@ def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
         return flushed(found * scale)
 
 
-def sorted_pairs(values, mass):
+def sorted_pairs(values, mass) -> tuple[Any, ...]:
     """Returns rows `[r, n]` sorted by value, and equal values by mass, in ascending order."""
     if values.dtype != np.float32:
         order = np.lexsort((mass, values), axis=-1)
@@ -106,17 +107,17 @@ def sorted_pairs(values, mass):
     return sortable((pairs >> 32).astype(np.int32)).view(np.float32), pairs.astype(np.int32).view(np.float32)
 
 
-def _histogram_on_host(part: Callable, length: int):
+def _histogram_on_host(part: Callable, length: int) -> tuple[Any, Any, np.ndarray]:
     """Returns `_histogram` of one NumPy row, read by `part(columns) -> (values, mass)`, and the largest magnitude."""
     unit = 2.0**30
 
-    def most(_, columns):
+    def most(_, columns) -> Any:
         return np.abs(part(columns)[0]).max()
 
     largest = np.float64(max(over_blocks(most, 1, length)))
     width = (largest if largest > 0 else 1.0) * (2 / _BINS)
 
-    def sums(_, columns):
+    def sums(_, columns) -> tuple[np.ndarray, np.ndarray]:
         values, mass = part(columns)
         values = values[0].astype(np.float64)
         bins = np.clip((values * (1 / width)).astype(np.intp) + _BINS // 2 - (values < 0), 0, _BINS - 1)
@@ -132,13 +133,13 @@ def _histogram_on_host(part: Callable, length: int):
     return means[None], weight[None], largest.reshape(1, 1)
 
 
-def _histogram(values, mass, largest):
+def _histogram(values, mass, largest) -> tuple[jax.Array, jax.Array]:
     """Returns means and weights of the bins; summed as integers, so that the order of summation does not matter."""
     unit = 2.0**30
     width = jnp.where(largest > 0, largest, 1) * (2 / _BINS)
     bins = jnp.clip((values * (1 / width)).astype(jnp.int32) + _BINS // 2 - (values < 0), 0, _BINS - 1)
 
-    def total(amount):
+    def total(amount) -> jax.Array:
         whole = jnp.round(amount * unit).astype(jnp.int64)
         whole = jnp.zeros(_BINS, jnp.int64).at[bins].add(whole, mode="promise_in_bounds")
         return whole.astype(jnp.float64) / unit
@@ -156,7 +157,7 @@ def of_least(option: Callable, begin, end, values) -> Any:
     """
     xp = namespace(values)
 
-    def visit(i, best):
+    def visit(i, best) -> tuple[Any, Any]:
         error, result = option(i)
         better = error < best[0] - _EQUAL * xp.abs(best[0])
         return xp.where(better, error, best[0]), xp.where(better, result, best[1])
@@ -170,6 +171,6 @@ def of_least(option: Callable, begin, end, values) -> Any:
     return best[1]
 
 
-def squared_error(values, mass, nearest):
+def squared_error(values, mass, nearest) -> Any:
     square = (values - nearest) ** 2
     return (square if mass is None else mass * square).sum(axis=-1)

@@ -79,7 +79,7 @@ def fold_batch_norm(
     folded = _fold(program.flat, chains, leaves)
     expected = _signature(program.flat, chains)
 
-    def folded_fn(*args, **kwargs):
+    def folded_fn(*args, **kwargs) -> Any:
         program = _read(fn, args, options | kwargs)
         chains = _chains(program.flat, skipper, strict=False)
         if _signature(program.flat, chains) != expected:
@@ -104,7 +104,7 @@ def _like(leaf: Any, array: np.ndarray) -> Any:
 class _Skip:
     """Decides which batch-norms to leave alone."""
 
-    def __init__(self, patterns: str | Sequence[str]):
+    def __init__(self, patterns: str | Sequence[str]) -> None:
         self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         self.unused = set(self.patterns)
         for pattern in self.patterns:

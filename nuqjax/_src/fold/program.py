@@ -71,18 +71,18 @@ def scoped(scope: str) -> AbstractContextManager[Any]:
     return jax.named_scope(scope) if scope else nullcontext()
 
 
-def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     names = source_info_util.new_name_stack(site.scope)  # these end in the equation's own names, and replace them
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=names):
         return bind(eqn, operands)
 
 
-def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """Inlines a call with a dot or a convolution inside; keeps any other call, with its own derivative."""
     return (inline if _has_linear(eqn) else _keep)(interpreter, site, eqn, *operands)
 
 
-def _unroll(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _unroll(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """Unrolls a loop with a dot or a convolution in its body; keeps any other."""
     if not _has_linear(eqn):
         return _keep(interpreter, site, eqn, *operands)
@@ -329,7 +329,7 @@ class Values:
     A value has its variable's axes, but length 1 along those that `broadcast_in_dim` stretched.
     """
 
-    def __init__(self, program: Flat, leaves: Mapping[Any, np.ndarray]):
+    def __init__(self, program: Flat, leaves: Mapping[Any, np.ndarray]) -> None:
         self.program = program
         self.known = dict(leaves)
 

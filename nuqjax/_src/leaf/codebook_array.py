@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.core
@@ -131,21 +131,23 @@ class CodebookArray:
         leaf = held_by_jax(self) if any(isinstance(i, jax.core.Tracer) for i in index) else self
         return jax.tree.map(lambda a: a[index], leaf)
 
-    def __getattr__(self, name: str):
-        hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
-        raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
+    if not TYPE_CHECKING:  # what raises is hidden from type checkers, so that they report its use
 
-    @property
-    def __jax_array__(self):
-        """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
-        raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
+        def __getattr__(self, name: str) -> Any:
+            hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
+            raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
 
-    def _no_operand(self, *_):
-        return self.__jax_array__
+        @property
+        def __jax_array__(self) -> Any:
+            """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
+            raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
-    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
+        def _no_operand(self, *_: Any) -> Any:
+            return self.__jax_array__
+
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
+        __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
+        __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if copy is False:
@@ -272,7 +274,7 @@ def dense_on_host(leaf: CodebookArray) -> np.ndarray:
     return dense
 
 
-def _over_stack(function, leaf):
+def _over_stack(function, leaf) -> Any:
     for _ in leaf.stack_shape:
         function = jax.vmap(function)
     return function

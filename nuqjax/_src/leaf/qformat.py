@@ -27,7 +27,7 @@ class QFormat:
     frac: int
     signed: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_word(self.word, self.signed, "QFormat")
         if isinstance(self.frac, bool) or not isinstance(self.frac, int) or abs(self.frac) > 512:
             raise ValueError(f"QFormat: frac {self.frac!r}, but a whole number from -512 to 512 is wanted")
@@ -65,7 +65,7 @@ class AutoQFormat:
     word: int
     signed: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_word(self.word, self.signed, "AutoQFormat")
 
 

@@ -29,7 +29,7 @@ class ChannelGroups:
 
     size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_size(self)
 
 
@@ -45,7 +45,7 @@ class InputGroups:
 
     size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_size(self)
 
 
@@ -193,7 +193,7 @@ def look_up(levels: Any, indices: Any) -> Any:
         return jnp.take_along_axis(levels, indices.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     found = np.empty(indices.shape, levels.dtype)
 
-    def block(some, columns):
+    def block(some, columns) -> None:
         place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * levels.shape[-1]
         found[some, columns] = levels[some].reshape(-1)[place]
 

@@ -72,7 +72,7 @@ class Entry:
         "array": set(), "key": {"impl"}, "python": {"type", "value"}, "absent": {"type"},
     }  # fmt: skip
 
-    def __init__(self, entry: Any, path: str, bundle: Bundle):
+    def __init__(self, entry: Any, path: str, bundle: Bundle) -> None:
         """Checks everything except the bytes of the tensors.
 
         Raises:

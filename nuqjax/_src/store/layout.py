@@ -27,7 +27,7 @@ bytes that no reader takes deflated, would be much of what each takes."""
 class Layout:
     """Builds the JSON of a file leaf by leaf, both for `save` and for a streaming conversion."""
 
-    def __init__(self, nodes: list[Any]):
+    def __init__(self, nodes: list[Any]) -> None:
         """Starts the layout of a tree with these nodes; it has no leaves yet."""
         self._nodes, self.entries = nodes, []
         self._names = {"__metadata__"}

@@ -8,6 +8,7 @@ The caller defines what a lifted value is and what the rules do with it, and giv
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,7 +115,7 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
-def _as_written(eqn: core.JaxprEqn):
+def _as_written(eqn: core.JaxprEqn) -> AbstractContextManager[Any]:
     """Returns a context in which bound primitives get the equation's scope, inside the current one, and source line."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
@@ -130,7 +131,7 @@ def body_of(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return next((_closed(eqn.params[name]) for name in names if name in eqn.params), None)
 
 
-def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Any]:
     """Evaluates the body of a call without the call.
 
     A call with derivatives of its own (`DERIVED`) loses them, so this suits lifted values that have no derivatives.
@@ -140,53 +141,53 @@ def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     return interpreter.evaluate(body, operands, site.scope)
 
 
-def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Any:
     """Evaluates the body under `jax.checkpoint` again, so that values lowered in it are lowered again for gradients."""
     jaxpr, params = _closed(eqn.params["jaxpr"]), eqn.params
 
-    def inside(*operands):
+    def inside(*operands) -> list[Any]:
         return interpreter.lower_all(interpreter.evaluate(jaxpr, operands, site.scope))
 
     return jax.checkpoint(inside, prevent_cse=params["prevent_cse"], policy=params["policy"])(*operands)
 
 
-def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_jvp
-    def call(operands):
+    def call(operands) -> tuple[Any, ...]:
         inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
         return tuple(interpreter.lower_all(inside))
 
     @call.defjvp
-    def _(primals, tangents):
+    def _(primals, tangents) -> tuple[Any, ...]:
         return jax.jvp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), primals, tangents)
 
     return call(operands)
 
 
-def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_vjp
-    def call(operands):
+    def call(operands) -> tuple[Any, ...]:
         inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
         return tuple(interpreter.lower_all(inside))
 
-    def forward(operands):
+    def forward(operands) -> tuple[tuple[Any, ...], Callable[..., Any]]:
         return jax.vjp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), operands)
 
-    def backward(vjp, cotangents):
+    def backward(vjp, cotangents) -> Any:
         return vjp(cotangents)
 
     call.defvjp(forward, backward)
     return call(operands)
 
 
-def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands):
+def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands) -> Any:
     """Evaluates each branch with the lifted operands; the index and the outputs are lowered."""
 
-    def of(branch):
+    def of(branch) -> Callable[..., tuple[Any, ...]]:
         return lambda *operands: tuple(
             interpreter.lower_all(interpreter.evaluate(_closed(branch), operands, site.scope))
         )
@@ -196,7 +197,7 @@ def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *oper
     return lax.switch(index, [of(branch) for branch in eqn.params["branches"]], *operands)
 
 
-def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates a loop with constants that stay lifted; the carry is lowered."""
     params = eqn.params
     cond_jaxpr, body_jaxpr = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
@@ -204,17 +205,17 @@ def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     cond_consts, body_consts = operands[:first], operands[first:second]
     carry = tuple(interpreter.lower_all(operands[second:]))
 
-    def condition(carry):
+    def condition(carry) -> Any:
         [going] = interpreter.lower_all(interpreter.evaluate(cond_jaxpr, (*cond_consts, *carry), site.scope))
         return going
 
-    def body(carry):
+    def body(carry) -> tuple[Any, ...]:
         return tuple(interpreter.lower_all(interpreter.evaluate(body_jaxpr, (*body_consts, *carry), site.scope)))
 
     return lax.while_loop(condition, body, carry)
 
 
-def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates a scan: constants stay lifted, lifted operands are sliced if they can be; the carry is lowered."""
     params, jaxpr = eqn.params, _closed(eqn.params["jaxpr"])
     first, second = scan_parts(params, len(operands))
@@ -222,7 +223,7 @@ def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     carry = tuple(interpreter.lower_all(operands[first:second]))
     xs = [x if not interpreter.is_lifted(x) or _can_scan(x) else interpreter.lower(x, ()) for x in xs]
 
-    def body(carry, xs):
+    def body(carry, xs) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         outputs = interpreter.lower_all(interpreter.evaluate(jaxpr, (*consts, *carry, *xs), site.scope))
         return tuple(outputs[: len(carry)]), tuple(outputs[len(carry) :])
 

@@ -1,6 +1,6 @@
 """Traces a function on the dense shapes of its arguments, and writes what it changes in place back into them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +62,7 @@ def trace(
     traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
     changed: list[tuple[tuple[Any, ...], Any]] = []
 
-    def dense(*arrays):
+    def dense(*arrays) -> tuple[Any, list[Any]]:
         values = [x for _, x in flat]
         for n, array in zip(traced, arrays, strict=True):
             values[n] = array
@@ -77,7 +77,7 @@ def trace(
                 computed += [new] if is_array else []
         return outputs, computed
 
-    def shape_of(x):
+    def shape_of(x) -> jax.ShapeDtypeStruct:
         varying = _varying_type(jax.tree.leaves(x))
         if is_leaf(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, **{"sharding": sharding_of(x)} | varying)
@@ -92,7 +92,7 @@ def trace(
 _ARRAYS = jax.Array | np.ndarray | np.generic
 
 
-def _changes(tree, before, paths, values, is_leaf, caller):
+def _changes(tree, before, paths, values, is_leaf, caller) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yields path and new value of each leaf that the function replaced."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     missing = dict.fromkeys(paths)

@@ -63,7 +63,7 @@ def _open_saved(path: str, bundle: Bundle, nbytes: int, skip: str | None) -> Che
     leaves = []
     for entry in entries:
 
-        def read(entry=entry):
+        def read(entry=entry) -> Any:
             leaf = entry.read(verify=True)
             return np.asarray(leaf) if is_codebook_array(leaf) else leaf
 

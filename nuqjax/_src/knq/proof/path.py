@@ -41,7 +41,7 @@ def nothing_yet(rows: int, band: int) -> Carried:
     return Carried(empty, empty, empty, empty, start, np.zeros(rows, np.int32), np.ones(rows, bool))
 
 
-def _merged(one, two):
+def _merged(one, two) -> tuple[Any, Any, Any, Any]:
     """Merges weight, mean, its rest and squared error of two neighbouring runs (Chan, Golub and LeVeque 1983).
 
     The new mean is computed from the heavier run's, so that its rounding error is in proportion to the change.
@@ -59,7 +59,7 @@ def _merged(one, two):
     return both, middle, moved - (middle - base), (square + other_square) + between
 
 
-def _error(one, two):
+def _error(one, two) -> Any:
     """Computes the squared error of two neighbouring runs merged into one."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
@@ -68,15 +68,15 @@ def _error(one, two):
     return (square + other_square) + jnp.where(both > 0, apart * apart * (n * k / both), 0.0)
 
 
-def _running(weight, mean, square, block: int):
+def _running(weight, mean, square, block: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Merges, for each cell, the cells of its block up to it, and those from it on: two tuples of `[R, S]` arrays."""
     count, length = weight.shape
 
-    def both_ways(array):
+    def both_ways(array) -> jax.Array:
         blocks = array.reshape(count, length // block, block)
         return jnp.moveaxis(jnp.stack([blocks, blocks[:, :, ::-1]]), 3, 0)
 
-    def more(before, cell):
+    def more(before, cell) -> tuple[tuple[Any, Any, Any, Any], tuple[Any, Any, Any, Any]]:
         now = _merged(before, (cell[0], cell[1], jnp.zeros_like(cell[0]), cell[2]))
         return now, now
 
@@ -88,7 +88,9 @@ def _running(weight, mean, square, block: int):
 
 
 @functools.partial(jax.jit, static_argnames=("block", "window", "pin"))
-def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, pin: bool):
+def potentials(
+    carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, pin: bool
+) -> tuple[Carried, Any, Any]:
     """Computes φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price, for one stretch of cells.
 
     The cells are handled in blocks. The cut at which the best last interval begins never moves back, since the error is
@@ -123,13 +125,13 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
     charge = price[:, None]
     running = _running(weight, mean, square, block)
 
-    def at(array, start, size):
+    def at(array, start, size) -> jax.Array:
         return lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
-    def put(array, value, start):
+    def put(array, value, start) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(array, value, start, axis=1)
 
-    def priced(error, one, two, a, b):
+    def priced(error, one, two, a, b) -> Any:
         """Returns the cost of the interval (a, b) merged from two parts; without a held zero, the price is left out."""
         if not pin:
             return error
@@ -139,7 +141,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         paid = price.reshape(where.shape)
         return error + jnp.where((a <= where) & (b > where), rounded_in_loop(total * level * level), paid)
 
-    def step(number, state):
+    def step(number, state) -> tuple[Any, ...]:
         *known, start, first, enough, potential, before = state
         here = number * block
         below = begin + here  # the cut below the block
@@ -152,7 +154,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         reached = start + priced(grown[3], known, whole, cut, below + block)
         _, last = first_least(jnp.where(cut >= first[:, None], reached, infinite), cut, 1)
 
-        def search(state):
+        def search(state) -> Any:
             step, best, chosen = state
             begins = jnp.clip(first + step - cut[0, 0], 0, band - window)
             a = (begins[:, None] + cut[:, :1] + ahead)[:, :, None]
@@ -176,7 +178,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         loss = at(leak, here, block)
         inside = jnp.any(best > jnp.min(best - loss, axis=1, keepdims=True) + free)
 
-        def shorter(i, state):
+        def shorter(i, state) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
             """Updates the best of the cut above cell i with the intervals that begin at the cuts of this block."""
             ring, best, chosen = state
             cell = tuple(at(x, i, 1) for x in cells)

@@ -368,7 +368,9 @@ def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
     return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2 ** min(len(tangents) - 1, 8))
 
 
-def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):
+def _better(
+    cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int
+) -> tuple[np.ndarray, float, int]:
     """Returns the better of a partition and the path to the last cut, its error, and the path's priced intervals."""
     steps, path = before.tolist(), [len(before) - 1]
     while path[-1] > 0:

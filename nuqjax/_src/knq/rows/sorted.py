@@ -26,7 +26,7 @@ _BY_ROW = 1024  # rows on the host of this length or more are sorted one after t
 LONG = 2**16  # longer rows are stored as `rows.long.LongRows`
 
 
-def take(array, index):
+def take(array, index) -> np.ndarray | jax.Array:
     """Returns `array[r, index[r, …]]` for `array [R, D]` and `index [R, …]`."""
     flat = index.reshape(index.shape[0], -1)
     if namespace(array) is np:
@@ -35,7 +35,7 @@ def take(array, index):
     return taken.reshape(index.shape)
 
 
-def windows(arrays, start, size: int):
+def windows(arrays, start, size: int) -> tuple[jax.Array, ...]:
     """Slices `[R, size]` from each of several JAX arrays `[R, m]`; row r starts at the place `start[r]`."""
     if start.shape[0] == 1:
         return tuple(lax.dynamic_slice_in_dim(x, start[0], size, axis=1) for x in arrays)
@@ -43,7 +43,7 @@ def windows(arrays, start, size: int):
     return tuple(own(x, start) for x in arrays)
 
 
-def first_least(costs, places, axis: int):
+def first_least(costs, places, axis: int) -> tuple[jax.Array, jax.Array]:
     """Returns the least of JAX `costs` along a kept axis, and the first of ascending int32 `places` that has it."""
     least = jnp.min(costs, axis=axis, keepdims=True)
     return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=axis, keepdims=True)
@@ -97,39 +97,39 @@ class SortedRows(NamedTuple):
         slack = slack + 8 * self.nominal * 2.0**-self.frac  # the rounding of weights and of moved values
         return self._replace(values=values, total=total, square=square, slack=slack)
 
-    def value_at(self, places):
+    def value_at(self, places) -> np.ndarray | jax.Array:
         """Returns the value above each cut `[R, …]`; for the last cut, the greatest value."""
         xp = namespace(self.values)
         last = (self.size - 1).reshape(-1, *[1] * (places.ndim - 1))
         return take(self.values, xp.clip(places, 0, xp.maximum(last, 0)))
 
-    def sums_below(self, cuts):
+    def sums_below(self, cuts) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
         """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         return take(self.count, cuts), take(self.total, cuts)
 
-    def cut_below(self, wanted):
+    def cut_below(self, wanted) -> Any:
         """Returns `[R, m]` the number of distinct values below each of `wanted [R, m]`."""
         xp = namespace(self.values)
         if xp is np:
             return places_of_rows(self.values, self.size, wanted, "left")
         return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
-    def before_ties(self, cuts):
+    def before_ties(self, cuts) -> Any:
         """Returns `cuts`: values are distinct here, so no cut separates equal values."""
         return cuts
 
-    def after_ties(self, cuts):
+    def after_ties(self, cuts) -> Any:
         """Returns `cuts`, for the same reason."""
         return cuts
 
-    def every_cut(self, limit: int):
+    def every_cut(self, limit: int) -> tuple[Any, Any]:
         """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         xp = namespace(self.values)
         every = xp.minimum(xp.arange(limit + 1, dtype=xp.int64), self.size[:, None])
         return every, self.size <= limit
 
 
-def search(below, shape, size, length: int):
+def search(below, shape, size, length: int) -> Any:
     """Counts, by halving, the places among the first `size [R]` at which `below(places)` holds for ascending JAX rows.
 
     The result has the given `shape`, `[R, …]`.
@@ -137,7 +137,7 @@ def search(below, shape, size, length: int):
     low = jnp.zeros(shape, jnp.int64)
     high = jnp.broadcast_to(size.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
-    def halve(_, ends):
+    def halve(_, ends) -> tuple[jax.Array, jax.Array]:
         low, high = ends
         middle = (low + high) >> 1
         more = below(middle) & (low < high)
@@ -159,7 +159,9 @@ def places_of(row: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"
     return np.searchsorted(row, near, side)
 
 
-def places_of_rows(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]):
+def places_of_rows(
+    values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]
+) -> np.ndarray:
     """Returns `places_of` each of `wanted [R, …]` in the first `size [R]` values of each row of `values [R, n]`."""
     rows = zip(values, size, wanted, strict=True)
     return np.stack([places_of(row[:held], here, side) for row, held, here in rows]).astype(np.int64)
@@ -286,7 +288,7 @@ def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
     return patterns[keep][order].astype(np.int32), values[keep][order]
 
 
-def pattern_counts(rows, mask):
+def pattern_counts(rows, mask) -> np.ndarray | jax.Array:
     """Returns `[R, 2¹⁶]` how many values have each bit pattern; −0 is counted as 0."""
     if isinstance(rows, np.ndarray):
         patterns = rows.view(np.uint16)
@@ -322,7 +324,7 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
         end = xp.full_like(end, values.shape[1])
     first = _first_places(new, end, most)
 
-    def below(amounts):  # running sums at the first of each distinct value
+    def below(amounts) -> np.ndarray | jax.Array:  # running sums at the first of each distinct value
         return take(_from_nothing(xp.cumsum(amounts, axis=1)), xp.minimum(first, values.shape[1]))
 
     last = xp.maximum(size[:, None] - 1, 0)
@@ -342,20 +344,20 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
     return SortedRows(distinct, counts, totals, run_weight, run_mass, size, zero, square, slack, frac, nominal)
 
 
-def _from_nothing(sums):
+def _from_nothing(sums) -> Any:
     """Returns `[R, n + 1]`: running sums with a 0 in front."""
     xp = namespace(sums)
     return xp.concatenate([xp.zeros_like(sums[:, :1]), sums], axis=1)
 
 
-def _square_and_slack(values, heavy, off):
+def _square_and_slack(values, heavy, off) -> tuple[Any, Any]:
     """Returns `[R]` Σ weight · value², and the most by which the rounding `off` may change any partition's error."""
     xp = namespace(values)
     square = xp.sum(rounded_first(values * values * heavy), axis=1)
     return square, 4 * xp.sum(rounded_first(off), axis=1)  # magnitudes are below 2, squares below 4
 
 
-def _in_units(values, masses, weighted: bool, frac: int):
+def _in_units(values, masses, weighted: bool, frac: int) -> tuple[Any, Any, Any]:
     """Returns moments in units of 2^−frac, the weights of the integer masses, and how far each moment was rounded."""
     xp = namespace(values)
     if weighted:  # masses are in units of 2^−frac too
@@ -367,7 +369,7 @@ def _in_units(values, masses, weighted: bool, frac: int):
     return single.astype(xp.int64) * masses, heavy, xp.abs(values - single * 2.0**-frac) * heavy
 
 
-def _sorted(keys, shares):
+def _sorted(keys, shares) -> tuple[Any, ...]:
     """Returns the keys in ascending order, and the shares in the same order."""
     if isinstance(keys, np.ndarray):
         if shares is None:
@@ -379,7 +381,7 @@ def _sorted(keys, shares):
     return lax.sort((keys, shares), dimension=1, num_keys=1)
 
 
-def _first_places(new, end, most: int):
+def _first_places(new, end, most: int) -> np.ndarray | jax.Array:
     """Returns `[R, most + 1]` the places at which distinct values begin, then the end of the row."""
     if isinstance(new, np.ndarray):
         places = np.broadcast_to(end[:, None], (len(end), most + 1)).copy()
@@ -395,7 +397,7 @@ def _first_places(new, end, most: int):
     return places.at[row, slot].set(place, mode="drop")
 
 
-def _run_sums(amounts, new, most: int):
+def _run_sums(amounts, new, most: int) -> np.ndarray:
     """Returns `[R, most]` sums over runs of equal values."""
     sums = np.zeros((len(new), most))
     row, place = np.nonzero(new)

@@ -1,7 +1,7 @@
 """Sorts rows, and fits levels and a bound to sorted rows: on the host, traced, and on a mesh."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import lax
@@ -64,7 +64,7 @@ def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> 
     return sort_rows(rows, unit, weights, mask, keep_zero)
 
 
-def fit_sorted(rows: Rows, task: Task):
+def fit_sorted(rows: Rows, task: Task) -> tuple[Any, Any]:
     """Returns float64 levels `[R, K]` over the rows' scale, and bounds `[R]` for weights relative to the largest."""
     num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
@@ -80,7 +80,7 @@ def fit_sorted(rows: Rows, task: Task):
     return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
-def _proven(rows: Rows, found: Partition, task: Task):
+def _proven(rows: Rows, found: Partition, task: Task) -> tuple[Any, Any]:
     """Returns the cuts, improved where a proof finds better ones, and the bounds; for rows on the host.
 
     A search through every cut mostly is a proof by itself. Sorted rows whose search used only some of the cuts are
@@ -140,7 +140,7 @@ def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
     return HostRow(rows.values[r, :size], float(rows.unit[r]), weight, zero)
 
 
-def interval_means(rows: Rows, cuts, keep_zero: bool):
+def interval_means(rows: Rows, cuts, keep_zero: bool) -> Any:
     """Returns the ascending means of the intervals; empty intervals repeat the last mean."""
     xp = namespace(rows.size)
     size = rows.size[:, None]

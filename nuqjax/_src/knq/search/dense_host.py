@@ -6,6 +6,8 @@ programme with a layer for each boundary runs over those few cuts. No interval i
 cells needs empty ones.
 """
 
+from typing import Any
+
 import numpy as np
 
 from nuqjax._src.knq.search.priced_host import priced_paths
@@ -100,7 +102,7 @@ def _partition(count, total, above, num_levels: int) -> np.ndarray:
         total = total.astype(np.float64)
     held = above.any()
 
-    def cost(begin, end):
+    def cost(begin, end) -> Any:
         n, s = count[end] - count[begin], (total[end] - total[begin]).astype(np.float64, copy=False)
         np.multiply(s, s, out=s)
         np.copyto(n, 1.0, where=n <= 0)

@@ -12,7 +12,7 @@ if one of them is better for its last cut: if one is better for any cut of the b
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ _NEAR = 8  # and for a block of ends
 
 
 @functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
-def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool):
+def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool) -> tuple[Any, ...]:
     """Searches the shortest paths with `num_levels` intervals through cuts.
 
     Args:
@@ -50,18 +50,18 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
     lanes = min(_LANES, number)
     missing = -number % lanes
 
-    def grouped(x):
+    def grouped(x) -> Any:
         padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
         return padded.reshape(-1, lanes, *x.shape[1:])
 
-    def run(group):
+    def run(group) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         count, total, zero, price = group
         cuts = count.shape[1]
         count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
         problem = _Problem(count, total, size, zero if pin else None)
         found, exact, potential, places = _search(problem, price, trials, num_levels)
 
-        def backwards():
+        def backwards() -> Any:
             return potential + _to_size(_potentials(_backwards(problem), found)[0], size)
 
         excess = lax.cond(through, backwards, lambda: jnp.zeros_like(potential))
@@ -80,7 +80,7 @@ class _Problem(NamedTuple):
     zero: jax.Array | None
 
 
-def _to_size(x, size):
+def _to_size(x, size) -> jax.Array:
     """Returns `x [R, M + 1]` with its entries up to `size` in reverse order."""
     last = x.shape[1] - 1
     return lax.dynamic_slice_in_dim(jnp.pad(x[:, ::-1], ((0, 0), (0, last))), last - size, last + 1, 1)
@@ -93,7 +93,7 @@ def _backwards(problem: _Problem) -> _Problem:
     return _Problem(count, total, size, None if zero is None else size - 1 - zero)
 
 
-def _search(problem: _Problem, price, trials, num_levels: int):
+def _search(problem: _Problem, price, trials, num_levels: int) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
     """Returns the price, whether its path has K intervals, the potentials, and the places of the boundaries."""
     free = num_levels if problem.zero is None else num_levels - 1
     steps = num_levels + num_levels // 4 + 1
@@ -101,19 +101,19 @@ def _search(problem: _Problem, price, trials, num_levels: int):
     # constant differs between one row and many.
     ratios = jnp.asarray((np.maximum(np.arange(steps + 2), 0.5) / free) ** 3)
 
-    def attempt(price):
+    def attempt(price) -> tuple[Any, jax.Array, jax.Array]:
         potential, firsts = _potentials(problem, price)
         return potential, *_traced_back(problem, price, potential, firsts, steps)
 
-    def error(price, potential, intervals):
+    def error(price, potential, intervals) -> Any:
         paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select separates product and sum
         return lax.dynamic_index_in_dim(potential, problem.size, axis=1, keepdims=False) - paid
 
-    def wrong(state):
+    def wrong(state) -> Any:
         *_, intervals, trial = state
         return jnp.any(intervals != free) & (trial < trials)
 
-    def again(state):
+    def again(state) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...], Any, jax.Array, jax.Array, Any]:
         price, low, high, potential, _, intervals, trial = state
         here = price, error(price, potential, intervals), intervals
         low = tuple(jnp.where(intervals > free, x, y) for x, y in zip(here, low, strict=True))
@@ -136,21 +136,21 @@ def _search(problem: _Problem, price, trials, num_levels: int):
     return price, intervals == free, potential, jnp.take_along_axis(chain, jnp.minimum(rank, steps), axis=1)
 
 
-def _steeper(ratio, times):
+def _steeper(ratio, times) -> Any:
     """Returns the ratio squared `times` times, at most 4: in sparse values the price changes faster than the cube."""
     for time in range(4):
         ratio = jnp.where(time < times, ratio * ratio, ratio)
     return ratio
 
 
-def _cost(potential, n, s, price, pinned):
+def _cost(potential, n, s, price, pinned) -> Any:
     """Returns the cost of a path of cost `potential` that is continued by an interval of weight n and sum s."""
     n, s = n.astype(jnp.float64), s.astype(jnp.float64)
     reached = potential - s * s / jnp.where(n > 0, n, 1.0) + price
     return reached if pinned is None else jnp.where(pinned, potential, reached)
 
 
-def _pinned(problem: _Problem, begin, end):
+def _pinned(problem: _Problem, begin, end) -> Any:
     """Returns whether intervals `[R, …]` contain the held zero; None if there is none."""
     if problem.zero is None:
         return None
@@ -158,14 +158,14 @@ def _pinned(problem: _Problem, begin, end):
     return (begin <= zero) & (end > zero)
 
 
-def _best_beginning(problem: _Problem, price, potential, first, end, last):
+def _best_beginning(problem: _Problem, price, potential, first, end, last) -> Any:
     """Returns where the best last interval to the cuts `end` begins, from `first` to `last`; all are `[R, 1]`.
 
     Of equal beginnings it is the first, as beginnings for the next block are not sought before it.
     """
     n_end, s_end = (jnp.take_along_axis(x, end, axis=1) for x in problem[:2])
 
-    def compare(piece, found):
+    def compare(piece, found) -> tuple[jax.Array, jax.Array]:
         least, where = found
         start = jnp.minimum(first + piece * _WIDTH, potential.shape[1] - _WIDTH)
         n, s, begun = windows((*problem[:2], potential), start[:, 0], _WIDTH)
@@ -178,13 +178,13 @@ def _best_beginning(problem: _Problem, price, potential, first, end, last):
     return lax.fori_loop(0, pieces, compare, (jnp.full(end.shape, jnp.inf), end))[1]
 
 
-def _potentials(problem: _Problem, price):
+def _potentials(problem: _Problem, price) -> Any:
     """Returns the cost `[R, m]` of the shortest path to each cut, and `[R, blocks + 1]` the first begin per block."""
     count, total, size, _ = problem
     lane = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
     paid = price[:, None]
 
-    def settle(block, state):
+    def settle(block, state) -> tuple[jax.Array, jax.Array]:
         potential, firsts = state
         below = block * _BLOCK  # the cut before the block
         first = lax.dynamic_slice_in_dim(firsts, block, 1, axis=1)
@@ -193,7 +193,7 @@ def _potentials(problem: _Problem, price):
         last = jnp.full_like(first, below + _BLOCK)
         begun_last = _best_beginning(problem, price, potential, first, last, jnp.full_like(first, below))
 
-        def compare(piece, best):
+        def compare(piece, best) -> jax.Array:
             start = jnp.minimum(first + piece * _NEAR, potential.shape[1] - _NEAR)
             n, s, begun = (x[:, :, None] for x in windows((count, total, potential), start[:, 0], _NEAR))
             begin = (start + jnp.arange(_NEAR, dtype=jnp.int32))[:, :, None]
@@ -205,14 +205,14 @@ def _potentials(problem: _Problem, price):
         pieces = jnp.max(begun_last - first) // _NEAR + 1
         best = lax.fori_loop(0, pieces, compare, jnp.full(n_end.shape, jnp.inf))
 
-        def to_last(best):
+        def to_last(best) -> Any:
             return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _pinned(problem, end, last))
 
         # If a beginning inside the block is better for any cut in it than all before, it is better for the last too.
         within = jnp.any(to_last(best) < best[:, -1:], axis=1, keepdims=True)
 
-        def from_within():
-            def one(place, best):
+        def from_within() -> tuple[Any, jax.Array]:
+            def one(place, best) -> jax.Array:
                 n, s = (lax.dynamic_slice_in_dim(x, place, 1, axis=1) for x in (n_end, s_end))
                 reached = _cost(best, n - n_end, s - s_end, paid, _pinned(problem, end, below + 1 + place))
                 least = jnp.min(jnp.where(lane < place, reached, jnp.inf), axis=1, keepdims=True)
@@ -231,10 +231,10 @@ def _potentials(problem: _Problem, price):
     return lax.fori_loop(jnp.int32(0), blocks, settle, (unsettled, firsts))
 
 
-def _traced_back(problem: _Problem, price, potential, firsts, steps: int):
+def _traced_back(problem: _Problem, price, potential, firsts, steps: int) -> tuple[jax.Array, jax.Array]:
     """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
 
-    def back(end, _):
+    def back(end, _) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         last = jnp.maximum(end - 1, 0)
         first = jnp.take_along_axis(firsts, last // _BLOCK, axis=1)
         there = end > 0

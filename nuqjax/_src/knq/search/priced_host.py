@@ -21,7 +21,9 @@ _PER_BLOCK = 4  # a block has at most one cut for every so many between it and t
 _EXACT = 2.0**52  # sums and differences of integers below this are exact in float64
 
 
-def priced_paths(count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, pin: bool):
+def priced_paths(
+    count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, pin: bool
+) -> tuple[np.ndarray, ...]:
     """Searches the shortest paths with `num_levels` intervals through cuts, like `search.priced.priced_paths`.
 
     Args:
@@ -120,7 +122,9 @@ def _backwards(problem: _Problem) -> _Problem:
     return _Problem(count, total, None if zero is None else len(count) - 2 - zero, gains, weighty, block)
 
 
-def _search(problem: _Problem, price, trials: int, num_levels: int):
+def _search(
+    problem: _Problem, price, trials: int, num_levels: int
+) -> tuple[_Problem, Any, Any, np.ndarray, np.ndarray]:
     """Returns the problem, prices, whether their paths have K intervals, potentials, and places of the boundaries.
 
     A row is no longer searched once it has K intervals. The problem returned may store the gains of wider intervals.
@@ -185,14 +189,14 @@ def _path(problem: _Problem, price) -> tuple[_Problem, _Path]:
         problem = _with_gains(problem, min(2 * len(problem.gains), len(problem.count) - 1))
 
 
-def _steeper(ratio, times: int):
+def _steeper(ratio, times: int) -> Any:
     """Returns the ratio squared `times` times, at most 4: in sparse values the price changes faster than the cube."""
     for _ in range(max(min(times, 4), 0)):
         ratio = ratio * ratio
     return ratio
 
 
-def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
+def _gain(begin_count, begin_total, end_count, end_total, weighty: bool) -> Any:
     """Returns S²/n of intervals, 0 for those of weight 0."""
     n, s = end_count - begin_count, end_total - begin_total
     s = s.astype(np.float64, copy=False)
@@ -202,7 +206,7 @@ def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
     return np.divide(s, n, out=s)
 
 
-def _reached(begun, gain, price, pinned):
+def _reached(begun, gain, price, pinned) -> Any:
     """Returns the costs of paths of cost `begun` continued by intervals of these gains; `gain` is overwritten."""
     np.subtract(begun, gain, out=gain)
     np.add(gain, price, out=gain)
@@ -211,7 +215,7 @@ def _reached(begun, gain, price, pinned):
     return gain
 
 
-def _least(begun, gain, price, pinned):
+def _least(begun, gain, price, pinned) -> Any:
     """Returns the least costs of `_reached` over the first axis; adding the price after the minimum changes no bit."""
     if pinned is not None:
         return _reached(begun, gain, price, pinned).min(axis=0)
@@ -290,7 +294,7 @@ class _Sums(NamedTuple):
         return _Window(self.potential.take(place), self.count.take(place), total)
 
 
-def _floats(*totals):
+def _floats(*totals) -> tuple[Any, ...]:
     """Returns integers as float64 if their differences stay exact, else unchanged."""
     if totals[0].dtype == np.float64 or any(max(int(x.max()), -int(x.min())) >= _EXACT for x in totals):
         return totals
@@ -309,7 +313,7 @@ def _wide_path(problem: _Problem, price) -> _Path:
     sums = _Sums(potential.reshape(-1), count.reshape(-1), total.reshape(-1), number)
     steps = np.arange(length)[:, None]
 
-    def held(begin, end):
+    def held(begin, end) -> Any:
         return None if zero is None else (begin <= zero) & (end > zero)
 
     for block, (below, last) in enumerate(itertools.pairwise(ends)):
@@ -412,7 +416,7 @@ def _path_of_one(problem: _Problem, price) -> _Path:
     return _Path(potential[:, None], blocks, firsts[:, None])
 
 
-def _on_to(problem: _Problem, price, below: int, last: int, best, lanes):
+def _on_to(problem: _Problem, price, below: int, last: int, best, lanes) -> Any:
     """Returns the costs of paths to `last` whose last interval begins at a cut between `below` and `last`."""
     count, total, zero, _, weighty, _ = problem
     begin = slice(below + 1, last)
@@ -438,7 +442,7 @@ def _settle_within(problem: _Problem, price, below: int, last: int, potential, f
     first[lanes] = below + 1 + np.argmin(_on_to(problem, price, below, last, best, lanes), axis=0)
 
 
-def _traced_back(problem: _Problem, price, path: _Path, steps: int):
+def _traced_back(problem: _Problem, price, path: _Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
     count, total, zero, gains, weighty, _ = problem
     length, number = count.shape

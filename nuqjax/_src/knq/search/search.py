@@ -50,7 +50,7 @@ _LANES = 16  # rows handled at once
 Rows = SortedRows | LongRows | ShardedRows
 
 
-def coarse_cuts(rows: Rows, count: int):
+def coarse_cuts(rows: Rows, count: int) -> Any:
     """Returns `[R, count + 1]` ascending cuts from 0 to the last: all if they are few, else spread in four ways.
 
     A quarter is even in rank, a quarter is even in value, a quarter follows the cube root of the density (Panter and
@@ -90,7 +90,7 @@ def coarse_cuts(rows: Rows, count: int):
     return xp.where(few[:, None], every, spread)
 
 
-def even_cuts(rows: Rows, cuts, cells: int):
+def even_cuts(rows: Rows, cuts, cells: int) -> Any:
     """Splits each interval between `cuts [R, K − 1]` into `cells` cells, half even in rank and half even in value."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -107,13 +107,13 @@ def even_cuts(rows: Rows, cuts, cells: int):
     return xp.where(few[:, None], every, xp.sort(chosen, axis=1))
 
 
-def _gain(n, s):
+def _gain(n, s) -> Any:
     """Returns S²/n, and 0 for an empty interval."""
     return s * s / jnp.where(n > 0, n, 1.0)
 
 
 @jax.jit
-def _windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing):
+def _windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing) -> jax.Array:
     """Returns the best combination of one place in each boundary's window, as places `[R, K − 1]`.
 
     Costs are relative to a reference, so that no large terms cancel: levels a, and every boundary in the middle of its
@@ -127,7 +127,7 @@ def _windows_rows(count, total, above, end_count, end_total, end_above, referenc
     lanes = min(_LANES, number)
     missing = -number % lanes
 
-    def grouped(x):
+    def grouped(x) -> jax.Array:
         padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
         return jnp.moveaxis(padded.reshape(-1, lanes, *x.shape[1:]), 1, -1)
 
@@ -136,7 +136,7 @@ def _windows_rows(count, total, above, end_count, end_total, end_above, referenc
     return jnp.moveaxis(chosen, -1, 1).reshape(number + missing, -1)[:number]
 
 
-def _windows(count, total, above, end_count, end_total, end_above, reference, spacing):
+def _windows(count, total, above, end_count, end_total, end_above, reference, spacing) -> jax.Array:
     """Computes `_windows_rows` with the rows on the last axis, where they fill the processor's lanes."""
     size = count.shape[1]
     middle = size // 2
@@ -145,7 +145,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     shift = rounded_first(spacing[:, None] * moved.astype(jnp.float64))
     place = jnp.arange(size, dtype=jnp.int32)[:, None]
 
-    def cost(left, right, level):
+    def cost(left, right, level) -> jax.Array:
         n, s = right[0] - left[0], right[1] - left[1]
         rest = (s - n * level).astype(jnp.float64)
         to_zero = rounded_first(level.astype(jnp.float64) * (s + rest.astype(s.dtype)).astype(jnp.float64))
@@ -157,7 +157,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     first = cost(begin, tuple(x[0] for x in here), reference[0]) + shift[0]
     lefts, rights = tuple(x[:-1] for x in here), tuple(x[1:] for x in here)
 
-    def step(best, inputs):
+    def step(best, inputs) -> tuple[Any, Any]:
         left, right, level, move = inputs
         left, right = tuple(x[:, None] for x in left), tuple(x[None, :] for x in right)
         return jnp.min(best[:, None] + cost(left, right, level), axis=0) + move, best
@@ -166,7 +166,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     end = end_count, end_total, end_above
     chosen = first_least(last + cost(tuple(x[-1] for x in here), end, reference[-1]), place, 0)[1][0]
 
-    def back(chosen, inputs):
+    def back(chosen, inputs) -> tuple[jax.Array, jax.Array]:
         best, left, right, level = inputs
         right = tuple(jnp.take_along_axis(x, chosen[None], axis=0) for x in right)
         before = first_least(best + cost(left, right, level), place, 0)[1][0]
@@ -176,7 +176,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     return jnp.concatenate([before, chosen[None]])
 
 
-def _above(rows: Rows, cuts, keep_zero: bool):
+def _above(rows: Rows, cuts, keep_zero: bool) -> Any:
     """Returns whether cuts `[R, …]` lie above the held zero; False everywhere if there is none."""
     xp = namespace(rows.size)
     if not keep_zero:
@@ -293,7 +293,7 @@ def _narrowings(values: float) -> tuple[int, ...]:
     return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
 
 
-def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
+def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int) -> Any:
     """Returns `room + 2` cuts, some maybe equal: cells nearest to the best paths are split, the others joined."""
     xp = namespace(rows.size)
     low, high = cuts[:, :-1], cuts[:, 1:]
@@ -313,7 +313,7 @@ def _narrower(rows: Rows, cuts, excess, most_parts: int, room: int):
     return xp.sort(xp.concatenate([xp.zeros_like(cuts[:, :1]), inner, rows.size[:, None]], axis=1), axis=1)
 
 
-def _marked(places, room: int):
+def _marked(places, room: int) -> np.ndarray | jax.Array:
     """Returns `[R, room]`, 1 at the given places and 0 elsewhere; places from `room` on are ignored."""
     if isinstance(places, np.ndarray):
         marks = np.zeros((len(places), room + 1), np.int64)
@@ -323,7 +323,7 @@ def _marked(places, room: int):
     return jnp.zeros((places.shape[0], room), jnp.int64).at[row, places.astype(jnp.int32)].set(1, mode="drop")
 
 
-def _first_price(rows: Rows, cuts, num_levels: int):
+def _first_price(rows: Rows, cuts, num_levels: int) -> Any:
     """Returns `[R]` twice an interval's error: the row's is (Σ (weight · width²)^⅓)³ / 12 K² (Panter and Dite 1951)."""
     xp = namespace(rows.size)
     edge, n = rows.value_at(cuts), rows.sums_below(cuts)[0].astype(xp.float64)
@@ -364,11 +364,11 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
     return _Path(here, reach, found / unit, excess, exact, least)
 
 
-def _like(array: Any, xp):
+def _like(array: Any, xp) -> Any:
     return np.asarray(array).astype(np.int64) if xp is np else array.astype(jnp.int64)
 
 
-def _half_of_longer(rows: Rows, cuts):
+def _half_of_longer(rows: Rows, cuts) -> Any:
     """Returns `[R, K − 1]` half the number of values in the longer of the two intervals next to each cut."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -377,7 +377,7 @@ def _half_of_longer(rows: Rows, cuts):
     return xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
 
 
-def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
+def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None) -> Any:
     """Returns cuts `[R, K − 1]` moved until no combination of moves by a few single values is better.
 
     The first steps are so long that windows extend `reach [R, K − 1]` values to each side, or half of the longer
@@ -397,11 +397,11 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
                 break
         return cuts
 
-    def again(state):
+    def again(state) -> Any:
         *_, settled, number = state
         return ~settled & (number < _ROUNDS)
 
-    def once(state):
+    def once(state) -> tuple[Any, Any, jax.Array, Any]:
         cuts, step, _, number = state
         new, step, settled = _moved(rows, cuts, step, keep_zero)
         if best is None:
@@ -412,7 +412,7 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
     return lax.while_loop(again, once, (cuts, step, done, jnp.int32(0)))[0]
 
 
-def _moved(rows: Rows, cuts, step, keep_zero: bool):
+def _moved(rows: Rows, cuts, step, keep_zero: bool) -> tuple[Any, Any, Any]:
     """Returns the cuts moved once, by at most 16 steps each, the next steps, and `[R]` whether all cuts are settled."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -443,7 +443,7 @@ def _moved(rows: Rows, cuts, step, keep_zero: bool):
     return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
 
 
-def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int):
+def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Any:
     """Returns `[R]` a lower bound on the least squared error of K levels, exact but for rounding if cells are values.
 
     Let c be the optimal levels and f(x) = min_j (x − c_j)². A cell of weight n, mean μ and standard deviation σ that
@@ -477,17 +477,17 @@ def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts
     return bound_of_sum(rows, np.asarray(best) if xp is np else best, num_levels)
 
 
-def bound_of_sum(rows: Rows, least, num_levels: int):
+def bound_of_sum(rows: Rows, least, num_levels: int) -> Any:
     """Returns `[R]` Σ w x² plus the least −Σ S²/n, minus a bound on the effect of rounding; at least 0."""
     return namespace(rows.size).maximum(rows.square + least - rounding_of_sum(rows, num_levels), 0.0)
 
 
-def rounding_of_sum(rows: Rows, num_levels: int):
+def rounding_of_sum(rows: Rows, num_levels: int) -> Any:
     """Returns `[R]` a bound on the effect of rounding on the sum of `bound_of_sum`."""
     return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack
 
 
-def _shift(cuts, by: int):
+def _shift(cuts, by: int) -> Any:
     """Returns the cut before (−1) or after (+1) each cut; the first and the last stay."""
     xp = namespace(cuts)
     if by < 0:
