@@ -30,6 +30,13 @@ def test_options_have_the_types_that_compress_gives_them(name):
             assert parameter.annotation == reference[option].annotation, option
 
 
+@pytest.mark.parametrize("holder", [Options, nuqjax.Rule])
+def test_options_have_the_types_that_compress_gives_them_where_they_are_held(holder):
+    reference = inspect.signature(nuqjax.compress).parameters
+    held = {field.name: field.type for field in fields(holder) if field.name in DEFAULTS}
+    assert held == {option: reference[option].annotation for option in DEFAULTS}
+
+
 def test_a_rule_takes_every_option_and_inherits_it():
     rule = nuqjax.Rule("kernel")
     assert {field.name for field in fields(nuqjax.Rule)} == {field.name for field in fields(Options)} - {"rule"} | {

@@ -15,6 +15,8 @@ from nuqjax._src.checkpoint.journal import Journal
 from nuqjax._src.compress.leaf import compress_leaf
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
 from nuqjax._src.compress.rules import Options, Rule
+from nuqjax._src.leaf.qformat import CodebookFormat
+from nuqjax._src.leaf.rows import Granularity, Scale
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report, report_leaf
 from nuqjax._src.store import entropy as store_entropy
@@ -33,10 +35,10 @@ def compress_checkpoint(
     bits: int = 4,
     method: str = "knq",
     *,
-    granularity="tensor",
+    granularity: Granularity = "tensor",
     axis: int | Sequence[int] = -1,
-    scale=None,
-    codebook_format=None,
+    scale: Scale = None,
+    codebook_format: CodebookFormat = None,
     keep_zero: bool = False,
     rules: Sequence[Rule] = (),
     tolerance: float | None = 1e-6,

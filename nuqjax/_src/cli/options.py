@@ -10,11 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 
 import nuqjax
+from nuqjax._src.leaf.qformat import CodebookFormat
+from nuqjax._src.leaf.rows import Granularity, Scale
 
 _GROUPS = {"channels": nuqjax.ChannelGroups, "inputs": nuqjax.InputGroups}
 
 
-def granularity(text: str) -> Any:
+def granularity(text: str) -> Granularity:
     """Reads `tensor`, `channel`, `channels/N` or `inputs/N`.
 
     >>> granularity("channels/8")
@@ -28,16 +30,17 @@ def granularity(text: str) -> Any:
     return _GROUPS[kind](int(size))
 
 
-def scale(text: str) -> Any:
+def scale(text: str) -> Scale:
     """Reads `none`, `channel` or `inputs/N`."""
     if text == "none":
         return None
-    if text != "channel" and not text.startswith("inputs/"):
-        raise argparse.ArgumentTypeError(f"{text!r}, but none, channel or inputs/N is wanted")
-    return granularity(text)
+    found = granularity(text) if text == "channel" or text.startswith("inputs/") else None
+    if isinstance(found, nuqjax.InputGroups) or found == "channel":
+        return found
+    raise argparse.ArgumentTypeError(f"{text!r}, but none, channel or inputs/N is wanted")
 
 
-def codebook_format(text: str) -> Any:
+def codebook_format(text: str) -> CodebookFormat:
     """Reads a floating dtype's name, fixed point as `fixed/WORD` or `fixed/WORD/FRAC`, or `none` for the leaf's dtype.
 
     >>> codebook_format("fixed/8/6")
@@ -92,7 +95,7 @@ def budget(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def axes(text: str) -> Any:
+def axes(text: str) -> int | tuple[int, ...]:
     """Reads an axis, or several separated by commas.
 
     >>> axes("-2,-1")

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 ROUNDING = ("floor", "toward_zero", "half_up", "half_down", "half_away", "half_toward_zero", "half_even")
 OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
@@ -67,6 +69,10 @@ class AutoQFormat:
 
     def __post_init__(self) -> None:
         _check_word(self.word, self.signed, "AutoQFormat")
+
+
+CodebookFormat: TypeAlias = DTypeLike | QFormat | AutoQFormat | None
+"""How levels are stored; None for the leaf's dtype."""
 
 
 def of_least_error(formats: Iterable[QFormat], error_of: Callable[[QFormat, float], float]) -> QFormat:

@@ -9,7 +9,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.core
@@ -55,7 +55,10 @@ def _check_size(groups) -> None:
         raise ValueError(f"{name}: a group size of {groups.size!r}, but it must be a whole number, 1 or more")
 
 
-Granularity = Literal["tensor", "channel"] | ChannelGroups | InputGroups
+Granularity: TypeAlias = Literal["tensor", "channel"] | ChannelGroups | InputGroups
+"""Which values share a codebook."""
+Scale: TypeAlias = Literal["channel"] | InputGroups | None
+"""Which values share a scale."""
 
 
 _INT32_MAX = 2**31 - 1
