@@ -34,8 +34,10 @@ def scale(text: str) -> Scale:
     """Reads `none`, `channel` or `inputs/N`."""
     if text == "none":
         return None
-    found = granularity(text) if text == "channel" or text.startswith("inputs/") else None
-    if isinstance(found, nuqjax.InputGroups) or found == "channel":
+    if text == "channel":
+        return "channel"
+    found = granularity(text) if text.startswith("inputs/") else None
+    if isinstance(found, nuqjax.InputGroups):
         return found
     raise argparse.ArgumentTypeError(f"{text!r}, but none, channel or inputs/N is wanted")
 
