@@ -22,7 +22,8 @@ from nuqjax._src.leaf.codebooks import codebooks, decompress, with_codebooks
 from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
 from nuqjax._src.leaf.shardings import shardings
-from nuqjax._src.report.report import Report, report
+from nuqjax._src.report.report import Report
+from nuqjax._src.store.compared import report
 from nuqjax._src.store.store import inspect, load, save
 
 __version__ = "0.1.0"

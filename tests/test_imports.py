@@ -48,16 +48,16 @@ WINGS: dict[str, Wing] = {
         ("rich",),
     ),
     "store": Wing(
-        "foreign dtypes file target write text entropy tree describe entry report layout place store",
+        "foreign dtypes file target write text entropy tree describe entry report layout place store compared",
         "leaf report",
         ("constriction",),
     ),
-    "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report", ("rich",)),
+    "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report store", ("rich",)),
     "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
     "calibration": Wing(
         "fisher measures squares sweeps problem places level_formats stages rated solver "
         "convolutions uses programs second_moments biases layouts layers widths flow door",
-        "leaf trace fit fold report compress",
+        "leaf trace fit fold report store compress",
         ("rich",),
     ),
     "checkpoint": Wing(

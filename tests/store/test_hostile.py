@@ -26,6 +26,8 @@ from nuqjax._src.store import file as store_file
 from nuqjax._src.store import layout as store_layout
 from nuqjax._src.store import store
 
+OLD = pathlib.Path(__file__).parents[1] / "laws" / "version3.safetensors"
+
 
 def trees():
     """Small trees that use all that the format has."""
@@ -67,7 +69,26 @@ def files(tmp_path_factory):
         patch.setattr(store_layout, "_MANY", 1)
         nuqjax.save(folder / "pooled", params)
     found["pooled"] = (folder / "pooled").read_bytes()
+    found["placed"] = as_version_3(found["pooled"])
+    nuqjax.save(folder / "streams", {"v": trees()["coded"]["w"], "w": trees()["coded"]["w"]}, entropy_coding=True)
+    found["streams"] = (folder / "streams").read_bytes()
+    found["old"] = OLD.read_bytes()
     return found
+
+
+def as_version_3(data):
+    """A file whose small tensors are shared, as format version 3 had it: with the place of each, and its checksum."""
+    header, layout, body = taken_apart(data)
+    ends = {}
+    for entry in layout["leaves"]:
+        reference = entry["tensors"]["data"]
+        name = {"float32": "small.F32", "int8": "small.I8"}[reference["dtype"]]
+        begin, size = ends.get(name, 0), reference["shape"][0] * np.dtype(reference["dtype"]).itemsize
+        ends[name] = begin + size
+        start = header[name]["data_offsets"][0] + begin
+        reference |= {"name": name, "at": begin, "crc32": zlib.crc32(body[start : start + size])}
+    del layout["shared"]
+    return put_together(header, layout | {"version": 3}, body)
 
 
 def load(data, verify=True):
@@ -191,7 +212,8 @@ LAST = ("leaves", 3, "tensors", "data")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("version", 4), "version 4 of the format, but this nuqjax reads versions 1 to 3; a newer nuqjax reads"),
+        (set_at("version", 5), "version 5 of the format, but this nuqjax reads versions 1 to 4; a newer nuqjax reads"),
+        (set_at("version", 4), "the layout does not have just version, tree, leaves, report and shared"),
         (set_at("version", 2), "FILE: the layout does not have just version and deflated"),
         (set_at("version", 0), "version 0 of the format"),
         (set_at("version", "1"), "the layout has no version"),
@@ -318,9 +340,67 @@ def test_tensors_that_no_leaf_or_two_leaves_name(files):
     ],
 )
 def test_a_place_in_a_shared_tensor_that_lies(files, change, message):
+    header, layout, body = taken_apart(files["placed"])
+    change(layout)
+    refused(put_together(header, layout, body), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_at("shared", []), "the layout's shared tensors are no object of checksums"),
+        (set_at("shared", "small.I8", "1"), "the layout's shared tensors are no object of checksums"),
+        (set_at("shared", "small.I8", 1), "leaf '1', data: the bytes of tensor 'small.I8' are not those that were"),
+        (set_at("shared", "small.I8", KeyError), "leaf '1', data: the layout has no 'crc32'"),
+        (set_at("shared", "nothing", 1), "the layout's shared tensors: the tensor 'nothing' is not in the file"),
+        (set_at("shared", KeyError), "the layout does not have just version, tree, leaves, report and shared"),
+        (set_at(*LAST, "at", 4), "leaf '3', data: the layout has 'at', which this version does not know"),
+        (set_at(*LAST, "crc32", 4), "leaf '3', data: the layout has 'crc32', which this version does not know"),
+        (set_at(*LAST, "shape", [7]), "leaf '3', data: the layout wants 7 bytes of I8 at byte 4"),
+        (set_at(*LAST, "shape", [2**40]), "leaf '3', data: the layout wants 1099511627776 bytes of I8"),
+        (set_at(*LAST, "shape", [5]), "the leaves in tensor 'small.I8' take 9 bytes, but it has 10"),
+        (set_at(*LAST, "dtype", "uint8"), "leaf '3', data: the layout wants 6 bytes of U8 at byte 4"),
+        (set_at(*LAST, "dtype", "float32"), "leaf '3', data: the layout wants 24 bytes of F32"),
+    ],
+)
+def test_a_shared_tensor_that_lies(files, change, message):
     header, layout, body = taken_apart(files["pooled"])
     change(layout)
     refused(put_together(header, layout, body), message)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ([1, 2], "leaf 'w', coded: a model of 2 bytes"),
+        ([2, 1, 9], "leaf 'w', coded: a model of 3 bytes for levels 2 to 1 of 4"),
+        ([0, 4, 9], "leaf 'w', coded: a model of 3 bytes for levels 0 to 4 of 4"),
+        ([1, 2, 9, 9, 9], "leaf 'w', coded: a model of 5 bytes for levels 1 to 2 of 4"),
+        ([0, 3, 0, 0], "leaf 'w', coded: model weights of shape"),
+        ([0, 3, 9, 200, 255], "leaf 'w', coded: "),  # another model: the stream ends elsewhere
+    ],
+)
+def test_a_model_that_lies(files, model, message):
+    header, layout, body = taken_apart(files["coded"])
+    begin, end = header["w.model"]["data_offsets"]
+    assert end == len(body)
+    header["w.model"] = {"dtype": "U8", "shape": [len(model)], "data_offsets": [begin, begin + len(model)]}
+    layout["leaves"][0]["tensors"]["model"]["shape"] = [len(model)]
+    refused(put_together(header, layout, body[:begin] + bytes(model)), message, verify=False)
+
+
+def test_a_model_of_another_form(files):
+    header, layout, body = taken_apart(files["coded"])
+    reference = layout["leaves"][0]["tensors"]["model"]
+    for shape in ([1, *reference["shape"]], [*reference["shape"], 1]):
+        header["w.model"]["shape"] = reference["shape"] = shape
+        refused(put_together(header, layout, body), "leaf 'w': model of dtype uint8 and shape .*; uint8 along one axis")
+    for kind, others in (("old", "model"), ("coded", "weights")):
+        header, layout, body = taken_apart(files[kind])
+        for entry in layout["leaves"]:
+            if "coded" in entry.get("tensors", {}):
+                entry["tensors"][others] = entry["tensors"].pop({"model": "weights", "weights": "model"}[others])
+        refused(put_together(header, layout, body), "leaf '[vw]': the layout names no tensor")
 
 
 def test_values_that_are_none_of_their_dtype(files):
@@ -351,10 +431,6 @@ def test_a_stream_that_ends_elsewhere(files):
     header, layout, body = taken_apart(files["coded"])
     layout["leaves"][0]["shape"] = [50, 20]
     refused(put_together(header, layout, body), "leaf 'w', coded: a stream that does not end where the indices do")
-    header, layout, body = taken_apart(files["coded"])
-    begin, end = header["w.weights"]["data_offsets"]
-    body = body[:begin] + bytes(end - begin) + body[end:]
-    refused(put_together(header, layout, body), "leaf 'w', coded: model weights", verify=False)
     header, layout, body = taken_apart(files["coded"])
     _, end = header["w.coded"]["data_offsets"]
     body = body[: end - 4] + bytes(4) + body[end:]

@@ -22,7 +22,7 @@ from nuqjax._src.compress.rules import Options
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.codebooks import decompress
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.report.report import build_report
+from nuqjax._src.store.compared import build_report
 
 
 @contextmanager

@@ -119,6 +119,7 @@ def compress_checkpoint(
     notes = Plan(tuple(plans)).notes
     for note in notes:
         warnings.warn(f"compress_checkpoint: {note}", stacklevel=2)
+    code = store_entropy.encode if entropy_coding else None
     sharded = limit is not None and sum(plan.nbytes_after for plan in plans) > limit
 
     with claim(target, checkpoint.files, sharded) as place, Journal(place.folder, mark, resume) as journal:
@@ -127,7 +128,7 @@ def compress_checkpoint(
                 if key not in journal:
                     kept, leaf_report = _compressed(leaf, plan)
                     _check_source(checkpoint, source_is)  # before the leaf is recorded as one of this source
-                    journal.add(key, *described(plan.path, kept, entropy_coding), leaf_report)
+                    journal.add(key, *described(plan.path, kept, code), leaf_report)
                 if progress is not None:
                     progress(plan, plan.nbytes_before)
             _check_source(checkpoint, source_is)

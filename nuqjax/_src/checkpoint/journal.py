@@ -16,7 +16,7 @@ from nuqjax._src.store.write import to_json
 
 _CHUNK = 1 << 24
 _LINES, _TENSORS = "journal", "tensors"
-_VERSION = "journal 2"
+_VERSION = "journal 3"
 _FIELDS = {"key", "entry", "tensors", "report"}
 
 

@@ -31,26 +31,55 @@ class Comparison(NamedTuple):
 def compare_leaf(dense: np.ndarray, leaf: CodebookArray) -> Comparison:
     """Compares a leaf with its dense array by NumPy in float64, a few output channels at a time."""
     leaf = jax.tree.map(np.asarray, leaf)
-    levels = 1 << leaf.bits
     signal = noise = largest = 0.0
-    used, counts = 0, np.zeros(levels, np.int64)
     for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
-        shared = np.zeros(levels, np.int64)  # counts of the single codebook of "tensor" granularity
         for original, block in _blocks(dense[place], leaf[place]):
             x = original.astype(np.float64)
             error = x - dense_on_host(block).astype(np.float64)
             signal += float(np.vdot(x, x))
             noise += float(np.vdot(error, error))
             largest = max(largest, float(np.max(np.abs(error), initial=0)))
-            table = _count_indices(block)
+    return Comparison(signal, noise, largest, *usage(leaf))
+
+
+class Usage(NamedTuple):
+    """How a leaf's indices use its levels; the fields are those of `LeafReport`."""
+
+    levels_used: int
+    entropy: float
+
+
+def usage(leaf: CodebookArray) -> Usage:
+    """Counts the indices of a leaf of NumPy arrays, a few output channels at a time."""
+    used, counts = 0, np.zeros(1 << leaf.bits, np.int64)
+    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
+        tables = map(_count_indices, _channel_blocks(leaf[place]))
+        if leaf.granularity == "tensor":  # the blocks share their codebook
+            tables = [sum(tables, np.zeros((1, 1 << leaf.bits), np.int64))]
+        for table in tables:
             counts += table.sum(axis=0)
-            if leaf.granularity == "tensor":
-                shared += table[0]
-            else:
-                used += int(np.count_nonzero(table))
-        used += int(np.count_nonzero(shared))
+            used += int(np.count_nonzero(table))
+    return Usage(used, entropy(counts))
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Returns the empirical entropy of indices that occur so often, in bits per index.
+
+    >>> entropy(np.array([2, 1, 1, 0]))
+    1.5
+    """
     share = counts[counts > 0] / max(counts.sum(), 1)
-    return Comparison(signal, noise, largest, used, float(-(share * np.log2(share)).sum()) + 0.0)
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def _channel_blocks(leaf: CodebookArray) -> Iterator[CodebookArray]:
+    """Yields output channels of a slice, about `_CHUNK` indices or levels at a time, groups of channels whole."""
+    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
+    group = leaf.granularity.size if isinstance(leaf.granularity, rows_.ChannelGroups) else 1
+    each = max(inputs, leaf.levels.size // outputs, 1)
+    step = max(_CHUNK // each // group, 1) * group
+    for start in range(0, outputs, step):
+        yield channel_block(leaf, start, min(start + step, outputs))
 
 
 def _blocks(dense: np.ndarray, leaf: CodebookArray) -> Iterator[tuple[np.ndarray, CodebookArray]]:

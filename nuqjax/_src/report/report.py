@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from rich.table import Table
 
 from nuqjax._src.leaf.codebook_array import CodebookArray, check_layout, is_codebook_array
-from nuqjax._src.leaf.paths import path_name, printable
+from nuqjax._src.leaf.paths import printable
 from nuqjax._src.platform.host import why_unfit
 from nuqjax._src.report.comparison import compare_leaf
 from nuqjax._src.report.leaf_report import LeafReport, summary
@@ -32,6 +31,9 @@ class Report:
         it was not written to a file.
       nbytes_source: bytes on disk of the files that it came from; None where it did not come from files.
       calibration: results of calibration with data, and measurements on held-out data; None without data.
+      nbytes_saved: bytes of the file that `save(path, cparams)` writes; None where no file holds the tree, and for
+        reports that come with a file.
+      nbytes_saved_coded: the same for `save(path, cparams, entropy_coding=True)`, to a few bytes for each leaf.
 
     >>> import jax.numpy as jnp, nuqjax
     >>> params = {"w": jnp.arange(1024.0).reshape(32, 32), "b": jnp.zeros(32)}
@@ -45,6 +47,8 @@ class Report:
     nbytes_file: int | None = field(default=None, compare=False)
     nbytes_source: int | None = field(default=None, compare=False)
     calibration: Mapping[str, Any] | None = field(default=None, compare=False)
+    nbytes_saved: int | None = field(default=None, compare=False)
+    nbytes_saved_coded: int | None = field(default=None, compare=False)
 
     @property
     def growth(self) -> str | None:
@@ -78,9 +82,10 @@ class Report:
         (mean bits per index) of compressed leaves, `sqnr_db` of the compressed leaves together, `largest_error`,
         `certificate` (the worst leaf's; None unless every compressed leaf has one), `nbytes_packed` of the indices in
         memory and `nbytes_coded` in a file (a leaf that coding does not make smaller counts as packed; None where no
-        leaf is coded), `nbytes_file` of the file on disk.
+        leaf is coded), `nbytes_file` of the file on disk, `nbytes_saved` and `nbytes_saved_coded` of files to come.
         """
-        return summary(self.leaves) | {"nbytes_file": self.nbytes_file}
+        files = ("nbytes_file", "nbytes_saved", "nbytes_saved_coded")
+        return summary(self.leaves) | {name: getattr(self, name) for name in files}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns `{"total": {…}, "leaves": [{…}, …]}` of plain values, and `"calibration"` if there is one."""
@@ -128,7 +133,7 @@ class Report:
         return tables
 
     def _lines(self) -> list[str]:
-        """Returns the total sizes, the notes, and a warning where the file is larger than its source."""
+        """Returns sizes in total and of files to come, the notes, and a warning where the file exceeds its source."""
         t = self.total
         line = (
             f"{t['weights']:,} weights: {t['nbytes_before']:,} bytes before, {t['nbytes_after']:,} after "
@@ -140,7 +145,10 @@ class Report:
             line += f"; indices {t['nbytes_packed']:,} bytes packed, {t['nbytes_coded']:,} coded"
         if self.nbytes_file is not None:
             line += f"; file {self.nbytes_file:,} bytes"
-        return [line, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])]
+        lines = [line]
+        if self.nbytes_saved is not None and self.nbytes_file is None:
+            lines.append(f"saved: {self.nbytes_saved:,} bytes, {self.nbytes_saved_coded:,} with entropy coding")
+        return [*lines, *self.notes, *([f"warning: {self.growth}"] if self.growth else [])]
 
 
 def html_page(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
@@ -169,49 +177,6 @@ def _html_table(table: Table) -> str:
 def _html(text: Any) -> str:
     """Returns text as HTML that shows it: tags, quotes and control characters are escaped."""
     return html.escape(printable(text, longest=len(str(text))))
-
-
-def report(params: Any, cparams: Any) -> Report:
-    """Compares a compressed tree with the tree it came from.
-
-    Methods and certificates are not stored in a compressed tree: `compress(…, return_report=True)` reports them.
-
-    Args:
-      params: the dense tree.
-      cparams: the tree that `compress` made from it.
-
-    Returns:
-      A `Report`. Sizes are those of the arrays in memory; SQNR and errors are computed in float64 on the host.
-
-    Raises:
-      ValueError: the trees differ in structure, or a leaf in shape.
-
-    >>> import jax.numpy as jnp, nuqjax
-    >>> params = {"kernel": jnp.arange(1024.0).reshape(32, 32)}
-    >>> r = report(params, nuqjax.compress(params, bits=4))
-    >>> r.total["nbytes_before"], r.total["nbytes_after"]
-    (4096, 576)
-    """
-    return build_report(params, cparams, {}, {})
-
-
-def build_report(
-    params: Any,
-    cparams: Any,
-    reasons: Mapping[str, str],
-    fits: Mapping[str, tuple[str, float | None]],
-    notes: tuple[str, ...] = (),
-) -> Report:
-    """Builds a report with what only `compress` knows: by path, why a leaf is dense, or its method and certificate."""
-    before, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
-    after, compressed_structure = jax.tree_util.tree_flatten_with_path(cparams, is_leaf=is_codebook_array)
-    if structure != compressed_structure:
-        raise ValueError(f"report: the trees differ: {structure} and {compressed_structure}")
-    leaves = []
-    for (path, dense), (_, leaf) in zip(before, after, strict=True):
-        name = path_name(path)
-        leaves.append(report_leaf(name, dense, leaf, reasons.get(name), *fits.get(name, (None, None))))
-    return Report(tuple(leaves), notes)
 
 
 def report_leaf(

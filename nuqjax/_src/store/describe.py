@@ -1,7 +1,7 @@
 """Turns a leaf into an entry of the layout with named tensors; `docs/format.md` describes the entries."""
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from nuqjax._src.leaf import rows as rows_
 from nuqjax._src.leaf.check import check_structure
 from nuqjax._src.leaf.codebook_array import CodebookArray, is_codebook_array
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
-from nuqjax._src.store import entropy as store_entropy
 from nuqjax._src.store.dtypes import Part, is_floating, to_part
 
 MAX_GROUP = 2**62  # limit on the number of values that share a codebook or a scale
@@ -20,8 +19,10 @@ PYTHON = {"bool": bool, "int": int, "float": float, "complex": complex, "str": s
 KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # kinds of random keys: 32-bit words in one key
 
 
-def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any], dict[str, Part]]:
+def describe(path: str, leaf: Any, code: Callable[..., Any] | None) -> tuple[dict[str, Any], dict[str, Part]]:
     """Returns the entry of a leaf, without names of tensors, and the leaf's tensors by role.
+
+    `code` is `entropy.encode`, or `entropy.sized` where only sizes matter; None for no entropy coding.
 
     Raises:
       ValueError: the leaf's arrays do not fit its layout, or the format does not hold the leaf's contents.
@@ -33,11 +34,11 @@ def describe(path: str, leaf: Any, entropy_coding: bool) -> tuple[dict[str, Any]
         parts = {"packed": to_part(leaf.packed, path), "levels": to_part(leaf.levels, path)}
         if leaf.scale is not None:
             parts["scale"] = to_part(leaf.scale, path)
-        if entropy_coding:
+        if code is not None:
             _, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-            coded = store_entropy.encode(leaf.packed, leaf.bits, inputs)
+            coded = code(leaf.packed, leaf.bits, inputs)
             if coded is not None:
-                parts |= {"coded": to_part(coded[0], path), "weights": to_part(coded[1], path)}
+                parts |= {"coded": to_part(coded[0], path), "model": to_part(coded[1], path)}
                 del parts["packed"]
         return entry | _layout(leaf), parts
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

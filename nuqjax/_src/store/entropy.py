@@ -1,11 +1,17 @@
 """Entropy coding of packed indices: asymmetric numeral systems, by the `constriction` library.
 
-A leaf has one model for all its indices. The file stores the model as small integer weights `w[k]`. With K = 2^bits
-and W = Σ w, index k has the frequency `F[k+1] − F[k]` out of 2^24, where
+A leaf has one model for all its indices: integer weights `w[k]`. With K = 2^bits and W = Σ w, index k has the frequency
+`F[k+1] − F[k]` out of 2^24, where
 
     F[k] = k + ⌊(w[0] + … + w[k−1]) · (2^24 − K) / W⌋
 
 in integer arithmetic, so that every machine computes the same. Indices are coded in the order in which they are packed.
+
+The file stores the weights as bytes `[first, last, control[0], …, control[n−1]]`. Each level from `first` to `last`
+has a byte, and the other levels have the weight 0. With n = last − first + 1, these are the control bytes. With fewer,
+they stand at equal distances over the range, and the levels between them are interpolated: a byte is nearly
+a logarithm, so that straight lines between a few bytes describe a Laplace or a normal distribution. A byte is a float
+without sign, of four bits of exponent and four of mantissa: `b` below 16, else `(16 + b % 16) · 2^(b // 16 − 1)`.
 """
 
 from collections.abc import Iterator
@@ -19,6 +25,9 @@ _PRECISION = 24
 _STRETCH = 1 << 21  # indices coded or decoded at once
 _EXPANSION, _FREE = 64, 1 << 16
 """A stream of n bytes never stands for more than 64·n + 65,536 bytes of packed indices: what would, is not coded."""
+_CONTROLS = (1, 2, 3, 5, 7, 9, 13, 17, 25, 33)  # numbers of control bytes that are tried
+_NEGLIGIBLE = 2.0**-12  # a table that is a smaller share of the code is not made smaller
+_VALUES = np.array([b if b < 16 else (16 + b % 16) << (b // 16 - 1) for b in range(256)])
 
 
 def constriction_library() -> Any:
@@ -31,7 +40,7 @@ def constriction_library() -> Any:
 
 
 def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the coded stream of packed rows and the model's weights; None where they take as much room or more.
+    """Returns the coded stream of packed rows and their model; None where they take as much room or more.
 
     Args:
       packed: `[…, B]` uint8, rows of packed indices.
@@ -39,33 +48,63 @@ def encode(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.nd
       count: number of indices in a row.
 
     Returns:
-      `[n]` uint32 words and `[K]` uint8 or uint16 weights, or None.
+      `[n]` uint32 words and the `[m]` uint8 bytes of the model, or None.
 
     Raises:
       ImportError: `constriction` is not installed.
 
     >>> indices = np.repeat(np.array([[0, 1, 3]], np.uint8), [2000, 300, 50], axis=-1)
-    >>> stream, weights = encode(packing.pack(indices, 2), 2, 2350)
-    >>> stream.nbytes + weights.nbytes, packing.packed_size(2350, 2)
-    (212, 588)
+    >>> stream, model = encode(packing.pack(indices, 2), 2, 2350)
+    >>> stream.nbytes + model.nbytes, packing.packed_size(2350, 2)
+    (214, 588)
     """
     library = constriction_library()
+    rows = _rows(packed, bits, count)
+    if rows is None:
+        return None
+    model = _fitted(_counts(rows, bits, count))
+    coder, categorical = library.stream.stack.AnsCoder(), _model(library, weights_of(model, bits))
+    for row, column in reversed(list(_stretches(rows.shape[0], count, bits))):
+        coder.encode_reverse(_unpack(rows, bits, row, column).reshape(-1).astype(np.int32), categorical)
+    stream = coder.get_compressed()
+    return (stream, model) if _pays(stream, model, rows) else None
+
+
+def sized(packed: np.ndarray, bits: int, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns what `encode` does, but the words of the stream are zeros, and there may be one more or less of them.
+
+    It tells sizes without coding, and needs no library.
+
+    >>> indices = np.repeat(np.array([[0, 1, 3]], np.uint8), [2000, 300, 50], axis=-1)
+    >>> [part.nbytes for part in sized(packing.pack(indices, 2), 2, 2350)]
+    [208, 6]
+    """
+    rows = _rows(packed, bits, count)
+    if rows is None:
+        return None
+    counts = _counts(rows, bits, count)
+    model = _fitted(counts)
+    words = np.zeros(int(np.ceil((_code_length(counts, weights_of(model, bits)) + 16) / 32)), np.uint32)
+    return (words, model) if _pays(words, model, rows) else None
+
+
+def _rows(packed: np.ndarray, bits: int, count: int) -> np.ndarray | None:
+    """Returns the rows along one axis; None where there are no indices, or bits of padding that a stream would lose."""
     if packed.size == 0:
         return None
-    rows = packed.reshape(-1, packed.shape[-1])
-    if _padding(rows, bits, count):
-        return None
+    rows, rest = packed.reshape(-1, packed.shape[-1]), count * bits % 8
+    return None if rest and (rows[:, -1] >> rest).any() else rows
+
+
+def _counts(rows: np.ndarray, bits: int, count: int) -> np.ndarray:
     counts = np.zeros(1 << bits, np.int64)
     for row, column in _stretches(rows.shape[0], count, bits):
         counts += np.bincount(_unpack(rows, bits, row, column).reshape(-1), minlength=1 << bits)
-    weights = _weights(counts)
-    model, coder = _model(library, weights), library.stream.stack.AnsCoder()
-    for row, column in reversed(list(_stretches(rows.shape[0], count, bits))):
-        coder.encode_reverse(_unpack(rows, bits, row, column).reshape(-1).astype(np.int32), model)
-    stream = coder.get_compressed()
-    if stream.nbytes + weights.nbytes >= rows.size or rows.size > _EXPANSION * stream.nbytes + _FREE:
-        return None
-    return stream, weights
+    return counts
+
+
+def _pays(stream: np.ndarray, model: np.ndarray, rows: np.ndarray) -> bool:
+    return stream.nbytes + model.nbytes < rows.size <= _EXPANSION * stream.nbytes + _FREE
 
 
 def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count: int) -> np.ndarray:
@@ -73,7 +112,7 @@ def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count:
 
     Args:
       stream: `[n]` uint32 words.
-      weights: `[K]` unsigned weights of the model.
+      weights: `[K]` weights of the model, from 0 to 2^24.
       bits: index width in bits.
       rows: number of rows.
       count: number of indices in a row.
@@ -102,12 +141,6 @@ def decode(stream: np.ndarray, weights: np.ndarray, bits: int, rows: int, count:
     return packed
 
 
-def _padding(rows: np.ndarray, bits: int, count: int) -> bool:
-    """Returns whether any padding bit after the last index of a row is set: a stream would lose it."""
-    rest = count * bits % 8
-    return bool(rest) and bool((rows[:, -1] >> rest).any())
-
-
 def _stretches(rows: int, count: int, bits: int) -> Iterator[tuple[slice, slice]]:
     """Yields blocks of rows, or of columns of one long row, in coding order; each begins on a whole byte."""
     height, width = max(1, _STRETCH // count), min(count, _STRETCH)
@@ -121,15 +154,81 @@ def _unpack(rows: np.ndarray, bits: int, row: slice, column: slice) -> np.ndarra
     return packing.unpack(part, bits, column.stop - column.start)
 
 
-def _weights(counts: np.ndarray) -> np.ndarray:
-    """Scales the counts to uint8 or uint16 weights, whichever makes the stream and the weights smaller in total."""
-    made = []
-    for dtype in (np.uint8, np.uint16):
-        most = int(np.iinfo(dtype).max)
-        scaled = np.where(counts > 0, np.maximum(np.rint(counts / counts.max() * most), 1), 0).astype(dtype)
-        spent = float((counts * (_PRECISION - np.log2(_frequencies(scaled)))).sum()) + 8 * scaled.nbytes
-        made.append((spent, scaled))
-    return min(made, key=lambda pair: pair[0])[1]
+# The model
+
+
+def weights_of(model: np.ndarray, bits: int) -> np.ndarray:
+    """Returns the `[K]` weights that the bytes of a model stand for.
+
+    Raises:
+      ValueError: the bytes are not a model of so many bits.
+
+    >>> weights_of(np.array([1, 5, 16, 48, 16], np.uint8), 3)
+    array([ 0, 16, 32, 64, 32, 16,  0,  0])
+    """
+    first, last = (int(model[0]), int(model[1])) if model.size > 2 else (1, 0)
+    span = last - first + 1
+    if model.dtype != np.uint8 or not 0 < span <= (1 << bits) - first or model.size - 2 > span:
+        raise ValueError(f"a model of {model.size} bytes for levels {first} to {last} of {1 << bits}")
+    weights = np.zeros(1 << bits, np.int64)
+    weights[first : last + 1] = _VALUES[_between(model[2:].astype(np.int64), span)]
+    return weights
+
+
+def _between(controls: np.ndarray, span: int) -> np.ndarray:
+    """Returns the bytes of `span` levels: control bytes at equal distances, and whole numbers between them."""
+    here, rest = np.divmod(np.arange(span) * (controls.size - 1), max(span - 1, 1))
+    low, high = controls[here], controls[np.minimum(here + 1, controls.size - 1)]
+    return low + (high - low) * rest // max(span - 1, 1)
+
+
+def _fitted(counts: np.ndarray) -> np.ndarray:
+    """Returns the bytes of the model that makes stream and model smallest in total."""
+    used = np.flatnonzero(counts)
+    first, last = int(used[0]), int(used[-1])
+    counts = counts[first : last + 1]
+    wanted = counts * (_VALUES[-1] / counts.max())
+    table = np.searchsorted((_VALUES[:-1] + _VALUES[1:]) / 2, wanted)  # the nearest byte
+    table = np.where(counts > 0, np.maximum(table, 1), 0)
+    best, cost = table, _cost(table, counts)
+    tried = [n for n in _CONTROLS if n < table.size] if 8 * table.size > cost * _NEGLIGIBLE else []
+    if tried:
+        controls = min((_controls(table, counts, n) for n in tried), key=lambda found: _cost(found, counts))
+        controls = _descended(controls, counts)
+        best = min(best, controls, key=lambda found: _cost(found, counts))
+    return np.array([first, last, *best], np.uint8)
+
+
+def _controls(table: np.ndarray, counts: np.ndarray, n: int) -> np.ndarray:
+    """Returns n control bytes: least squares to the levels' bytes, weighted by how often each level is used."""
+    at = np.arange(table.size) * ((n - 1) / (table.size - 1))
+    hats = np.maximum(1 - np.abs(at[:, None] - np.arange(n)), 0)
+    weights = np.sqrt(counts + 1e-3)[:, None]
+    solved = np.linalg.lstsq(hats * weights, table[:, None] * weights, rcond=None)[0]
+    return np.clip(np.rint(solved[:, 0]), 1, 255).astype(np.int64)
+
+
+def _descended(controls: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Moves single control bytes up and down for as long as this shortens the code."""
+    cost = _cost(controls, counts)
+    for step in (8, 4, 2, 1):
+        for n in range(controls.size):
+            for move in (step, -step):
+                other = controls.copy()
+                other[n] = np.clip(other[n] + move, 1, 255)
+                if _cost(other, counts) < cost:
+                    controls, cost = other, _cost(other, counts)
+    return controls
+
+
+def _cost(controls: np.ndarray, counts: np.ndarray) -> float:
+    """Returns the bits of stream and control bytes together."""
+    return _code_length(counts, _VALUES[_between(controls, counts.size)]) + 8 * controls.size
+
+
+def _code_length(counts: np.ndarray, weights: np.ndarray) -> float:
+    """Returns the bits of the stream of indices that occur so often."""
+    return float((counts * (_PRECISION - np.log2(_frequencies(weights)))).sum())
 
 
 def _frequencies(weights: np.ndarray) -> np.ndarray:

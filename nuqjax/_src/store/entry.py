@@ -51,6 +51,46 @@ def _only(entry: Mapping[str, Any], names: set[str], where: str) -> None:
         raise ValueError(f"{where}: the layout has {sorted(unknown)[0][:80]!r}, which this version does not know")
 
 
+class Shared:
+    """The shared tensors whose parts a layout gives in order: a part begins where the one before it ends."""
+
+    def __init__(self, given: Any, bundle: Bundle) -> None:
+        """Takes the checksums of the shared tensors by name, from a layout.
+
+        Raises:
+          ValueError: they are not checksums by name, or there is no such tensor; the message says how.
+        """
+        where = f"{bundle.name}: the layout's shared tensors"
+        if not isinstance(given, dict) or not all(type(crc32) is int for crc32 in given.values()):
+            raise ValueError(f"{where} are no object of checksums")
+        self._checksums, self._bundle, self._whole = given, bundle, set()
+        self._ends = dict.fromkeys(given, 0)
+        for name in given:
+            if name not in bundle.files:
+                raise ValueError(f"{where}: the tensor {name[:200]!r} is not in the file")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ends
+
+    def place(self, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the reference to the next part of a shared tensor with the byte at which it begins."""
+        begin = self._ends[reference["name"]]
+        self._ends[reference["name"]] += stored_bytes(reference)
+        return {**reference, "at": begin}
+
+    def verify(self, name: str, where: str) -> None:
+        """Compares the checksum of a shared tensor, once.
+
+        Raises:
+          ValueError: it differs.
+        """
+        if name not in self._whole and zlib.crc32(self._bundle.array(name).data) != self._checksums[name]:
+            raise ValueError(
+                f"{where}: the bytes of tensor {name[:200]!r} are not those that were saved (their CRC-32 differs)"
+            )
+        self._whole.add(name)
+
+
 class Entry:
     """A leaf's entry, checked in itself and against the headers of its tensors; `read` returns the leaf.
 
@@ -64,7 +104,11 @@ class Entry:
 
     same_as: int | None = None
 
-    _ROLES = {"codebook": {"packed", "levels", "scale", "coded", "weights"}, "array": {"data"}, "key": {"data"}}  # noqa: RUF012
+    _ROLES = {  # noqa: RUF012
+        "codebook": {"packed", "levels", "scale", "coded", "model", "weights"},
+        "array": {"data"},
+        "key": {"data"},
+    }
     _FIELDS = {  # noqa: RUF012
         "codebook": {
             "shape", "stack_axes", "dtype", "bits", "granularity", "output_axes", "fixed_point", "scale_group",
@@ -72,13 +116,19 @@ class Entry:
         "array": set(), "key": {"impl"}, "python": {"type", "value"}, "absent": {"type"},
     }  # fmt: skip
 
-    def __init__(self, entry: Any, path: str, bundle: Bundle) -> None:
+    def __init__(self, entry: Any, path: str, bundle: Bundle, shared: Shared | None) -> None:
         """Checks everything except the bytes of the tensors.
+
+        Args:
+          entry: the entry, as JSON.
+          path: the leaf's path in the tree.
+          bundle: the open files.
+          shared: what the entries before this one left of the shared tensors; None before version 4 of the format.
 
         Raises:
           ValueError: the entry is wrong; the message says how.
         """
-        self.path, self._bundle = path, bundle
+        self.path, self._bundle, self._shared = path, bundle, shared
         self.where = f"{bundle.name}: leaf {path[:200]!r}"
         if not isinstance(entry, dict):
             raise ValueError(f"{self.where}: the layout has no object for it")
@@ -91,7 +141,7 @@ class Entry:
         self.tensors: dict[str, dict[str, Any]] = {}
         roles = self._ROLES.get(self.kind, set())
         if roles:
-            for role, reference in _field(entry, "tensors", dict, self.where).items():
+            for role, reference in sorted(_field(entry, "tensors", dict, self.where).items(), key=lambda item: item[0]):
                 if role not in roles:
                     raise ValueError(f"{self.where}: unknown tensor {role[:40]!r}; known: {', '.join(sorted(roles))}")
                 self.tensors[role] = self._check_reference(reference, role)
@@ -120,7 +170,6 @@ class Entry:
             raise ValueError(f"{where}: no reference to a tensor")
         _only(reference, {"name", "at", "dtype", "shape", "crc32"}, where)
         name, dtype = _field(reference, "name", str, where), _field(reference, "dtype", str, where)
-        _field(reference, "crc32", int, where)
         shape = _field(reference, "shape", list, where)
         check_shape(shape, where)
         if name not in self._bundle.files:
@@ -132,7 +181,13 @@ class Entry:
             np.dtype(dtype)
         except TypeError as error:
             raise ValueError(f"{where}: dtype {dtype!r}, which this NumPy does not have") from error
-        wanted, header = stored_form(dtype, shape), self._bundle.entry(name)
+        wanted = stored_form(dtype, shape)
+        header = self._bundle.entry(name)
+        if self._shared is not None and name in self._shared:
+            _only(reference, {"name", "dtype", "shape"}, where)
+            reference = self._shared.place(reference)
+        else:
+            _field(reference, "crc32", int, where)
         if "at" in reference:  # part of a tensor that joins several small ones
             begin, size = _field(reference, "at", int, where), stored_bytes(reference)
             if header.code != wanted[0] or not 0 <= begin <= begin + size <= header.end - header.begin:
@@ -149,9 +204,12 @@ class Entry:
 
     def _check_codebook(self) -> None:
         entry, where = self.layout, self.where
-        self._need("levels", *(["weights"] if "coded" in self.tensors else ["packed"]))
-        if {"coded", "packed"} <= set(self.tensors) or ("weights" in self.tensors) != ("coded" in self.tensors):
-            raise ValueError(f"{where}: both packed and coded, or weights of no stream")
+        model = "weights" if self._shared is None else "model"
+        self._need("levels", *([model] if "coded" in self.tensors else ["packed"]))
+        if len({"coded", "packed"} & set(self.tensors)) != 1 or len({"model", "weights"} & set(self.tensors)) != (
+            "coded" in self.tensors
+        ):
+            raise ValueError(f"{where}: both packed and coded, or {model} of no stream, or two models")
         shape = _field(entry, "shape", list, where)
         check_shape(shape, where)
         stack = _field(entry, "stack_axes", int, where)
@@ -182,22 +240,26 @@ class Entry:
         count, _ = rows_.row_shape(outputs, inputs, self._granularity)
         self._slice_shape, self._axes, self._inputs = slice_shape, tuple(axes), inputs
         packed = [*shape[:stack], outputs, packing.packed_size(inputs, bits)]
-        wanted = {"levels": [*shape[:stack], count, 1 << bits], "packed": packed}
+        wanted = {"packed": packed, "levels": [*shape[:stack], count, 1 << bits]}
         if scale is not None:
             wanted["scale"] = [*shape[:stack], outputs, -(-inputs // group)]
         if "coded" in self.tensors:
-            wanted["weights"] = [1 << bits]
             if len(self.tensors["coded"]["shape"]) != 1 or self.tensors["coded"]["dtype"] != "uint32":
                 raise ValueError(f"{where}: a coded stream is uint32 along one axis")
-            if self.tensors["weights"]["dtype"] not in ("uint8", "uint16"):
+            here, dtypes = self.tensors[model], ("uint8",) if model == "model" else ("uint8", "uint16")
+            if here["dtype"] not in dtypes or len(here["shape"]) != 1:
                 raise ValueError(
-                    f"{where}: weights of dtype {self.tensors['weights']['dtype']}; uint8 or uint16 is wanted"
+                    f"{where}: {model} of dtype {here['dtype']} and shape {here['shape']}; {' or '.join(dtypes)} along "
+                    "one axis is wanted"
                 )
+            if model == "weights":
+                wanted["weights"] = [1 << bits]
         elif self.tensors["packed"]["dtype"] != "uint8":
             raise ValueError(f"{where}: packed indices of dtype {self.tensors['packed']['dtype']}; uint8 is wanted")
-        for role, reference in self.tensors.items():
-            if role in wanted and reference["shape"] != wanted[role]:
-                raise ValueError(f"{where}: {role} of shape {reference['shape']}, but the layout needs {wanted[role]}")
+        for role in [role for role in wanted if role in self.tensors]:
+            found = self.tensors[role]["shape"]
+            if found != wanted[role]:
+                raise ValueError(f"{where}: {role} of shape {found}, but the layout needs {wanted[role]}")
         self._packed_shape = packed
 
     def _qformat(self, fixed: Any) -> QFormat:
@@ -269,10 +331,11 @@ class Entry:
             return jax.random.wrap_key_data(to_jax(np.array(arrays["data"])), impl=self.layout["impl"])
         if "coded" in arrays:
             rows = math.prod(self._packed_shape[:-1])
+            bits = self.layout["bits"]
             try:
-                packed: Any = store_entropy.decode(
-                    arrays["coded"], arrays["weights"], self.layout["bits"], rows, self._inputs
-                ).reshape(self._packed_shape)
+                weights = arrays["weights"] if "weights" in arrays else store_entropy.weights_of(arrays["model"], bits)
+                packed: Any = store_entropy.decode(arrays["coded"], weights, bits, rows, self._inputs)
+                packed = packed.reshape(self._packed_shape)
             except ValueError as error:
                 raise ValueError(f"{self.where}, coded: {error}") from error
         else:
@@ -295,7 +358,10 @@ class Entry:
     def _array(self, role: str, verify: bool) -> np.ndarray:
         reference, raw = self.tensors[role], self._raw(role)
         where = f"{self.where}, {role}"
-        if verify and zlib.crc32(raw.data) != reference["crc32"]:
+        if verify and "crc32" not in reference:
+            assert self._shared is not None
+            self._shared.verify(reference["name"], where)
+        elif verify and zlib.crc32(raw.data) != reference["crc32"]:
             raise ValueError(f"{where}: the bytes are not those that were saved (their CRC-32 differs)")
         dtype, shape = reference["dtype"], tuple(reference["shape"])
         if dtype == "bool" or dtype in AS_BYTES:

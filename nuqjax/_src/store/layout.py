@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,15 +13,15 @@ import numpy as np
 from nuqjax._src.report.report import Report
 from nuqjax._src.store.describe import checksum, describe
 from nuqjax._src.store.dtypes import stored_bytes
-from nuqjax._src.store.entry import Entry, tied
+from nuqjax._src.store.entry import Entry, Shared, tied
 from nuqjax._src.store.file import Bundle, Stored, from_array
 from nuqjax._src.store.report import report_to_json, with_coded_sizes
-from nuqjax._src.store.text import PLAIN, POOLED, from_text, to_text
+from nuqjax._src.store.text import PLAIN, SHARED, from_text, to_text
 from nuqjax._src.store.tree import Structure
 
 _SMALL, _MANY = 1 << 12, 32
-"""Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more: a line of the header, of some 75
-bytes that no reader takes deflated, would be much of what each takes."""
+"""Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more, or if indices are coded: a line of
+the header, of some 75 bytes that no reader takes deflated, would be much of what each takes."""
 
 
 class Layout:
@@ -32,18 +32,22 @@ class Layout:
         self._nodes, self.entries = nodes, []
         self._names = {"__metadata__"}
         self.coded: dict[str, int] = {}
-        self._version = PLAIN
+        self._shared: dict[str, int] = {}  # checksums of the shared tensors by name
+        self._pooled = False
         self._added: dict[Any, tuple[int, Any]] = {}  # number of the entry and the leaf, by the ids of its arrays
 
-    def add(self, path: str, leaf: Any, entropy_coding: bool = False) -> list[Stored]:
-        """Adds the next leaf and returns its named tensors to write; none if an earlier leaf has the same arrays."""
+    def add(self, path: str, leaf: Any, code: Callable[..., Any] | None = None) -> list[Stored]:
+        """Adds the next leaf and returns its named tensors to write; none if an earlier leaf has the same arrays.
+
+        `code` is as in `describe`.
+        """
         arrays, layout = jax.tree.flatten(leaf)
         same = (*map(id, arrays), layout)
         if same in self._added and arrays and isinstance(arrays[0], jax.Array | np.ndarray):
             self.entries.append({"path": path, "kind": "tied", "to": self._added[same][0]})
             return []
         self._added.setdefault(same, (len(self.entries), leaf))
-        return self.place(*described(path, leaf, entropy_coding))
+        return self.place(*described(path, leaf, code))
 
     def place(
         self, entry: Mapping[str, Any], references: Mapping[str, Any], stored: Mapping[str, Stored]
@@ -55,34 +59,49 @@ class Layout:
         if named:
             entry = {**entry, "tensors": {role: {"name": named[role].name, **references[role]} for role in named}}
         if "coded" in named:
-            self.coded[path] = named["coded"].nbytes + named["weights"].nbytes
+            self.coded[path] = named["coded"].nbytes + named["model"].nbytes
         self.entries.append(dict(entry))
         return list(named.values())
 
     def pool(self, tensors: Sequence[Stored], limit: int | None) -> list[Stored]:
-        """Returns the tensors to write once all leaves are added; many small ones are joined into one for each dtype.
+        """Returns the tensors to write once all leaves are added: streams are joined into one, small ones by dtype.
 
-        The layout then records where each small tensor begins. Tensors to be split over shards stay as they are: their
-        trees are large, and the size of the headers does not matter.
+        Small tensors are joined where they are many or indices are coded. The layout records where each stream begins;
+        the small tensors follow each other in the order of the leaves and, in each, of the roles' names. Tensors to be
+        split over shards stay as they are: their trees are large, and the size of the headers does not matter.
         """
-        small = [tensor for tensor in tensors if tensor.nbytes <= _SMALL]
-        if len(small) < _MANY or (limit is not None and sum(tensor.nbytes for tensor in tensors) > limit):
+        if limit is not None and sum(tensor.nbytes for tensor in tensors) > limit:
             return list(tensors)
-        by_code: dict[str, list[Stored]] = {}
-        for tensor in small:
-            by_code.setdefault(tensor.code, []).append(tensor)
-        places, pools = {}, []
-        for code, parts in by_code.items():
-            name, begin = self._name("small", code), 0
-            for part in parts:
-                places[part.name] = {"name": name, "at": begin}
-                begin += part.nbytes
-            pools.append(_joined(name, code, parts))
+        by_name = {tensor.name: tensor for tensor in tensors}
+        streams: list[dict[str, Any]] = []
+        small: dict[str, list[dict[str, Any]]] = {}
         for entry in self.entries:
-            for reference in entry.get("tensors", {}).values():
-                reference.update(places.get(reference["name"], {}))
-        self._version = POOLED
-        return [tensor for tensor in tensors if tensor.name not in places] + pools
+            for role, reference in sorted(entry.get("tensors", {}).items()):
+                tensor = by_name[reference["name"]]
+                if role == "coded":
+                    streams.append(reference)
+                elif tensor.nbytes <= _SMALL:
+                    small.setdefault(tensor.code, []).append(reference)
+        if not streams and sum(map(len, small.values())) < _MANY:
+            return list(tensors)
+        pools = []
+        for role, references in [("streams", streams), *(("small." + code, parts) for code, parts in small.items())]:
+            if len(references) < 2:
+                continue
+            parts = [by_name.pop(reference["name"]) for reference in references]
+            pools.append(pool := _joined(self._name(role, None), parts))
+            if references is not streams:
+                self._shared[pool.name] = checksum(pool.chunks())
+            begin = 0
+            for reference, part in zip(references, parts, strict=True):
+                if references is streams:
+                    reference |= {"name": pool.name, "at": begin}
+                    begin += part.nbytes
+                else:
+                    reference["name"] = pool.name
+                    del reference["crc32"]
+        self._pooled = bool(pools)
+        return [*by_name.values(), *pools]
 
     def _name(self, path: str, role: str | None) -> str:
         """Returns an unused name for a tensor: the leaf's path, followed by the tensor's role if it has one."""
@@ -100,24 +119,29 @@ class Layout:
                 raise ValueError("save: the report is not that of this tree: its leaves have other paths")
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
-        return to_text({"tree": self._nodes, "leaves": self.entries, "report": kept}, self._version)
+        layout = {"tree": self._nodes, "leaves": self.entries, "report": kept}
+        if self._pooled or self.coded:
+            return to_text(layout | {"shared": self._shared}, SHARED)
+        return to_text(layout, PLAIN)
 
 
-def _joined(name: str, code: str, parts: Sequence[Stored]) -> Stored:
+def _joined(name: str, parts: Sequence[Stored]) -> Stored:
     """Returns tensors of one dtype joined end to end into a single one."""
     count = sum(math.prod(part.shape) for part in parts)
-    return Stored(name, code, (count,), lambda: chain.from_iterable(part.chunks() for part in parts))
+    return Stored(name, parts[0].code, (count,), lambda: chain.from_iterable(part.chunks() for part in parts))
 
 
 def described(
-    path: str, leaf: Any, entropy_coding: bool = False
+    path: str, leaf: Any, code: Callable[..., Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Stored]]:
     """Returns a leaf's entry in the layout, the references to its tensors, and the tensors, by role and without names.
+
+    `code` is as in `describe`.
 
     Raises:
       ValueError: as in `save`.
     """
-    entry, parts = describe(path, leaf, entropy_coding)
+    entry, parts = describe(path, leaf, code)
     stored = {role: from_array(role, part.code, part.array) for role, part in parts.items()}
     references = {
         role: {"dtype": part.dtype, "shape": list(part.shape), "crc32": checksum(stored[role].chunks())}
@@ -145,8 +169,9 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
     if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
         raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
     layout = from_text(text, name)
-    if set(layout) != {"version", "tree", "leaves", "report"} or not isinstance(layout["leaves"], list):
-        raise ValueError(f"{name}: the layout does not have just version, tree, leaves and report")
+    fields = ["version", "tree", "leaves", "report", *(["shared"] if layout["version"] == SHARED else [])]
+    if set(layout) != set(fields) or not isinstance(layout["leaves"], list):
+        raise ValueError(f"{name}: the layout does not have just {', '.join(fields[:-1])} and {fields[-1]}")
     try:
         structure = Structure(layout["tree"], len(text))
     except ValueError as error:
@@ -154,9 +179,10 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
     if len(structure.paths) != len(layout["leaves"]):
         raise ValueError(f"{name}: {len(layout['leaves'])} leaves, but the tree has {len(structure.paths)}")
     entries: list[Entry] = []
+    shared = Shared(layout["shared"], bundle) if "shared" in layout else None
     for path, entry in zip(structure.paths, layout["leaves"], strict=True):
         is_tied = isinstance(entry, dict) and entry.get("kind") == "tied"
-        entries.append(tied(entry, path, entries, name) if is_tied else Entry(entry, path, bundle))
+        entries.append(tied(entry, path, entries, name) if is_tied else Entry(entry, path, bundle, shared))
     own = [entry for entry in entries if entry.same_as is None]
     references = [reference for entry in own for reference in entry.tensors.values()]
     names = [reference["name"] for reference in references if "at" not in reference]

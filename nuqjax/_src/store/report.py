@@ -7,10 +7,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from nuqjax._src.leaf import packing
-from nuqjax._src.leaf import rows as rows_
-from nuqjax._src.leaf.codebook_array import CodebookArray
-from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
+from nuqjax._src.report.comparison import usage
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report
 from nuqjax._src.store.dtypes import is_floating
@@ -87,42 +84,11 @@ def report_entry(entry: Entry, verify: bool) -> LeafReport:
         reason = "left dense" if floating else f"dtype {dtype} is not floating"
         return LeafReport(entry.path, shape, dtype, size, before, before, reason)
     leaf = entry.read(verify)
-    counts = np.zeros(1 << leaf.bits, np.int64)
-    used = 0
-    for place in np.ndindex(leaf.stack_shape if leaf.size else (0,)):
-        table = _index_counts(leaf[place])
-        counts += table.sum(axis=0)
-        used += int(np.count_nonzero(table))
-    share = counts[counts > 0] / max(counts.sum(), 1)
     return LeafReport(
         entry.path, shape, dtype, size, before, leaf.nbytes,
         bits=leaf.bits, granularity=str(leaf.granularity),
         codebook_format=str(leaf.codebook_format or leaf.levels.dtype),
-        levels_used=used, levels_available=math.prod(leaf.levels.shape), payload_bits=leaf.payload_bits,
-        entropy=float(-(share * np.log2(share)).sum()) + 0.0, nbytes_packed=int(leaf.packed.nbytes),
-        nbytes_coded=entry.nbytes("coded", "weights") if "coded" in entry.tensors else None,
+        levels_available=math.prod(leaf.levels.shape), payload_bits=leaf.payload_bits,
+        nbytes_packed=int(leaf.packed.nbytes), **usage(leaf)._asdict(),
+        nbytes_coded=entry.nbytes("coded", "model", "weights") if "coded" in entry.tensors else None,
     )  # fmt: skip
-
-
-def _index_counts(leaf: CodebookArray) -> np.ndarray:
-    """Counts the indices of each level in each codebook of a slice, `[R, K]`, working on some channels at a time."""
-    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-    levels = 1 << leaf.bits
-    table = np.zeros((leaf.levels.shape[0], levels), np.int64)
-    step = max(1, (1 << 20) // max(inputs, 1))
-    for start in range(0, outputs, step):
-        stop = min(start + step, outputs)
-        indices = packing.unpack(leaf.packed[start:stop], leaf.bits, inputs)
-        channel = np.arange(start, stop)[:, None]
-        match leaf.granularity:
-            case "tensor":
-                row: Any = np.zeros((1, 1), np.int64)
-            case "channel":
-                row = channel
-            case ChannelGroups(size):
-                row = channel // size
-            case InputGroups(size):
-                row = channel * -(-inputs // size) + np.arange(inputs) // size
-        number = np.broadcast_to(row * levels, indices.shape) + indices
-        table += np.bincount(number.reshape(-1), minlength=table.size).reshape(table.shape)
-    return table

@@ -16,13 +16,14 @@ import numpy as np
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import nearest, path_name
 from nuqjax._src.report.report import Report
+from nuqjax._src.store.entropy import encode, sized
 from nuqjax._src.store.entry import Entry
-from nuqjax._src.store.file import Bundle, open_bundle, shard_size
+from nuqjax._src.store.file import Bundle, Stored, open_bundle, shard_size
 from nuqjax._src.store.layout import Layout, metadata, read_layout
 from nuqjax._src.store.place import placed, placed_alike, places_of
 from nuqjax._src.store.report import report_entry, report_from_json
 from nuqjax._src.store.tree import Structure, tree_to_nodes
-from nuqjax._src.store.write import write
+from nuqjax._src.store.write import header, write
 
 
 def save(
@@ -72,14 +73,45 @@ def save_by_name(path: str | os.PathLike[str], cparams: Any) -> None:
 
 
 def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=True) -> None:
+    tensors, text = _laid_out(cparams, report, encode if entropy_coding else None, limit, pooled)
+    write(path, tensors, *metadata(text), limit)
+
+
+def _laid_out(cparams, report, code, limit, pooled) -> tuple[list[Stored], str]:
+    """Returns the tensors of a tree and the text of its layout."""
     nodes, leaves = tree_to_nodes(cparams)
     layout = Layout(nodes)
-    tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, entropy_coding)]
+    tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, code)]
     if pooled:
         tensors = layout.pool(tensors, limit)
     text = layout.text(report)
     Structure(nodes, len(text))  # raises for a structure that `load` would refuse
-    write(path, tensors, *metadata(text), limit)
+    return tensors, text
+
+
+def file_sizes(cparams: Any) -> tuple[int, int] | None:
+    """Returns the bytes of the files that `save` writes, without and with entropy coding; nothing is coded for it.
+
+    The first number is exact, the second to a few bytes for each leaf. None where no file holds the tree, or where not
+    all of it is on this host.
+
+    >>> import jax.numpy as jnp, nuqjax, os, tempfile
+    >>> cparams = nuqjax.compress({"kernel": jnp.arange(4096.0).reshape(64, 64)}, bits=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(os.path.join(folder, "model.safetensors"), cparams)
+    ...     file_sizes(cparams)[0] == os.path.getsize(os.path.join(folder, "model.safetensors"))
+    True
+    """
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(cparams)):
+        return None
+    try:
+        made = [_laid_out(cparams, None, code, None, True) for code in (None, sized)]
+    except ValueError:
+        return None
+    plain, coded = (
+        len(header(tensors, metadata(text)[0])[0]) + sum(tensor.nbytes for tensor in tensors) for tensors, text in made
+    )
+    return plain, coded
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Any
 from nuqjax._src.store.file import MAX_HEADER, parse_json
 from nuqjax._src.store.write import to_json
 
-PLAIN, DEFLATED, POOLED = 1, 2, 3  # versions of the format: a plain layout has 1 or 3, the deflated form of either 2
+PLAIN, DEFLATED, POOLED, SHARED = 1, 2, 3, 4  # versions of the format; 2 is the deflated form of any of the others
 _EXPANSION, _FREE = 32, 1 << 16
 """A text of n characters never stands for more than 32·n + 65,536 bytes of JSON: what would, is left plain."""
 
@@ -47,10 +47,10 @@ def from_text(text: str, name: str) -> dict[str, Any]:
         if set(layout) != {"version", "deflated"} or not isinstance(stored, str):
             raise ValueError(f"{name}: the layout does not have just version and deflated")
         layout = _parsed(_inflated(stored, name), name)
-    if layout["version"] not in (PLAIN, POOLED):
-        newer = "; a newer nuqjax reads it" if layout["version"] > POOLED else ""
+    if layout["version"] not in (PLAIN, POOLED, SHARED):
+        newer = "; a newer nuqjax reads it" if layout["version"] > SHARED else ""
         raise ValueError(
-            f"{name}: version {layout['version']} of the format, but this nuqjax reads versions 1 to 3{newer}"
+            f"{name}: version {layout['version']} of the format, but this nuqjax reads versions 1 to 4{newer}"
         )
     return layout
 
