@@ -120,6 +120,8 @@ def test_host_and_traced_paths_agree_bit_for_bit(count, length, given_arrays):
         "keep_zero": given_arrays == "pinned",
         "tolerance": None,
     }
+    if given_arrays == "weighted" and length > 1000:  # the units of the sums are those of the other values
+        rows[0, :2], options["weights"][0, :2] = [-1.7221562e9, 7.1385612e10], [7e-9, 2e-26]
     host = fit_knq(rows, 64, **options)
     traced = jax.jit(lambda rows: fit_knq(rows, 64, **options))(jnp.asarray(rows))
     np.testing.assert_array_equal(host.levels, traced.levels)
@@ -182,6 +184,42 @@ def test_a_level_at_zero_stays_there_beside_weights_that_are_rounded_away():
             fitted = fit_knq(row, num_levels, weights=weights, keep_zero=True, tolerance=tolerance)
             assert (np.asarray(fitted.levels) == 0).any()
             assert float(fitted.lower_bound[0]) <= float(fitted.sse[0])
+
+
+def error_of(row, weights, levels):
+    levels, row = np.unique(np.asarray(levels, np.float64)), row.astype(np.float64)
+    away = row - levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, row)]
+    return float((weights.astype(np.float64) * away**2).sum())
+
+
+@pytest.mark.parametrize(
+    ("far", "weights_of_far"),
+    [
+        ((1.7221562e9, 7.1385612e10), (7e-9, 2e-26)),
+        ((-1.7221562e9, 7.1385612e10), (1e-12, 3e-12)),
+        ((-1e6, -1e5), (1e-7, 1e-9)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("length", "num_levels", "keep_zero", "dtype"),
+    [(300, 4, True, "float32"), (2000, 6, False, "bfloat16"), (8192, 4, True, "float64"), (70000, 4, False, "float32")],
+)
+def test_far_values_of_next_to_no_weight_move_no_other_level(length, num_levels, keep_zero, dtype, far, weights_of_far):
+    """The row's best levels are those of the other values, and maybe levels at the far values."""
+    rng = np.random.default_rng(length)
+    row = np.concatenate([far, rng.standard_normal(length)]).astype(dtype)
+    weights = np.concatenate([weights_of_far, rng.exponential(size=length) ** 3]).astype(np.float32)
+    order = rng.permutation(length + 2)
+    fitted = fit_knq(row[None, order], num_levels, weights=weights[None, order], keep_zero=keep_zero)
+    best = np.inf
+    for held in (row[:0], row[:1], row[1:2], row[:2]):
+        others = fit_knq(row[None, 2:], num_levels - len(held), weights=weights[None, 2:], keep_zero=keep_zero)
+        levels = np.concatenate([np.asarray(others.levels[0], np.float64), held.astype(np.float64)])
+        best = min(best, error_of(row, weights, levels))
+    assert error_of(row, weights, fitted.levels[0]) <= best * (1 + 1e-6)
+    bound, sse = float(fitted.lower_bound[0]), float(fitted.sse[0])
+    assert sse * (1 - 2e-6) <= bound
+    assert bound * float(fitted.scale[0]) ** 2 <= best * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("keep_zero", [False, True])

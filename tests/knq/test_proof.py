@@ -89,6 +89,26 @@ def test_weighted_rows_with_and_without_a_pinned_zero(data):
     assert error_of_cuts(values, cuts, weight, zero) <= error_of_cuts(values, boundaries, weight, zero) + noise
 
 
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_no_bound_is_above_an_error_where_a_cell_holds_a_light_value_far_away(pinned, below):
+    generator = np.random.default_rng(800)
+    values, weight = np.sort(generator.standard_normal(800)), generator.exponential(size=800) ** 3
+    if pinned:
+        zero = int(np.searchsorted(values, 0.0))
+        values, weight = np.insert(values, zero, 0.0), np.insert(weight, zero, 0.0)
+    good, _ = proven(values, weight, 2, [270], zero if pinned else None)
+    best = error_of_cuts(values, good, weight, zero if pinned else None)  # and nothing for levels at the far values
+    values, weight = np.append(values, [1.7e9, 7e10]), np.append(weight, [1e-12, 3e-12])
+    if below:
+        values, weight = -values[::-1], weight[::-1]
+    zero = int(np.searchsorted(values, 0.0)) if pinned else None
+    for start in ([68, 272, 568], [200, 400, 600]):  # partitions whose outer interval holds near and far values
+        with x64():
+            _, bounds = prove([HostRow(values, 1.0, weight, zero)], np.array([start]), 4, 1e-6, np.array([0.03 * best]))
+        assert bounds[0] <= best * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("num_levels", [2, 7, 16, 64])
 @pytest.mark.parametrize("begin", ["first values", "last values", "even"])
 def test_it_does_not_matter_how_bad_the_first_partition_is(begin, num_levels):

@@ -27,6 +27,7 @@ from nuqjax._src.knq.rows.sorted import fraction_bits
 _ASKED = 2**12  # questions in one call: one shape to compile
 _STRETCH = 2**15  # values whose terms are in memory at once
 _UNIT = 2.0**-53
+_LIGHT = 2.0**-30  # of a cell's weight may be rounding; where more is, the distance to its level is bounded by the row
 
 
 class Place(NamedTuple):
@@ -170,8 +171,10 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
 class MeshRow:
     """A `Row` that the devices of a mesh hold. It needs 64-bit types enabled."""
 
-    def __init__(self, held: Held, place: Place, row: int, size: int, unit: float, zero: int | None) -> None:
-        self.size, self.unit = size, unit
+    def __init__(
+        self, held: Held, place: Place, row: int, size: int, unit: float, zero: int | None, moved: bool
+    ) -> None:
+        self.size, self.unit, self._moved = size, unit, moved
         self._held, self._place, self._row = held, place, row
         self._dtype = np.dtype(held.part[0].dtype)
         self._weighted = held.part[2] is not None
@@ -248,5 +251,10 @@ class MeshRow:
         lost = spread
         if self._weighted:
             least, greatest = self.values_at(np.array([0, self.size - 1])) / self.unit
-            moved, lost = moved + spread, lost + unit * float(number.sum()) * float(greatest - least) ** 2
-        return 2 * math.sqrt(top * moved) + moved + lost + moved_slack(self, weight, top)
+            # What rounding takes off a weight costs as much of the cell's error, or the square of the row's width.
+            share = 4 * unit * number / np.where(weight > 0, weight, 1.0)
+            light = (weight == 0) | (share > _LIGHT)
+            lost += top * float(np.max(share[~light], initial=0.0))
+            moved, lost = moved + spread, lost + unit * float(number[light].sum()) * float(greatest - least) ** 2
+        rounded = moved_slack(self, weight, top) if self._moved else 0.0
+        return 2 * math.sqrt(top * moved) + moved + lost + rounded

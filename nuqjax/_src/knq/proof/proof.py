@@ -10,9 +10,10 @@ on three facts, each short enough to check by hand (see `docs/knq.md`).
    prices to ψᵢ = (xᵢ − C)² + α, so that they add up to the difference of φ over the cell. Against any level c the terms
    f = ψᵢ − (xᵢ − c)² are linear in xᵢ, and a linear function satisfies E max(0, f) ≤ max(0, E f) + std(f)/2. So a run
    that ends inside a cell gains at most what it gains with the whole cell or without it, plus |c − C| n σ, and nothing
-   more if f has one sign on the cell. Where f has both signs, |c − C| ≤ 2 max|x − C| + √|α|. With the C that makes
-   α = 0, this *leak* is 2 n σ max(x − C). Hence the prices satisfy fact 1 if φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a)
-   for all cuts a < b.
+   more if f has one sign on the cell. Where f has both signs, |c − C| ≤ 2 max|x − C| + √max(0, α). With the C that
+   makes α = 0, or the cell's least value if that is lower (then α < 0), this *leak* is 2 n σ max(x − C) where a run
+   begins, and nothing where one ends: there c < C, and f is negative. Hence the prices satisfy fact 1 if
+   φ(b) − φ(a) ≤ cost(a, b) + λ − leak(a) for all cuts a < b.
 3. *The largest such φ* is that of the shortest path: φ(b) = min over a of φ(a) − leak(a) + cost(a, b) + λ, computed by
    `proof.path.potentials`.
 
@@ -241,8 +242,9 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         inner = open_cells & (cells.greatest > cells.least)
         spread = np.where(inner, 2 * np.sqrt(cells.weight * cells.square), 0.0)
         margin = _margins(cells, whole)
-        up = margin * spread * np.maximum(cells.greatest - np.interp(cells.least, left_places, left_level), 0.0)
-        down = margin * spread * np.maximum(np.interp(cells.greatest, right_places, right_level) - cells.least, 0.0)
+        left = np.minimum(np.interp(cells.least, left_places, left_level), cells.least)
+        right = np.maximum(np.interp(cells.greatest, right_places, right_level), cells.greatest)
+        up, down = margin * spread * (cells.greatest - left), margin * spread * (right - cells.least)
         band = _band(cells, whole)
         tangents: dict[float, tuple[float, int]] = {}
         for _ in range(_TRIALS if inner.any() else _LAST_TRIALS):
@@ -327,18 +329,12 @@ def _margins(cells: _Cells, whole: np.ndarray) -> np.ndarray:
     return _MARGIN + (_MARGIN_INSIDE - _MARGIN) * 4 * (middle - low) / width * (high - middle) / width
 
 
-def _levels(cells: _Cells, potential: np.ndarray) -> np.ndarray:
-    """Returns the C of each cell (fact 2): the level below a boundary there."""
-    weight = np.where(cells.weight > 0, cells.weight, 1.0)
-    return cells.mean - np.sqrt(np.maximum((np.diff(potential) - cells.square) / weight, 0.0))
-
-
 def _leaks(cells: _Cells, spread: np.ndarray, potential: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the C of each cell, and its leak; `spread` is 2 n σ, or 0 where the cell has no leak."""
     weight = np.where(cells.weight > 0, cells.weight, 1.0)
-    level = _levels(cells, potential)
-    missing = np.maximum((cells.square - np.diff(potential)) / weight, 0.0)
-    missing += 8 * _UNIT * potential[-1] / weight  # φ is rounded
+    level = cells.mean - np.sqrt(np.maximum((np.diff(potential) - cells.square) / weight, 0.0))
+    level = np.minimum(level, cells.least)  # a run that ends in a cell with C inside it would leak too
+    missing = 8 * _UNIT * potential[-1] / weight  # φ is rounded
     reach = np.maximum(cells.greatest - level, 0.0) + np.sqrt(missing)
     return level, spread * reach * (1 + 2.0**-30)
 

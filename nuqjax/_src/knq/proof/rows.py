@@ -77,12 +77,14 @@ class HostRow(NamedTuple):
       unit: as in `Row`.
       weight: `[n]` non-negative float64, or None for 1 each.
       zero: the cut below the held zero, a value 0 that must be in `values` (its weight may be 0); None without one.
+      moved: whether `search.gaps` moved the values, which rounded them.
     """
 
     values: np.ndarray
     unit: float
     weight: np.ndarray | None
     zero: int | None
+    moved: bool = False
 
     @property
     def size(self) -> int:
@@ -155,7 +157,7 @@ class HostRow(NamedTuple):
 
     def slack(self, cuts: np.ndarray, weight: np.ndarray, width: np.ndarray, top: float) -> float:
         """Bounds the effect of rounding in values that `search.gaps` moved."""
-        return moved_slack(self, weight, top)
+        return moved_slack(self, weight, top) if self.moved else 0.0
 
 
 def moved_slack(row: Row, weight: np.ndarray, top: float) -> float:

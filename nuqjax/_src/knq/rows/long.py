@@ -71,6 +71,26 @@ class LongRows(NamedTuple):
         values = xp.where(there, scaled, xp.inf)
         return _summed(self._replace(values=values, unit=xp.ones_like(self.unit)))
 
+    def greatest(self, moved: Callable) -> tuple[Any, ...] | None:
+        """Returns `[R]` the greatest weight · |v| and weight · v² of v = `moved(values)`; None where all weigh 1.
+
+        Weights are over the row's largest.
+        """
+        if self.shares is None:
+            return None
+        xp = namespace(self.values)
+
+        def stretch(start) -> tuple[Any, Any]:
+            here = slice(start, start + _STRETCH if xp is np else None)
+            there = self.values[:, here] < xp.inf
+            scaled = xp.where(there, self.values[:, here], 0).astype(xp.float64) / self.unit[:, None]
+            size = xp.where(there, xp.abs(moved(scaled)), 0.0)
+            moment = self.shares[:, here] * size
+            return xp.max(moment, axis=1), xp.max(moment * size, axis=1)
+
+        starts = range(0, self.length, _STRETCH) if xp is np else (0,)
+        return tuple(xp.max(xp.stack(x), axis=0) for x in zip(*map(stretch, starts), strict=True))
+
     def value_at(self, places) -> Any:
         """Returns the value above each cut `[R, …]`, over the unit; for the last cut, the greatest value."""
         xp = namespace(self.values)
@@ -179,6 +199,11 @@ class ShardedRows(NamedTuple):
         part = self.part.with_values(moved)
         square, slack = lax.psum((part.square, part.slack), self.axes)
         return self._replace(part=part, square=square, slack=slack)
+
+    def greatest(self, moved: Callable) -> Any:
+        """Returns what `LongRows.greatest` returns of the values of all devices."""
+        found = self.part.greatest(moved)
+        return None if found is None else lax.pmax(found, self.axes)
 
     def value_at(self, places) -> jax.Array:
         """Returns the value above each cut `[R, …]`, over the unit; for the last cut, the greatest value."""

@@ -97,6 +97,18 @@ class SortedRows(NamedTuple):
         slack = slack + 8 * self.nominal * 2.0**-self.frac  # the rounding of weights and of moved values
         return self._replace(values=values, total=total, square=square, slack=slack)
 
+    def greatest(self, moved: Callable) -> tuple[Any, Any] | None:
+        """Returns `[R]` the greatest weight · |v| and weight · v² of v = `moved(values)`; None where all weigh 1.
+
+        Weights are those of distinct values, over the row's largest weight.
+        """
+        if self.mass is None:
+            return None
+        xp = namespace(self.values)
+        size = xp.abs(moved(self.values))
+        moment = self.mass.astype(xp.float64) * 2.0**-self.frac * size
+        return xp.max(moment, axis=1), xp.max(moment * size, axis=1)
+
     def value_at(self, places) -> np.ndarray | jax.Array:
         """Returns the value above each cut `[R, …]`; for the last cut, the greatest value."""
         xp = namespace(self.values)

@@ -71,7 +71,7 @@ def fit_sorted(rows: Rows, task: Task) -> tuple[Any, Any]:
     rows, gaps, found = search(rows, num_levels, keep_zero, dense_cuts)
     cuts, bound = found.cuts, xp.zeros(found.cuts.shape[0])
     if tolerance is not None and xp is np:
-        cuts, bound = _proven(rows, found, task)
+        cuts, bound = _proven(rows, found, task, np.zeros(len(cuts), bool) if gaps is None else gaps.moves())
     elif tolerance is not None and found.least is None:
         bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
     elif tolerance is not None:
@@ -80,8 +80,10 @@ def fit_sorted(rows: Rows, task: Task) -> tuple[Any, Any]:
     return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
-def _proven(rows: Rows, found: Partition, task: Task) -> tuple[Any, Any]:
+def _proven(rows: Rows, found: Partition, task: Task, moved: np.ndarray) -> tuple[Any, Any]:
     """Returns the cuts, improved where a proof finds better ones, and the bounds; for rows on the host.
+
+    `moved [R]` is whether `search.gaps` moved values.
 
     A search through every cut mostly is a proof by itself. Sorted rows whose search used only some of the cuts are
     searched through every cut here. Rows that are still unproven, and longer rows, are proven by branch and bound.
@@ -111,7 +113,7 @@ def _proven(rows: Rows, found: Partition, task: Task) -> tuple[Any, Any]:
         left = unproven()
     if len(left):
         cuts, bound = cuts.copy(), bound.copy()
-        to_prove = [host_row(rows, r, keep_zero) for r in left.tolist()]
+        to_prove = [host_row(rows, r, keep_zero)._replace(moved=bool(moved[r])) for r in left.tolist()]
         better, proven = prove(to_prove, cuts[left], num_levels, tolerance, None if price is None else price[left])
         bound[left] = np.maximum(bound[left], proven)
         changed = np.flatnonzero((better != cuts[left]).any(axis=1))

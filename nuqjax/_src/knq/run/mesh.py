@@ -400,8 +400,9 @@ def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
         found, worth = chosen(worth, again, found), next_worth
     cuts, bound = found.cuts, np.zeros(len(unit))
     if task.tolerance is not None:
+        zero, moved = (known.zero.tolist() if keep_zero else [None] * len(unit)), gaps.moves()
         rows = [
-            MeshRow(narrowed, place, g, int(known.size[g]), float(unit[g]), int(known.zero[g]) if keep_zero else None)
+            MeshRow(narrowed, place, g, int(known.size[g]), float(unit[g]), zero[g], bool(moved[g]))
             for g in range(len(unit))
         ]
         cuts, bound = prove(rows, found.cuts, task.num_levels, task.tolerance, found.price)

@@ -7,6 +7,10 @@ does not depend on g, and the gap may shrink as long as the inequality holds: th
 the same best partition, of the same error. That row is searched and proven instead, and its levels are moved back. This
 is repeated while it helps: the better the known partition, the narrower the gaps.
 
+Sums are kept in units of the greatest weight · |value| that the row could have: its largest weight times its largest
+magnitude. Where the largest magnitudes weigh next to nothing, that is far more than any value has, and the units are
+made as fine as the row allows, whether any gap is narrowed or not.
+
 Values that move together keep their distances to a unit in the last place. The places to which they move are computed
 in integers, so the result does not depend on how this is run.
 """
@@ -31,6 +35,8 @@ _GAIN = 8.0  # factor by which the row must shrink to make another search worth 
 SEARCHES = 8  # searches of a row, at most
 _STEPS = 2.0**45  # units in the longest step between stretches, at most: the places of stretches are counted in these
 _FINEST = 2.0**-30  # least width of a narrowed gap, over the longest step: smaller gaps may join all 256 stretches
+_LIGHT = 2.0**8  # units of sums are made finer if they become finer by so much
+_MOST_FACTOR = 2.0**256  # far from overflow, even of squares
 _POWERS = np.ldexp(1.0, np.arange(-1022, 1024))
 
 
@@ -58,6 +64,10 @@ class Gaps(NamedTuple):
         """Returns `[R, m]` levels of the narrowed row moved back to the row: the inverse of `narrow`."""
         piece = _last_not_above(self.narrow(self.first), levels)
         return (levels / self.factor[:, None] - take(self.place, piece)) + take(self.origin, piece)
+
+    def moves(self) -> Any:
+        """Returns `[R]` whether values move; where none does, they are only multiplied, which rounds nothing."""
+        return (self.place != self.origin).any(axis=1)
 
 
 class Searched(NamedTuple):
@@ -94,7 +104,7 @@ def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Sea
         *_, worth, number = state
         return jnp.any(worth) & (number < SEARCHES)
 
-    def once(state) -> tuple[Any, Any, Gaps, Any, Any]:
+    def once(state) -> tuple[Any, ...]:
         gaps, found, narrower, worth, number = state
         gaps = chosen(worth, narrower, gaps)
         found = chosen(worth, searched(gaps), found)
@@ -118,7 +128,7 @@ def _moved(rows: Rows, gaps: Gaps) -> Rows:
     moved = rows.with_values(gaps.narrow)
     if not isinstance(rows, SortedRows):
         return moved
-    which, xp = gaps.factor > 1, namespace(rows.size)
+    which, xp = gaps.moves() | (gaps.factor > 1), namespace(rows.size)
     square, slack = xp.where(which, moved.square, rows.square), xp.where(which, moved.slack, rows.slack)
     return moved._replace(square=square, slack=slack)
 
@@ -136,26 +146,46 @@ def chosen(which, one, other) -> Any:
     return jax.tree.map(lambda a, b: xp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
 
 
-def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool) -> tuple[Gaps, Any]:
-    """Returns the gaps to narrow, and `[R]` whether another search with them is worth it.
+def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool) -> tuple[Any, Any]:
+    """Returns the gaps to narrow or to multiply by more, and `[R]` whether another search with them is worth it.
 
     They are the gaps at the boundaries of the partition found. Where its price may be rounding alone, a partition at
-    the widest gaps among cuts spread over the row is taken instead, if it is better.
+    the widest gaps among cuts spread over the row is taken instead, if it is better. Where the units of the sums are
+    far too coarse, the known gaps come back with finer units.
     """
     xp = namespace(rows.size)
     cuts, most = found.cuts, _most(rows, found.cuts, keep_zero)
+    finer, extent = _in_units(rows, known)
+    coarse = finer.factor > known.factor
     if found.price is not None:
-        lost = found.price < _count(rows, keep_zero) * _LOST
+        lost = found.price < _count(rows, keep_zero) * _LOST * (known.factor * extent) ** 2
         if xp is jnp or lost.any():
             others = _cuts_at_wide_gaps(rows, cuts.shape[1])
             theirs = _most(rows, others, keep_zero)
             better = lost & (theirs < most)
             cuts, most = xp.where(better[:, None], others, cuts), xp.where(better, theirs, most)
-    unresolved = (most > 0) & (most * known.factor * known.factor < _count(rows, keep_zero) * _RESOLVED)
+    unresolved = (most > 0) & (most < _count(rows, keep_zero) * _RESOLVED * extent**2)
     if xp is np and not unresolved.any():
-        return known, unresolved
-    gaps = _narrowed(rows, cuts, most * (cuts.shape[1] + 1), keep_zero)
-    return gaps, unresolved & (gaps.factor >= _GAIN * known.factor)
+        return finer, coarse
+    gaps, next_extent = _in_units(rows, _narrowed(rows, cuts, most * (cuts.shape[1] + 1), keep_zero))
+    worth = unresolved & (next_extent * _GAIN <= extent)
+    return chosen(coarse, finer, gaps), coarse | worth
+
+
+def _in_units(rows: Rows, gaps: Gaps) -> tuple[Gaps, Any]:
+    """Returns the gaps, with a greater factor where weights allow a much greater one, and the extent of moved values.
+
+    The extent `[R]` is a power of two near the greatest √weight · |value|, before values are multiplied by the factor.
+    The rounding of costs is proportional to its square.
+    """
+    xp = namespace(rows.size)
+    greatest = rows.greatest(gaps._replace(factor=xp.ones_like(gaps.factor)).narrow)
+    if greatest is None:
+        return gaps, 1 / gaps.factor
+    moment, square = greatest
+    factor = xp.minimum(1 / _power_of_two_or_one(moment), _MOST_FACTOR)
+    factor = xp.where(factor >= _LIGHT * gaps.factor, factor, gaps.factor)
+    return gaps._replace(factor=factor), _power_of_two_or_one(xp.sqrt(square))
 
 
 def _count(rows: Rows, keep_zero: bool) -> int:
@@ -235,7 +265,7 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
         place = (steps - steps[:, -1:] // 2).astype(xp.float64) * unit
     gaps = Gaps(first, origin, place, xp.ones_like(error))
     extent = xp.max(xp.abs(gaps.narrow(xp.concatenate([first, last], axis=1))), axis=1)
-    return gaps._replace(factor=1 / xp.where(extent > 0, _power_of_two(extent), 1.0))
+    return gaps._replace(factor=1 / _power_of_two_or_one(extent))
 
 
 def _weights_beside(rows: Rows, cuts, keep_zero: bool) -> Any:
@@ -262,6 +292,11 @@ def _power_of_two(x) -> Any:
     xp = namespace(x)
     place = xp.searchsorted(xp.asarray(_POWERS), x, side="right")
     return xp.where(x > 0, xp.asarray(_POWERS)[xp.maximum(place - 1, 0)], 0.0)
+
+
+def _power_of_two_or_one(x) -> Any:
+    """Returns `_power_of_two(x)`, and 1 for 0."""
+    return namespace(x).where(x > 0, _power_of_two(x), 1.0)
 
 
 def _running_max(array) -> np.ndarray | jax.Array:

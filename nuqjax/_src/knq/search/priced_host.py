@@ -18,6 +18,8 @@ _BAND = 2.5  # width of the widest intervals tried first, over the average
 _HELD = 2**21  # gains stored at once
 LEAST_BLOCK, _BLOCK, _MOST_BLOCK = 4, 32, 128  # cuts settled at once: at the ends of a row, with one window, at most
 _PER_BLOCK = 4  # a block has at most one cut for every so many between it and the nearer end of the row
+_AT_ONCE = 2**16  # gains compared at once
+_STEP = 2**13  # going back an interval costs as much as comparing so many gains, besides those that it compares
 _EXACT = 2.0**52  # sums and differences of integers below this are exact in float64
 
 
@@ -444,6 +446,22 @@ def _settle_within(problem: _Problem, price, below: int, last: int, potential, f
 
 def _traced_back(problem: _Problem, price, path: _Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
+    zero, gains = problem.zero, problem.gains
+    number = problem.count.shape[1]
+    if gains is not None and gains.size <= steps * (_STEP + 2 * len(gains) * number):
+        chain = _through_every_cut(problem, price, path, steps)
+    elif gains is None and number == 1:
+        chain = _chain_of_one(problem, price, path, steps)
+    else:
+        chain = _chain(problem, price, path, steps)
+    priced = chain[:, :-1] > 0
+    if zero is not None:
+        priced &= (chain[:, 1:] > zero[:, None]) | (chain[:, :-1] <= zero[:, None])
+    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were traced
+
+
+def _chain(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
+    """Returns `[R, steps + 1]` the cuts of each path, from its end: all rows go back an interval at a time."""
     count, total, zero, gains, weighty, _ = problem
     length, number = count.shape
     lane = np.arange(number)
@@ -474,8 +492,44 @@ def _traced_back(problem: _Problem, price, path: _Path, steps: int) -> tuple[np.
         chain[step] = end = np.where(end > 0, np.minimum(first + at, last), 0)
         if not end.any():
             break
-    chain = chain.T
-    priced = chain[:, :-1] > 0
-    if zero is not None:
-        priced &= (chain[:, 1:] > zero[:, None]) | (chain[:, :-1] <= zero[:, None])
-    return chain, np.where(chain[:, -1] > 0, steps + 1, priced.sum(axis=1))  # more than were traced
+    return chain.T
+
+
+def _chain_of_one(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
+    """Computes `_chain` for one row, in which the beginnings of an interval are a slice."""
+    count, total, potential = problem.count[:, 0], problem.total[:, 0], path.potential[:, 0]
+    zero = -1 if problem.zero is None else int(problem.zero[0])
+    firsts, blocks, paid = path.firsts[:, 0].tolist(), path.block, price[0]
+    chain = np.zeros((1, steps + 1), np.int64)
+    chain[0, 0] = end = len(count) - 1
+    for step in range(1, steps + 1):
+        first = min(firsts[blocks[end]], end - 1)
+        gain = _gain(count[first:end], total[first:end], count[end], total[end], problem.weighty)
+        pinned = np.arange(first, end) <= zero if first <= zero < end else None
+        end = first + int(np.argmin(_reached(potential[first:end], gain, paid, pinned)))
+        chain[0, step] = end
+        if not end:
+            break
+    return chain
+
+
+def _through_every_cut(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
+    """Computes `_chain` from the best beginning of the last interval to every cut, a few cuts at a time."""
+    _, _, zero, gains, _, _ = problem
+    width, length, number = gains.shape
+    padded = np.concatenate([np.full((width, number), np.inf), path.potential])
+    before = np.zeros((length, number), np.int64)
+    lag = np.arange(width, 0, -1)[:, None, None]
+    cuts = max(1, _AT_ONCE // (width * number))
+    for start in range(1, length, cuts):
+        end = np.arange(start, min(start + cuts, length))[:, None]
+        begun = np.lib.stride_tricks.sliding_window_view(padded[start : start + len(end) + width - 1], len(end), axis=0)
+        begun = begun.transpose(0, 2, 1)
+        pinned = None if zero is None else (end - lag <= zero) & (end > zero)
+        reached = _reached(begun, gains[:, start : start + len(end)].copy(), price, pinned)
+        before[start : start + len(end)] = end - width + np.argmin(reached, axis=0)
+    chain = np.empty((steps + 1, number), np.int64)
+    chain[0] = length - 1
+    for step in range(steps):
+        chain[step + 1] = before[chain[step], np.arange(number)]
+    return chain.T

@@ -67,7 +67,7 @@ def coarse_cuts(rows: Rows, count: int) -> Any:
     grid = rows.cut_below(low + rounded_first((high - low) * (share / quarter)))
     edges = xp.arange(4 * count + 1, dtype=xp.int64) * size // (4 * count)
     ends = rows.value_at(edges)
-    gaps = ends[:, 1:] - ends[:, :-1]
+    gaps = xp.minimum(ends[:, 1:] - ends[:, :-1], 4.0)  # wider ones lie beside values of next to no weight
     root = xp.sqrt(gaps)
     pull = rounded_first(root * xp.sqrt(xp.sqrt(xp.sqrt(gaps))))  # gap^(5/8), by correctly rounded steps
     pull = (pull * 2.0**30).astype(xp.int64) + 1
@@ -484,7 +484,10 @@ def bound_of_sum(rows: Rows, least, num_levels: int) -> Any:
 
 def rounding_of_sum(rows: Rows, num_levels: int) -> Any:
     """Returns `[R]` a bound on the effect of rounding on the sum of `bound_of_sum`."""
-    return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack
+    xp = namespace(rows.size)
+    ends = rows.value_at(xp.concatenate([xp.zeros_like(rows.size[:, None]), rows.size[:, None]], axis=1))
+    farthest = xp.maximum(xp.max(xp.abs(ends), axis=1) / 2, 1.0)  # `slack` is for values below 2
+    return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack * farthest * farthest
 
 
 def _shift(cuts, by: int) -> Any:
