@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python -m experiments.digits
+	$(BIN)/python -m experiments.studies.digits
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

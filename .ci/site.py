@@ -22,7 +22,7 @@ def on_files(files, config):
     """Adds the pages that are made."""
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "changelog.md", content=changelog))
-    for path in sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb")):
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook(path)))
     return files
 
@@ -51,7 +51,7 @@ def notebook(path: Path) -> str:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             source = re.sub(r"\]\(#([^)]+)\)", lambda anchor: f"](#{slugify(heading(anchor[1]), '-')})", source)
-            parts.append(source.replace("](../../docs/", "](../").replace(".ipynb)", ".md)"))
+            parts.append(source.replace("](../docs/", "](../").replace(".ipynb)", ".md)"))
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:

@@ -1,6 +1,6 @@
 """Codebook quantization for JAX: compresses any parameter pytree to k-means levels and runs the unchanged model."""
 
-from nuqjax import calibration
+from nuqjax import calibration, types
 from nuqjax._src.apply.apply import apply
 from nuqjax._src.calibration.door import compress
 from nuqjax._src.calibration.fisher import fisher
@@ -64,6 +64,7 @@ __all__ = [
     "report",
     "save",
     "shardings",
+    "types",
     "with_codebooks",
     "write_checkpoint",
 ]

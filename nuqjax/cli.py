@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command(**args)
         sys.stdout.flush()
         if closed is not None and closed.getvalue():
-            raise OSError("standard output is closed, so that nothing can be shown")
+            raise OSError("standard output is closed: nothing can be shown")
     except KeyboardInterrupt as interrupt:
         print("; ".join(["nuqjax: interrupted", *notes(interrupt)]), file=sys.stderr)
         return 130

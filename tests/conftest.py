@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 _LONG = (
-    "experiments/test_emulation", "experiments/test_notebooks", "experiments/test_networks", "knq/test_mesh",
+    "experiments/studies/test_emulation", "tests/test_notebooks", "experiments/networks/test_networks", "knq/test_mesh",
     "knq/test_long", "knq/test_gaps", "knq/test_dense", "knq/test_knq", "knq/test_priced", "laws/test_fit_laws",
     "apply/test_apply", "store/test_hostile", "laws/test_meshes",
 )  # fmt: skip

@@ -258,7 +258,7 @@ def test_help(folder, capsys, command):
             "compress . out",
             ".: a directory with several files of weights (in.safetensors, other.safetensors): name one",
         ),
-        ("compress empty out", "empty: a directory that is no orbax checkpoint and has no safetensors or msgpack file"),
+        ("compress empty out", "empty: a directory that is not an orbax checkpoint and has no safetensors"),
         ("compress in.safetensors .", "is a directory; a file is wanted"),
         ("compress in.safetensors no/out", "no/out.partial: No such file or directory"),
         ("compress in.safetensors /dev/null/out", "/dev/null/out.partial: Not a directory"),
@@ -268,9 +268,9 @@ def test_help(folder, capsys, command):
         ("compress in.safetensors out --max-shard-size big", "max_shard_size='big', but a number of bytes"),
         ("compress in.safetensors out --format npz", "not a zip file"),
         ("decompress in.safetensors out", "in.safetensors: not a compressed file"),
-        ("inspect in.safetensors", "this is no file that nuqjax.save wrote"),
+        ("inspect in.safetensors", "nuqjax.save did not write this file"),
         ("inspect nothing", "nothing: No such file or directory"),
-        ("plot in.safetensors pictures", "this is no file that nuqjax.save wrote"),
+        ("plot in.safetensors pictures", "nuqjax.save did not write this file"),
         ("compare in.safetensors nothing", "nothing: No such file or directory"),
         ("compare in.safetensors other.safetensors", "'conv/bias' is in only one of"),
     ],
@@ -403,7 +403,7 @@ def test_a_standard_output_that_is_closed(folder, capsys, monkeypatch, command):
     status = cli.main(shlex.split(command))
     monkeypatch.undo()
     assert status == 1
-    assert capsys.readouterr().err == "nuqjax: error: standard output is closed, so that nothing can be shown\n"
+    assert capsys.readouterr().err == "nuqjax: error: standard output is closed: nothing can be shown\n"
 
 
 def test_no_file_is_opened_under_the_number_of_a_stream_that_is_closed(folder):
@@ -446,7 +446,7 @@ def test_compress_with_a_function_and_its_inputs(folder, capsys):
     for changed, words in {
         "--batches inputs.npz": "given together",
         "a_model:run": "MODULE:FUNCTION",
-        "inputs.npz": "as many examples",
+        "inputs.npz": "the same number of examples",
     }.items():
         replacement = {"a_model:run": "a_model:walk", "inputs.npz": "in.npz"}.get(changed, "")
         status, _, err = run(command.replace(changed, replacement), capsys)

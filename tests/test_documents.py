@@ -94,3 +94,20 @@ def test_every_message_that_troubleshooting_explains_is_one():
         pattern = re.compile(".*".join(map(re.escape, pieces)), re.DOTALL)
         near = (text for text in code if all(piece in text for piece in pieces))  # cheap, before their order
         assert any(map(pattern.search, near)), message
+
+
+def raised() -> list[tuple[str, str]]:
+    """The module and the text of every exception that the library raises."""
+    return [
+        (path.relative_to(Path(nuqjax.__file__).parent).as_posix(), texts(node.exc.args[0]))
+        for path in sorted(Path(nuqjax.__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+    ]
+
+
+def test_messages_are_plain_english():
+    """They say "is not a", "appears twice", "starts over" and "does not support"."""
+    odd = re.compile(r"(?<!there )\b(is|are) no (?!longer)|\bstands? twice\b|\banew\b|\blacks?\b|\bis to be\b")
+    assert len(raised()) > 300
+    assert [(module, text) for module, text in raised() if odd.search(text)] == []

@@ -38,7 +38,7 @@ WINGS: dict[str, Wing] = {
         "run/error run/light run/levels run/host run/traced run/mesh knq",
         "leaf",
     ),
-    "report": Wing("leaf_report trees render plot comparison report", "leaf", ("matplotlib", "rich")),
+    "report": Wing("bars leaf_report trees render plot comparison report", "leaf", ("IPython", "matplotlib", "rich")),
     "apply": Wing("after apply", "leaf trace"),
     "fold": Wing("program chains solver fold", "leaf trace"),
     "fit": Wing("per_row steps grid enq leaf_on_mesh methods", "leaf knq"),
@@ -93,7 +93,7 @@ def imported_modules(path: Path) -> set[str]:
             base = ".".join(filter(None, ["nuqjax" if node.level else "", node.module or ""]))
             for alias in node.names:  # a module of a package, or a name of a module
                 inner = f"{base}.{alias.name}"
-                is_module = inner in MODULES or base == "nuqjax"
+                is_module = inner in MODULES or base in ("nuqjax", "experiments")
                 names.add(inner if is_module else base)
     return names
 
@@ -130,7 +130,7 @@ def test_a_file_imports_what_stands_before_it(path):
 
 
 def test_no_public_name_is_that_of_a_module():
-    """But for `calibration`, which is a module: nothing is hidden by it."""
+    """But for `calibration` and `types`, which are modules: nothing is hidden by them."""
     modules = {name for name in nuqjax.__all__ if inspect.ismodule(getattr(nuqjax, name))}
     assert {path.stem for path in FACE} & set(nuqjax.__all__) == modules
 
@@ -153,7 +153,34 @@ def test_what_releases_of_jax_name_differently_comes_from_compat(path):
     assert path.stem == "compat" or not used & {"jax.enable_x64", "jax.experimental.enable_x64"}
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda path: path.stem)
+# The folders of `experiments`, each with those that it may import: arrows point up this table only.
+FOLDERS = {
+    "record": "",
+    "networks": "",
+    "data": "networks",
+    "studies": "record networks data",
+    "speed": "record networks data studies",
+    "paper": "record networks data studies",
+    "documents": "record speed paper",
+}
+COMMANDS = sorted(EXPERIMENTS.rglob("*.py"))
+each_command = pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(EXPERIMENTS)))
+
+
+def test_every_experiment_stands_in_a_folder_of_the_table():
+    assert {path.relative_to(EXPERIMENTS).parts[0] for path in COMMANDS} == {*FOLDERS, "__init__.py"}
+    order = list(FOLDERS)
+    assert all(set(row.split()) <= set(order[: order.index(folder)]) for folder, row in FOLDERS.items())
+
+
+@each_command
+def test_an_experiment_imports_the_folders_that_it_may(path):
+    folder = path.relative_to(EXPERIMENTS).parts[0]
+    imported = {name.split(".")[1] for name in imported_modules(path) if name.startswith("experiments.")}
+    assert imported <= {folder, *FOLDERS.get(folder, "").split()}
+
+
+@each_command
 def test_experiments_use_public_names_only(path):
     public = {f"nuqjax.{name}" for name in nuqjax.__all__}
     assert {name for name in imported_modules(path) if name.startswith("nuqjax.")} <= public

@@ -19,7 +19,7 @@ NETWORKS = {network.name: network for network in (EFFICIENTNET_LITE0, TINY_DARKN
 # Networks whose published weights come from a local file (`--weights`, `networks.importing`).
 FROM_FILE = {network.name: network for network in (RESNET50, MOBILENET_V2)}
 
-# Networks whose weights `experiments.train` makes; the data folder holds none.
+# Networks whose weights `experiments.studies.train` makes; the data folder holds none.
 TRAINED_IN_PLACE = {network.name: network for network in (LENET5, MLP_1024)}
 
 

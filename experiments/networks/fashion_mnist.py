@@ -1,4 +1,4 @@
-"""Two small networks for 28×28 grey images that `experiments.train` trains in place: LeNet-5, and dense layers alone.
+"""Two small networks for 28×28 grey images that `experiments.studies.train` trains: LeNet-5, and dense layers alone.
 
 LeNet-5 has the layer sizes of LeCun et al., *Gradient-based learning applied to document recognition* (1998), section
 II.B, with what is usual today in place of its own: ReLU, max-pooling, every map connected, plain logits.

@@ -42,7 +42,7 @@ def test_a_sensitivity_is_the_divergence_of_one_leaf_alone():
 def test_batches_of_the_moments_are_refused():
     params, batches = example()
     known = moments(network, params, batches[:2])
-    with pytest.raises(ValueError, match="batch 1 is one that the moments are of"):
+    with pytest.raises(ValueError, match="batch 1 was also used for the moments"):
         sensitivity(network, params, [batches[2], batches[0].copy()], known)
 
 

@@ -128,7 +128,7 @@ def test_names_are_parted_as_asked(tmp_path):
     same(nuqjax.open_checkpoint(path, separator="").read(), {"a/b.c": np.ones(1), "d": np.zeros(1)})
     for names in (["a", "a.b"], ["a.b", "a"], ["a.b.c", "a.b"]):
         safetensors.numpy.save_file({name: np.ones(1) for name in names}, path)
-        with pytest.raises(ValueError, match="one is the beginning of the other"):
+        with pytest.raises(ValueError, match="one name is the beginning of the other"):
             nuqjax.open_checkpoint(path)
 
 
@@ -146,12 +146,16 @@ def test_a_saved_tree_is_a_checkpoint_that_decodes(tmp_path):
 def test_what_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         nuqjax.open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="a directory that is no orbax checkpoint"):
+    with pytest.raises(ValueError, match="a directory that is not an orbax checkpoint"):
         nuqjax.open_checkpoint(tmp_path)
     (tmp_path / "text").write_text("hello, world")
     with pytest.raises(ValueError, match="neither safetensors, npz, npy, Flax msgpack, HDF5 nor an orbax directory"):
         nuqjax.open_checkpoint(tmp_path / "text")
-    for format, message in (("safetensors", "a header of"), ("npz", "not a zip file"), ("msgpack", "no Flax msgpack")):
+    for format, message in (
+        ("safetensors", "a header of"),
+        ("npz", "not a zip file"),
+        ("msgpack", "not a Flax msgpack"),
+    ):
         with pytest.raises(ValueError, match=message):
             nuqjax.open_checkpoint(tmp_path / "text", format)
     with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive:
@@ -173,7 +177,7 @@ def test_a_folder_of_a_model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="a directory that is no orbax checkpoint and has no safetensors"):
+    with pytest.raises(ValueError, match="a directory that is not an orbax checkpoint and has no safetensors"):
         nuqjax.open_checkpoint(folder)
     (folder / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"pytorch_model.bin is not read here: save the weights as safetensors"):
@@ -276,5 +280,5 @@ def test_a_file_that_has_become_shorter_since_it_was_opened_is_told(tmp_path):
     safetensors.numpy.save_file({"w": np.arange(64.0)}, path)
     [leaf] = nuqjax.open_checkpoint(path).leaves
     os.truncate(path, path.stat().st_size - 8)
-    with pytest.raises(ValueError, match=r"a\.safetensors: the file has become shorter"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: the file has become shorter since it was opened"):
         leaf.read()

@@ -169,9 +169,9 @@ def test_another_source_is_not_resumed(source, whole, tmp_path):
     partial(source, tmp_path, 4)
     other = tmp_path / "other.safetensors"
     shutil.copy(source, other)
-    with pytest.raises(ValueError, match="is of another source; without resume it is begun anew"):
+    with pytest.raises(ValueError, match="belongs to another source; without resume, the run starts over"):
         nuqjax.compress_checkpoint(other, tmp_path / "a.safetensors", resume=True, **OPTIONS)
-    with pytest.raises(ValueError, match="is of another source"):
+    with pytest.raises(ValueError, match="belongs to another source"):
         nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, separator="", **OPTIONS)
     nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
     assert (tmp_path / "a.safetensors").read_bytes() == whole
@@ -194,7 +194,7 @@ def test_a_line_that_is_none_is_passed_over(source, whole, tmp_path, monkeypatch
 def test_a_journal_of_another_version_is_not_resumed(source, whole, tmp_path, head):
     kept = partial(source, tmp_path, 1)
     (kept / "journal").write_bytes(head)
-    with pytest.raises(ValueError, match="is of another version of nuqjax; without resume it is begun anew"):
+    with pytest.raises(ValueError, match="belongs to another version of nuqjax; without resume, the run starts over"):
         nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", resume=True, **OPTIONS)
     nuqjax.compress_checkpoint(source, tmp_path / "a.safetensors", **OPTIONS)
     assert (tmp_path / "a.safetensors").read_bytes() == whole
@@ -306,7 +306,7 @@ def test_a_source_that_changes_meanwhile_is_told(source, tmp_path, how, number):
         nuqjax.compress_checkpoint(mine, path, progress=change, **OPTIONS)
     assert not path.exists()
     if how != "gone":
-        with pytest.raises(ValueError, match="is of another source"):
+        with pytest.raises(ValueError, match="belongs to another source"):
             nuqjax.compress_checkpoint(mine, path, resume=True, **OPTIONS)
     if how != "written over":
         os.replace(tmp_path / "first", mine)
@@ -374,7 +374,7 @@ def test_a_shard_that_changed_is_another_source(source, tmp_path):
     folder.mkdir()
     partial(sharded, folder, 4)
     os.utime(next(tmp_path.glob("s-*.safetensors")), (0, 0))
-    with pytest.raises(ValueError, match="is of another source"):
+    with pytest.raises(ValueError, match="belongs to another source"):
         nuqjax.compress_checkpoint(sharded, folder / "a.safetensors", resume=True, **OPTIONS)
 
 

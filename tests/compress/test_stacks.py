@@ -192,7 +192,7 @@ def test_arrays_that_would_be_taken_for_others_are_refused_by_name():
     masked = np.ma.masked_array(array(32, 32), mask=np.arange(1024).reshape(32, 32) < 3)
     foreign = SimpleNamespace(shape=(32, 32), dtype="torch.float32")
     for leaf, message in (
-        (masked, r"a/w: an array with 3 masked values; its filled\(0\)"),
+        (masked, r"a/w: an array with 3 masked values; a plain array is wanted: its filled\(0\)"),
         (foreign, r"a/w: a types.SimpleNamespace of dtype torch.float32, but .*np.asarray\(leaf\)"),
     ):
         for call in (nuqjax.compress, nuqjax.plan):
@@ -210,5 +210,5 @@ def test_a_model_is_no_function_of_its_parameters():
         lambda: nuqjax.emulate(module, formats)(tree, x),
         lambda: nuqjax.fold_batch_norm(module, tree, x),
     ):
-        with pytest.raises(TypeError, match=r"Dense is a model, and a function is wanted, such as model.apply"):
+        with pytest.raises(TypeError, match=r"Dense is a model, but a function is wanted, such as model.apply"):
             call()

@@ -309,7 +309,7 @@ def test_the_bound_of_a_dot_is_reached():
 def test_an_exact_accumulator_has_the_bits_that_it_needs_or_is_refused(slack):
     needed = max(row.needed_bits for row in calibrate(predict, CPARAMS, X) if row.operation == "dot_general")
     if slack:
-        with pytest.raises(ValueError, match=rf"kernel: .* {needed} bits and have {needed - 1}"):
+        with pytest.raises(ValueError, match=rf"kernel: .* {needed} bits, but have {needed - 1}"):
             calibrate(predict, CPARAMS, X, accumulator=Accumulator(needed - 1))
     else:
         calibrate(predict, CPARAMS, X, accumulator=Accumulator(needed))

@@ -134,7 +134,7 @@ def count(trace, site):
 def test_vector_3_an_exact_accumulator_has_to_hold_every_sum_that_could_be():
     """Of these inputs the sums fit 12 bits; of all, max|x| Σ|w| + |b| = 15 · 333 + 176 needs 14."""
     formats = rows(row_of_input(4, 2, False), V3_ROW)
-    with pytest.raises(ValueError, match=r"kernel: .* 14 bits and have 13"):
+    with pytest.raises(ValueError, match=r"kernel: .* 14 bits, but have 13"):
         calibrate(dense, V3, V3_X, formats=formats.replace("kernel", accumulator=Accumulator(13)))
     proven = calibrate(dense, V3, V3_X, formats=formats.replace("kernel", accumulator=Accumulator(14)))["kernel"]
     assert (proven.bound, proven.needed_bits) == (15 * 333 + 176, 14)
@@ -1000,7 +1000,7 @@ def test_errors_name_the_site():
         emulate(dense, rows(row_of_input(8, 0)))(params, x)
     with pytest.raises(ValueError, match="no row for 'input'"):
         emulate(dense, rows(row))(params, x)
-    with pytest.raises(ValueError, match=r"kernel: .* need an accumulator of 18 bits and have 17"):
+    with pytest.raises(ValueError, match=r"kernel: .* need an accumulator of 18 bits, but have 17"):
         emulate(dense, good.replace("kernel", accumulator=Accumulator(17)))(params, x)
     with pytest.raises(ValueError, match=r"kernel: .* 3 fraction bits, but products have 0"):
         emulate(dense, good.replace("kernel", accumulator=Accumulator(frac=3)))(params, x)

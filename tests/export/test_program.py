@@ -215,7 +215,7 @@ Pair = namedtuple("Pair", "a b")
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        (True, {}, "input 0 is of type bool, but an array or a ShapeDtypeStruct is wanted; options are bound"),
+        (True, {}, "input 0 is of type bool, but an array or a ShapeDtypeStruct is wanted; bind options"),
         ((np.ones(3), {"mask": None}), {}, "input 1/mask is of type NoneType"),
         (Pair(np.ones(3), np.ones(3)), {}, "inputs and outputs are trees of dicts, lists and tuples only"),
         (np.ones(3), {"platforms": "cpu"}, "platforms='cpu', but a tuple of some of"),

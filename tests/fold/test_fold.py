@@ -561,7 +561,7 @@ REFUSED = {
         "what add at 'here' gives is used elsewhere",
     ),
     "a computed kernel": (lambda p, x: norm(conv(x, weight_standardised(p)), p), "computed from 'kernel'"),
-    "a constant kernel": (lambda p, x: norm(conv(x, jnp.ones((3, 3, 4, 6))), p), "whose kernel is no parameter"),
+    "a constant kernel": (lambda p, x: norm(conv(x, jnp.ones((3, 3, 4, 6))), p), "whose kernel is not a parameter"),
     "a kernel used elsewhere": (
         lambda p, x: (norm(conv(x, p["kernel"]), p), jnp.abs(p["kernel"]).max()),
         "its kernel 'kernel' is used elsewhere",

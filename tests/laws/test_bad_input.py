@@ -67,7 +67,7 @@ def test_a_misspelt_rule_shows_the_near_misses():
 
 def test_a_rule_that_never_applies_shows_what_overrules_it():
     rules = [Rule("conv"), Rule("bias", skip=True)]
-    refused("rule 'bias' is always overruled: 'conv/bias' .* earlier rule 'conv'", rules=rules)
+    refused("rule 'bias' never applies: 'conv/bias' .* earlier rule 'conv'", rules=rules)
 
 
 @pytest.mark.parametrize("granularity", ["row", None, 3, ("channel", 4)])
@@ -88,8 +88,8 @@ def test_a_group_size_below_one(kind, size):
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        (3, "output axis 3 of an array with 3 axes"),
-        ((0, -4), "output axis -4 of an array with 3 axes"),
+        (3, "output axis 3, but the array has 3 axes"),
+        ((0, -4), "output axis -4, but the array has 3 axes"),
         ((0, -3), r"output axes \(0, -3\) name an axis twice"),
         ("x", "output axis 'x'"),
         (None, "output axis None"),
@@ -151,15 +151,15 @@ def test_stack_axes_beyond_the_shape():
 def test_what_cannot_be_compressed_raises_only_if_a_rule_insists(path, leaf, kind):
     _, report = nuqjax.compress({path: leaf}, return_report=True)
     assert kind.removeprefix("its ").split(", ")[-1] in report.leaves[0].reason
-    refused(
-        f"^{path}: rule '{path}' insists on compressing it, but {kind}", {path: leaf}, rules=[Rule(path, skip=False)]
-    )
+    refused(f"^{path}: rule '{path}' has skip=False, but {kind}", {path: leaf}, rules=[Rule(path, skip=False)])
 
 
 def test_insisting_on_what_is_compressed_already():
     once = nuqjax.compress(params(), method="normal")
     refused(
-        "^conv/kernel: rule 'kernel' insists .* it is a CodebookArray already", once, rules=[Rule("kernel", skip=False)]
+        "^conv/kernel: rule 'kernel' has skip=False, but it is already a CodebookArray",
+        once,
+        rules=[Rule("kernel", skip=False)],
     )
 
 
@@ -211,5 +211,7 @@ class TestCodebooks:
     def test_levels_of_a_leaf_that_is_not_there(self):
         cparams = nuqjax.compress(params(), 2, "normal")
         levels = {"conv": {"kernel": jnp.ones((1, 4)), "kernle": jnp.ones((1, 4))}}
-        with pytest.raises(ValueError, match="with_codebooks: levels for 'conv/kernle', which is no compressed leaf"):
+        with pytest.raises(
+            ValueError, match="with_codebooks: levels for 'conv/kernle', which is not a compressed leaf"
+        ):
             nuqjax.with_codebooks(cparams, levels)

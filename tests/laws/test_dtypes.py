@@ -131,7 +131,7 @@ def test_a_dtype_that_nothing_computes_with_is_left_dense_and_refused_by_name(na
     assert [leaf.reason for leaf in report.dense] == [UNFIT[name]]
     assert [leaf.reason for leaf in nuqjax.plan(params).leaves] == [None, UNFIT[name]]
     for refused in (nuqjax.compress, nuqjax.plan):
-        with pytest.raises(ValueError, match=f"w: rule 'w' insists on compressing it, but {UNFIT[name]}"):
+        with pytest.raises(ValueError, match=f"w: rule 'w' has skip=False, but {UNFIT[name]}"):
             refused(params, rules=[Rule("w", skip=False)])
     with pytest.raises(ValueError, match=UNFIT[name]):
         nuqjax.fit(params["w"], 4)

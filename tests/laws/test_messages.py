@@ -53,14 +53,14 @@ def adam_of_the_tree():
 
 CASES = {
     "the given initializer is expected to generate shape": linen_without_apply,
-    "a CodebookArray is no operand of JAX's functions": lambda: Module(tree()["w"])(jnp.ones(32)),
+    "a CodebookArray is not an operand of JAX's functions": lambda: Module(tree()["w"])(jnp.ones(32)),
     "problematic value is of type <class 'nuqjax.CodebookArray'>": lambda: jax.lax.dot(X, tree()["w"]),
     "a CodebookArray is indexed along its 0 stack axes only": lambda: nnx_module()(X),
     "inputs (input dtype that is a sub-dtype of np.inexact), but got uint8": lambda: jax.grad(loss)(tree()),
     "ufunc 'power' not supported for the input types": adam_of_the_tree,
     "scan got values with different leading axis sizes": lambda: jax.lax.scan(lambda s, p: (s, p), 0, tree()),
     "vmap got inconsistent sizes for array axes to be mapped": lambda: jax.vmap(loss)(tree()),
-    "vmap, scan or tree.map took an axis of its arrays that is no stack axis": lambda: loss(
+    "vmap, scan or tree.map took an axis of its arrays that is not a stack axis": lambda: loss(
         jax.tree.map(lambda a: a[:1], tree())
     ),
 }

@@ -199,7 +199,7 @@ def test_zero_size_rows(shape, num_levels):
 
 
 def test_more_levels_than_an_index_counts():
-    with pytest.raises(ValueError, match="257 levels, but a uint8 index counts at most 256"):
+    with pytest.raises(ValueError, match="257 levels, but a uint8 index distinguishes at most 256"):
         assign(jnp.zeros((1, 3)), jnp.zeros((1, 257)))
 
 

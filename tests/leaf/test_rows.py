@@ -140,9 +140,9 @@ def test_output_axes_count_from_the_front(axis, ndim, wanted):
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        (2, "output axis 2 of an array with 2 axes"),
-        (-3, "output axis -3 of an array with 2 axes"),
-        ((0, "a"), "output axis 'a' of an array with 2 axes"),
+        (2, "output axis 2, but the array has 2 axes"),
+        (-3, "output axis -3, but the array has 2 axes"),
+        ((0, "a"), "output axis 'a', but the array has 2 axes"),
         ((0, -2), r"output axes \(0, -2\) name an axis twice"),
     ],
 )

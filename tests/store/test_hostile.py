@@ -130,9 +130,9 @@ def refused(data, message, verify=True):
         (b"\x02\0\0\0\0\0\0", "FILE: 7 bytes, too few"),
         (b"\xff" * 8 + b"{}", "FILE: a header of 18446744073709551615 bytes, but 2 bytes follow"),
         (b"\x03\0\0\0\0\0\0\0{}", "FILE: a header of 3 bytes, but 2 bytes follow"),
-        (b"\0" * 8, "FILE: the header is no JSON"),
-        (b"\x02\0\0\0\0\0\0\0[]", "FILE: the header is no JSON object"),
-        (b"\x04\0\0\0\0\0\0\0\xff\xfe{}", "FILE: the header is no JSON that is allowed here"),
+        (b"\0" * 8, "FILE: the header is not JSON"),
+        (b"\x02\0\0\0\0\0\0\0[]", "FILE: the header is not a JSON object"),
+        (b"\x04\0\0\0\0\0\0\0\xff\xfe{}", "FILE: the header is not JSON that is allowed here"),
     ],
 )
 def test_no_safetensors_file(data, message):
@@ -151,11 +151,11 @@ def tensor(dtype="U8", shape=(4,), offsets=(0, 4)):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{}}', "the key 'a' stands twice"),
-        (b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', "the key 'dtype' stands twice"),
-        (b'{"a":' + b"[" * 100_000, "the header is (nested too deeply|no JSON)"),
+        (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{}}', "the key 'a' appears twice"),
+        (b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', "the key 'dtype' appears twice"),
+        (b'{"a":' + b"[" * 100_000, "the header is (nested too deeply|not JSON)"),
         (b'{"a":NaN}', "the number NaN"),
-        (b'{"a":' + b"9" * 10_000 + b"}", "no JSON that is allowed"),
+        (b'{"a":' + b"9" * 10_000 + b"}", "not JSON that is allowed"),
         ({"a": 3}, "tensor 'a' does not have just dtype, shape and data_offsets"),
         ({"a": tensor() | {"more": 1}}, "tensor 'a' does not have just"),
         ({"a": tensor("U7")}, "the metadata has no 'nuqjax'"),  # others may have it
@@ -165,21 +165,21 @@ def tensor(dtype="U8", shape=(4,), offsets=(0, 4)):
         ({"a": tensor(shape=(2**62, 4))}, "tensor 'a': a shape of more values than any memory holds"),
         ({"a": tensor(shape=(2**62, 2**62, 0), offsets=(0, 0))}, "a shape of more values than any memory"),
         ({"a": tensor(shape=(10**30,))}, "tensor 'a': a shape of more values"),
-        ({"a": tensor(shape=(-1, -4))}, "tensor 'a': a shape that is no list of whole numbers"),
-        ({"a": tensor(shape=(4.0,))}, "tensor 'a': a shape that is no list of whole numbers"),
-        ({"a": tensor(shape=(True, 4))}, "tensor 'a': a shape that is no list of whole numbers"),
+        ({"a": tensor(shape=(-1, -4))}, "tensor 'a': a shape that is not a list of whole numbers"),
+        ({"a": tensor(shape=(4.0,))}, "tensor 'a': a shape that is not a list of whole numbers"),
+        ({"a": tensor(shape=(True, 4))}, "tensor 'a': a shape that is not a list of whole numbers"),
         ({"a": tensor(shape=(1,) * 65 + (4,))}, "tensor 'a': a shape of 66 axes"),
         ({"a": tensor(offsets=(4, 0))}, "tensor 'a': data_offsets from 4 to 0"),
         ({"a": tensor(offsets=(-4, 0))}, "tensor 'a': data_offsets from -4 to 0"),
         ({"a": tensor(offsets=(0, 4.0))}, "tensor 'a': data_offsets are not two whole numbers"),
         ({"a": tensor(offsets=(0, 4, 4))}, "tensor 'a': data_offsets are not two whole numbers"),
         ({"a": tensor(), "b": tensor()}, "tensor 'b' begins at byte 0 and overlaps tensor 'a'"),
-        ({"a": tensor(offsets=(2, 6))}, "tensor 'a' begins at byte 2 and leaves a hole behind the header"),
+        ({"a": tensor(offsets=(2, 6))}, "tensor 'a' begins at byte 2 and leaves a hole after the header"),
         ({"a": tensor(shape=(8,), offsets=(0, 8))}, "the tensors take 8 bytes, but 4 follow the header"),
         ({}, "the tensors take 0 bytes, but 4 follow the header"),
-        ({"__metadata__": []}, "__metadata__ is no object of strings"),
-        ({"__metadata__": {"nuqjax": 1}}, "__metadata__ is no object of strings"),
-        ({"a": tensor()}, "the metadata has no 'nuqjax': this is no file that nuqjax.save wrote"),
+        ({"__metadata__": []}, "__metadata__ is not an object of strings"),
+        ({"__metadata__": {"nuqjax": 1}}, "__metadata__ is not an object of strings"),
+        ({"a": tensor()}, "the metadata has no 'nuqjax': nuqjax.save did not write this file"),
     ],
 )  # fmt: skip
 def test_a_header_that_lies(header, message):
@@ -225,13 +225,13 @@ LAST = ("leaves", 3, "tensors", "data")
         (set_at("tree", ["leaf"]), "3 leaves, but the tree has 1"),
         (set_at("tree", [["list", 3], "leaf", "leaf"]), "node 0 of the tree has 3 children, but 2 nodes follow it"),
         (set_at("tree", [["list", 10**15], "leaf"]), "has 1000000000000000 children, but 1 nodes"),
-        (set_at("tree", [["list", -1]]), "node 0 of the tree: 'list' with 1 fields is no node"),
-        (set_at("tree", ["leaf", "leaf"]), "the tree has nodes behind its end, the first of them node 1"),
+        (set_at("tree", [["list", -1]]), "node 0 of the tree: 'list' with 1 fields is not a node"),
+        (set_at("tree", ["leaf", "leaf"]), "the tree has nodes after its end, from node 1 on"),
         (set_at("tree", [["dict", ["b", "a"]], "leaf", "leaf"]), "node 0 of the tree: keys that are not in order"),
         (set_at("tree", [["dict", ["a", "a"]], "leaf", "leaf"]), "node 0 of the tree: keys that are not in order, or"),
         (set_at("tree", [["dict", ["a", 1]], "leaf", "leaf"]), "node 0 of the tree: keys of types that have no common"),
         (set_at("tree", [["dict", [None]], "leaf"]), "node 0 of the tree: a key that is null"),
-        (set_at("tree", [["set", 1], "leaf"]), "node 0 of the tree: 'set' with 1 fields is no node of the format"),
+        (set_at("tree", [["set", 1], "leaf"]), "node 0 of the tree: 'set' with 1 fields is not a node of the format"),
         (set_at("tree", [["node", "T", [1]], "leaf"]), "a child's name that is not a string"),
         (set_at("tree", [["list", 1]] * 300 + ["leaf"]), "node 256 of the tree is deeper than 256 levels"),
         (set_at("tree", 1, "c"), "node 1 of the tree is of type str"),
@@ -279,7 +279,7 @@ def test_a_layout_that_lies(files, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("report", {}), "FILE: the report is no list"),
+        (set_at("report", {}), "FILE: the report is not a list"),
         (set_at("report", [{}]), "FILE: leaf 0 of the report does not have the fields of one"),
         (set_at("report", 0, "path", KeyError), "leaf 0 of the report does not have the fields of one"),
         (set_at("report", 0, "run", "os.system"), "leaf 0 of the report does not have the fields of one"),
@@ -302,9 +302,9 @@ def test_a_report_that_lies(files, change, message):
 def test_a_layout_that_is_no_json(files):
     header, _, body = taken_apart(files["codebooks"])
     for text, message in (
-        ("", "FILE: the layout is no JSON"),
-        ('{"version":1,"version":1}', "the key 'version' stands twice"),
-        ('{"version":' + "[" * 100_000, "FILE: the layout is (nested too deeply|no JSON)"),
+        ("", "FILE: the layout is not JSON"),
+        ('{"version":1,"version":1}', "the key 'version' appears twice"),
+        ('{"version":' + "[" * 100_000, "FILE: the layout is (nested too deeply|not JSON)"),
     ):
         refused(put_together(header, text, body), message)
 
@@ -323,8 +323,8 @@ def test_tensors_that_no_leaf_or_two_leaves_name(files):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("leaves", 1, "tensors", "data", "at", 1), "in tensor 'small.I8', what is at byte 1 leaves a hole"),
-        (set_at(*LAST, "at", 2), "in tensor 'small.I8', what is at byte 2 overlaps what is before it"),
+        (set_at("leaves", 1, "tensors", "data", "at", 1), "in tensor 'small.I8', the leaf at byte 1 leaves a hole"),
+        (set_at(*LAST, "at", 2), "in tensor 'small.I8', the leaf at byte 2 overlaps the one before it"),
         (set_at(*LAST, "at", -1), "leaf '3', data: the layout wants 6 bytes of I8 at byte -1"),
         (set_at(*LAST, "at", 10**40), "leaf '3', data: the layout wants 6 bytes of I8 at byte 1000"),
         (set_at(*LAST, "at", 1.0), "leaf '3', data: 'at' is '1.0'"),
@@ -348,8 +348,8 @@ def test_a_place_in_a_shared_tensor_that_lies(files, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_at("shared", []), "the layout's shared tensors are no object of checksums"),
-        (set_at("shared", "small.I8", "1"), "the layout's shared tensors are no object of checksums"),
+        (set_at("shared", []), "the layout's shared tensors are not an object of checksums"),
+        (set_at("shared", "small.I8", "1"), "the layout's shared tensors are not an object of checksums"),
         (set_at("shared", "small.I8", 1), "leaf '1', data: the bytes of tensor 'small.I8' are not those that were"),
         (set_at("shared", "small.I8", KeyError), "leaf '1', data: the layout has no 'crc32'"),
         (set_at("shared", "nothing", 1), "the layout's shared tensors: the tensor 'nothing' is not in the file"),
@@ -405,7 +405,10 @@ def test_a_model_of_another_form(files):
 
 def test_values_that_are_none_of_their_dtype(files):
     header, layout, body = taken_apart(files["others"])
-    for path, byte, message in (("y/3", 2, "a byte that is no bool"), ("y/4", 8, "a value that is no int4")):
+    for path, byte, message in (
+        ("y/3", 2, "a byte that is not a valid bool"),
+        ("y/4", 8, "a value that is not a valid int4"),
+    ):
         damaged = bytearray(body)
         damaged[header[path]["data_offsets"][0]] = byte
         refused(put_together(header, layout, bytes(damaged)), "bytes are not those that were saved")
@@ -457,14 +460,14 @@ def shards(tmp_path):
 @pytest.mark.parametrize(
     ("shard", "message"),
     [
-        ("../m.safetensors", "which is no plain name of a .safetensors file beside the index"),
-        ("/etc/passwd", "no plain name"),
-        ("..\\m.safetensors", "no plain name"),
-        ("a\0.safetensors", "no plain name"),
-        (".safetensors", "no plain name"),
-        ("C:x.safetensors", "no plain name"),
-        ("", "no plain name"),
-        (["m"], "no plain name"),
+        ("../m.safetensors", "which is not the plain name of a .safetensors file next to the index"),
+        ("/etc/passwd", "not the plain name"),
+        ("..\\m.safetensors", "not the plain name"),
+        ("a\0.safetensors", "not the plain name"),
+        (".safetensors", "not the plain name"),
+        ("C:x.safetensors", "not the plain name"),
+        ("", "not the plain name"),
+        (["m"], "not the plain name"),
         ("missing.safetensors", "the shard missing.safetensors is missing"),
     ],
 )
@@ -484,8 +487,8 @@ def test_an_index_that_disagrees_with_its_shards(shards):
     for change, message in (
         (lambda i: i["weight_map"].pop(shared), f"tensor '{shared}' of shard .* is in it, but not in the index"),
         (lambda i: i["weight_map"].update(x=i["weight_map"][shared]), "tensor 'x' of shard .* is not in it"),
-        (lambda i: i.pop("weight_map"), "no index with a weight_map"),
-        (lambda i: i.update(metadata=3), "the metadata is no object"),
+        (lambda i: i.pop("weight_map"), "not an index with a weight_map"),
+        (lambda i: i.update(metadata=3), "the metadata is not an object"),
         (lambda i: i["metadata"].pop("nuqjax"), "the metadata has no 'nuqjax'"),
     ):
         changed = copy.deepcopy(index)
@@ -534,7 +537,7 @@ def test_a_shard_that_is_a_pipe_does_not_hang(shards):
     shard = folder / index["weight_map"]["a.packed"]
     shard.unlink()
     os.mkfifo(shard)
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         nuqjax.load(folder / "m.safetensors")
 
 
@@ -663,7 +666,7 @@ def test_time_and_memory_are_linear_in_the_bytes(tmp_path):
     assert finished.stdout.count("very long") - sum("very long" in line for line in told) == 4
     for reason in (
         "the paths of the leaves are far longer than the",
-        "keys of which hashes are equal",
+        "keys have equal hashes",
         "the tensor 'u' is not named by just one leaf",
     ):
         assert any(reason in line for line in told), finished.stdout

@@ -278,7 +278,7 @@ def test_other_nodes_come_from_a_template(name, tmp_path):
 
 
 def test_what_load_would_refuse_as_hostile_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="100 keys of which hashes are equal"):
+    with pytest.raises(ValueError, match="100 keys have equal hashes"):
         nuqjax.save(tmp_path / "a", dict.fromkeys((n * (2**61 - 1) for n in range(100)), 1))
     assert not (tmp_path / "a").exists()
 
@@ -304,7 +304,9 @@ def test_other_nodes_without_a_template_are_dicts(tmp_path):
     nuqjax.save(tmp_path / "a", trees["named tuple"])
     same({"x": jnp.ones(3), "y": {"z": {"x": 1, "y": None}}}, nuqjax.load(tmp_path / "a"))
     nuqjax.save(tmp_path / "a", trees["equinox"])
-    with pytest.raises(ValueError, match=r"leaf 'activation' was of type .*, which no file holds: like=… gives it"):
+    with pytest.raises(
+        ValueError, match=r"leaf 'activation' was of type .*, which no file can hold: give it with like=…"
+    ):
         nuqjax.load(tmp_path / "a")
     found = nuqjax.load(tmp_path / "a", leaves="weight")
     assert set(found["layers"][0]) == {"weight", "bias"}
@@ -335,7 +337,7 @@ def test_a_subset_of_leaves(compressed, tmp_path):
         ValueError, match="leaves='layer/stack' matches none of the 19 leaves; the nearest paths are 'layers/st"
     ):
         nuqjax.load(tmp_path / "a", leaves="layer/stack")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         nuqjax.load(tmp_path / "a", leaves="(")
 
 
@@ -397,9 +399,9 @@ def test_placed_on_a_device(compressed, tmp_path):
     nuqjax.save(tmp_path / "a", cparams)
     same(cparams, nuqjax.load(tmp_path / "a", sharding=SingleDeviceSharding(jax.devices()[0])))
     mesh = jax.make_mesh((1,), ("model",))
-    with pytest.raises(ValueError, match="leaf 'auto': sharding has none for it"):
+    with pytest.raises(ValueError, match="leaf 'auto': sharding= has no entry for it"):
         nuqjax.load(tmp_path / "a", sharding={"own": NamedSharding(mesh, P())})
-    with pytest.raises(ValueError, match="numpy=True has no sharding"):
+    with pytest.raises(ValueError, match="sharding= places JAX arrays"):
         nuqjax.load(tmp_path / "a", sharding=NamedSharding(mesh, P()), numpy=True)
 
 
@@ -536,7 +538,7 @@ def test_what_a_file_does_not_hold_is_refused(compressed, tmp_path):
     for _ in range(300):
         deep = [deep]
     for tree, message in (
-        ({"a": np.array(["x"])}, r"^a: dtype <U1, which the format does not hold"),
+        ({"a": np.array(["x"])}, r"^a: dtype <U1, which the format cannot store"),
         ({"a": np.array([None])}, r"^a: dtype object"),
         ({"a": {3.5: 1}}, r"^a: a dict with the key 3.5 of type float; a file holds keys"),
         ({"a\ud800": 1}, "not valid Unicode"),
@@ -552,7 +554,7 @@ def test_what_a_file_does_not_hold_is_refused(compressed, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             nuqjax.save(tmp_path / "a", tree)
-    with pytest.raises(ValueError, match="the report is not that of this tree"):
+    with pytest.raises(ValueError, match="the report is of another tree"):
         nuqjax.save(tmp_path / "a", {"b": 1}, report=compressed[1])
     for size in (0, -1, "5 apples", 1.5, True):
         with pytest.raises(ValueError, match="max_shard_size="):
@@ -570,7 +572,7 @@ def test_paths_that_are_none(tmp_path):
     with pytest.raises(IsADirectoryError):
         nuqjax.save(tmp_path, {"a": 1})
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         nuqjax.load(tmp_path / "pipe")
 
 

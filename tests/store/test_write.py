@@ -92,7 +92,7 @@ def test_only_files_are_replaced(tmp_path, monkeypatch, writer, kind):
     elif kind == "folder":
         path.mkdir()
     before = path.stat() if path.exists() else None
-    message = {"folder": "is a directory", "index name": "is the name of an index"}.get(kind, "is no regular file")
+    message = {"folder": "is a directory", "index name": "is the name of an index"}.get(kind, "is not a regular file")
     with pytest.raises((OSError, ValueError), match=message):
         writers()[writer](path, tmp_path)
     assert before is None or os.path.samestat(before, path.stat())
@@ -258,7 +258,7 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         for name, write in writers().items():
-            with pytest.raises(BlockingIOError, match=f"x: process {process.pid} on .* is writing it; wait for that"):
+            with pytest.raises(BlockingIOError, match=f"x: process {process.pid} on .* is writing it; wait until"):
                 write(tmp_path / "x", tmp_path)
             assert not (tmp_path / "x").exists(), name
         process.kill()

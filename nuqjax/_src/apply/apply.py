@@ -149,11 +149,11 @@ def _check_function(fn: Any, misplaced: Sequence[Any]) -> None:
     """Raises TypeError, showing the right call, if `fn` is a model or a tree, or more arguments are given."""
     if misplaced:
         raise TypeError(
-            "nuqjax.apply takes a function, and gives one that takes the arguments: nuqjax.apply(fn)(cparams, x)"
+            "nuqjax.apply takes a function and returns a function of the same arguments: nuqjax.apply(fn)(cparams, x)"
         )
     if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
         raise TypeError(
-            f"nuqjax.apply: {type(fn).__name__} is a model, and a function is wanted: "
+            f"nuqjax.apply: {type(fn).__name__} is a model, but a function is wanted: "
             "nuqjax.apply(model.apply)(cparams, x)"
         )
     bound = fn if not isinstance(fn, functools.partial) else (fn.args, fn.keywords)
@@ -161,7 +161,7 @@ def _check_function(fn: Any, misplaced: Sequence[Any]) -> None:
     is_model = not isinstance(fn, functools.partial) and any(isinstance(x, jax.Array | np.ndarray) for x in leaves)
     if not callable(fn) or is_model or any(map(is_codebook_array, leaves)):
         raise TypeError(
-            f"nuqjax.apply: {type(fn).__name__} is no function of the compressed tree, which is to be its argument: "
+            f"nuqjax.apply: {type(fn).__name__} is not a function of the compressed tree, which must be its argument: "
             "nuqjax.apply(fn)(cparams, x), or nuqjax.apply(lambda model, x: model(x))(cmodel, x)"
         )
 

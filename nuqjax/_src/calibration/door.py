@@ -82,7 +82,7 @@ def compress(
       tolerance: each `"knq"` fit is proven to be within this share of the least squared error of any levels, and the
         remaining relative gap is reported as `certificate`. None skips the proof and its cost: on one long row up to
         half the fit's time for 16 levels, on many rows of some thousand values twice the fit's time
-        (`python -m experiments.benchmark_fit rows channels`); `nuqjax.fit` describes the quality of levels then.
+        (`python -m experiments.speed.fit rows channels`); `nuqjax.fit` describes the quality of levels then.
         Nothing is proven under `jit`, for arrays held by several processes, or for levels fitted to `batches`.
       min_size: leaves with fewer values stay dense.
       return_report: return `(cparams, Report)`; this report also has the methods and certificates.
@@ -152,8 +152,10 @@ def _check_data(fn: Any, batches: Any, sensitivity: Any, options: Options, param
     if not callable(fn) or callable(getattr(fn, "init", None)):
         raise ValueError(f"compress: fn is a {type(fn).__name__}, but a function fn(params, *inputs) is wanted: {call}")
     if sensitivity is not None:
-        raise ValueError("compress: sensitivity and fn are both given: the batches tell what counts; give one of them")
+        raise ValueError(
+            "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
+        )
     if options.method != "knq":
         raise ValueError(f'compress: method={options.method!r} with fn, but levels are fitted to data by "knq" only')
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-        raise ValueError("compress: with fn and batches values are needed: call it outside of jit")
+        raise ValueError("compress: fn and batches need values: call it outside jit")

@@ -31,10 +31,12 @@ def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, 
     if not show:
         yield lambda work, name, count: work
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from nuqjax._src.report.bars import progress_bars
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as bars:
+    with progress_bars(*columns) as bars:
         yield lambda work, name, count: bars.track(work, total=count, description=name)
 
 
@@ -137,7 +139,7 @@ def _at_rate(
             break
         price *= 4.0 ** (bits - goal.amount * 0.998)
     if best is None:
-        raise ValueError(f"compress: {goal.text}: the tree takes {bits:.3f} bits a weight, whatever bits cost")  # pyright: ignore[reportPossiblyUnboundVariable]
+        raise ValueError(f"compress: {goal.text}: the tree takes {bits:.3f} bits a weight at any price of a bit")  # pyright: ignore[reportPossiblyUnboundVariable]
     return best[1:]
 
 
@@ -189,7 +191,7 @@ class _Learned:
         sizes = sums_of_uses(self.programs, next(iter(self.batches)))
         if not sizes:
             raise ValueError(
-                "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params is to be its first "
+                "compress: fn uses no leaf of params in a dot, a convolution or a look-up; params must be its first "
                 "argument: fn(params, *inputs)"
             )
         groups = _groups(self.planned, sizes, self.tied)

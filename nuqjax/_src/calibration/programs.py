@@ -28,7 +28,7 @@ def checked_batches(batches: Any, caller: str) -> Iterable[Any]:
     if isinstance(batches, _ARRAYS):
         raise ValueError(f"{caller}: batches is one array of shape {batches.shape}, but {wanted}")
     if isinstance(batches, Iterator):
-        raise ValueError(f"{caller}: batches is an iterator, which is used up by one pass; give list(batches)")
+        raise ValueError(f"{caller}: batches is an iterator, which one pass uses up; give list(batches)")
     if not isinstance(batches, Iterable) or isinstance(batches, str | dict):
         raise ValueError(f"{caller}: batches is a {type(batches).__name__}, but {wanted}")
     if next(iter(batches), None) is None:

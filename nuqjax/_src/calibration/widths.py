@@ -67,8 +67,8 @@ def sensitivity(
     for number, batch in enumerate(checked_batches(batches, "sensitivity")):
         if fingerprint(batch) in moments.seen:
             raise ValueError(
-                f"sensitivity: batch {number} is one that the moments are of, on which a leaf seems better than it is; "
-                "give others"
+                f"sensitivity: batch {number} was also used for the moments, and a leaf seems better than it is there; "
+                "give other batches"
             )
     plans = [as_used(plan, moments) for plan in plan_leaves(params, with_scales(Options(**options)), rules)]
     return sensitivities(programs, batches, moments, plans, bits)[0]

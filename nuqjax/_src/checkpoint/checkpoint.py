@@ -158,24 +158,24 @@ def _check_keys(checkpoint: Checkpoint, format: str) -> None:
         where = f"{checkpoint.path}: leaf {leaf.path!r}"
         for key in path:
             if isinstance(key, jax.tree_util.DictKey) and not isinstance(key.key, str):
-                raise ValueError(f"{where}: the key {key.key!r} is no text, and {format} would make it so")
+                raise ValueError(f"{where}: the key {key.key!r} is not a string, and {format} would turn it into one")
             if format == "msgpack" and getattr(key, "key", None) == "__msgpack_chunked_array__":
-                raise ValueError(f"{where}: a key that Flax's msgpack has another use for")
+                raise ValueError(f"{where}: Flax's msgpack reserves this key")
         if format == "orbax" and len(leaf.path.encode()) > 32_000:
-            raise ValueError(f"{where[:300]}…: a name longer than orbax holds")
+            raise ValueError(f"{where[:300]}…: the name is longer than orbax allows")
         if leaf.shape is not None:
             if format == "orbax" and 0 in leaf.shape:
-                raise ValueError(f"{where} has no values, and orbax holds no such arrays")
+                raise ValueError(f"{where} has no values, and orbax does not store empty arrays")
             if leaf.dtype is None:
                 leaf.read()  # raises the leaf's problem
             elif format == "orbax" and leaf.dtype.name in _NOT_ORBAX:
-                raise ValueError(f"{where} has dtype {leaf.dtype}, which orbax lacks")
+                raise ValueError(f"{where} has dtype {leaf.dtype}, which orbax does not support")
             continue
         if format == "msgpack" and not path:
-            raise ValueError(f"{where} stands alone and is no array, as no msgpack file has it")
+            raise ValueError(f"{where} is the whole tree and not an array; a msgpack file holds an array or a dict")
         value = leaf.read()
         if type(value) not in kinds or (type(value) is int and not -(2**63) <= value < most):
-            raise ValueError(f"{where} is {_what(value)}, which {format} does not hold")
+            raise ValueError(f"{where} is {_what(value)}, which {format} cannot store")
 
 
 def _what(value: Any) -> str:
@@ -193,7 +193,7 @@ def _named_arrays(
             array = np.asarray(value) if type(value) in (bool, int, float, complex) else None
             if array is None or array.dtype.kind not in "bifc":
                 raise ValueError(
-                    f"{checkpoint.path}: leaf {leaf.path!r} is {_what(value)}, which {format} does not hold"
+                    f"{checkpoint.path}: leaf {leaf.path!r} is {_what(value)}, which {format} cannot store"
                 )
             types[str(number)] = type(value).__name__
             leaf = Leaf(leaf.path, (), array.dtype, lambda array=array: array)
@@ -209,9 +209,11 @@ def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit:
     tensors = []
     for name, leaf in named:
         if leaf.dtype is None or leaf.dtype not in codes:
-            raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which safetensors lacks")
+            raise ValueError(
+                f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which safetensors does not support"
+            )
         if name == "__metadata__":
-            raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r}: safetensors has another use for that name")
+            raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r}: safetensors reserves this name")
 
         def chunks(leaf=leaf) -> Iterator[memoryview]:
             yield np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8).data
@@ -228,15 +230,17 @@ def _write_npz(path: Any, checkpoint: Checkpoint, separator: str) -> None:
     text = b"nuqjax " + to_json(notes).encode() if notes else b""
     parts = [text[start : start + _COMMENT] for start in range(0, len(text), _COMMENT)]
     if len(parts) > 1 + len(named):
-        raise ValueError(f"{checkpoint.path}: its metadata are longer than an npz file of so few leaves holds")
+        raise ValueError(f"{checkpoint.path}: the metadata is too long for an npz file with so few leaves")
     parts += [b""] * (1 + len(named) - len(parts))
     with replacing(path, checkpoint.files) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = parts[0]
         for (name, leaf), part in zip(named, parts[1:], strict=True):
             if "\0" in name or len(name.encode()) > _COMMENT - 4:
-                raise ValueError(f"{checkpoint.path}: leaf {leaf.path[:200]!r} has a name that npz does not hold")
+                raise ValueError(f"{checkpoint.path}: leaf {leaf.path[:200]!r} has a name that npz cannot store")
             if leaf.dtype is None or not (leaf.dtype.type.__module__ == "numpy" or leaf.dtype == jnp.bfloat16):
-                raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which npz lacks")
+                raise ValueError(
+                    f"{checkpoint.path}: leaf {leaf.path!r} has dtype {leaf.dtype}, which npz does not support"
+                )
             array = np.asarray(leaf.read())
             info = zipfile.ZipInfo(f"{name}.npy")  # no time of writing: the same leaves give the same bytes
             info.comment = part

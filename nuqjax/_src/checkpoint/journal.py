@@ -85,7 +85,7 @@ class Journal:
                 break
             if number == 0 and line != head.encode() + b"\n":
                 other = "source" if line.startswith(head[: head.index(",")].encode()) else "version of nuqjax"
-                raise ValueError(f"{self._folder} is of another {other}; without resume it is begun anew")
+                raise ValueError(f"{self._folder} belongs to another {other}; without resume, the run starts over")
             if number > 0 and line[:9] == b"%08x " % zlib.crc32(line[9:-1]):
                 record = parse_json(line[9:-1], self._folder)
                 if isinstance(record, dict) and set(record) == _FIELDS and self._is_whole(record):

@@ -34,10 +34,10 @@ def locate(path: str | os.PathLike[str], format: str | None = None) -> tuple[str
         if what is not None:
             raise ValueError(f"{path} is {what}")
     if format in ("npz", "npy", "h5") and format != seen:
-        named = {"npz": "not a zip file, as npz is", "npy": "no NumPy array", "h5": "no HDF5 file"}
+        named = {"npz": "not a zip file, as npz is", "npy": "not a NumPy array", "h5": "not an HDF5 file"}
         raise ValueError(f"{path}: {named[format]}")
     if format == "msgpack" and not _is_msgpack(start):
-        raise ValueError(f"{path}: no Flax msgpack file: it does not begin with a map")
+        raise ValueError(f"{path}: not a Flax msgpack file: it does not begin with a map")
     if format is None and seen is None:
         known = "safetensors, npz, npy, Flax msgpack, HDF5 nor an orbax directory"
         raise ValueError(f"{path}: neither {known}")
@@ -96,7 +96,9 @@ def _in_folder(path: str) -> tuple[str, str]:
             return os.path.join(path, usual[0]), format
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth")) or name == "saved_model.pb"]
     what = f"; {pickled[0]} is not read here: save the weights as safetensors" if pickled else ""
-    raise ValueError(f"{path}: a directory that is no orbax checkpoint and has no safetensors or msgpack file{what}")
+    raise ValueError(
+        f"{path}: a directory that is not an orbax checkpoint and has no safetensors or msgpack file{what}"
+    )
 
 
 def _is_step(path: str) -> bool:

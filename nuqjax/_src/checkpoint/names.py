@@ -51,7 +51,7 @@ def remembered(metadata: Mapping[str, Any], where: str) -> Notes | None:
         or not all(isinstance(value, str) for value in found.get("metadata", {}).values())
         or not all(value in _TYPES for value in map(str, found.get("types", {}).values()))
     ):
-        raise ValueError(f"{where}: notes on its names that are not such as this library writes")
+        raise ValueError(f"{where}: the notes on its names are not in the form that nuqjax writes")
     return Notes(**found, nbytes=len(str(text)))
 
 
@@ -74,9 +74,10 @@ def named_tree(
         return nested(where, named, parted), parted
     if len(set(notes.names)) < len(notes.names) or set(notes.names) != set(named):
         raise ValueError(
-            f"{where}: its notes name other tensors than it has; separator={notes.separator!r} reads them by name"
+            f"{where}: the names in its notes are not those of its tensors; separator={notes.separator!r} reads "
+            "them by name"
         )
-    with reading(where, "notes on its names that are none"):
+    with reading(where, "the notes on its names do not describe a tree"):
         structure = Structure(notes.nodes, notes.nbytes)
         if len(structure.paths) != len(notes.names):
             raise ValueError(f"{len(notes.names)} names of {len(structure.paths)} leaves")
@@ -90,7 +91,9 @@ def _typed(where: str, leaf: Leaf, kind: str | None) -> Leaf:
         return leaf
     wanted = np.asarray(_TYPES[kind]()).dtype
     if leaf.shape != () or leaf.dtype != wanted:
-        raise ValueError(f"{where}: notes say that {leaf.path[:200]!r} is of type {kind}, but it is no {wanted}")
+        raise ValueError(
+            f"{where}: notes say that {leaf.path[:200]!r} is of type {kind}, but its dtype is not {wanted}"
+        )
     return Leaf(leaf.path, None, None, lambda: leaf.read().item())
 
 

@@ -153,8 +153,8 @@ def nested(where: str, named: Mapping[str, Any], separator: str) -> dict[str, An
                 break
         if not isinstance(here, dict) or last in here:
             raise ValueError(
-                f"{where}: the tensor {name[:200]!r} and another have names of which one is the beginning of the other "
-                f'when parted at {separator!r}; separator="" (--separator "") keeps names whole'
+                f"{where}: the tensor {name[:200]!r} and another one cannot be in one tree: one name is the "
+                f'beginning of the other when split at {separator!r}; separator="" (--separator "") keeps names whole'
             )
         here[last] = leaf
     return tree
@@ -235,7 +235,7 @@ def _matching(where: str, skip: str, paths: list[str]) -> list[str]:
     try:
         pattern = re.compile(skip)
     except re.error as error:
-        raise ValueError(f"skip={skip!r} is no regular expression: {error}") from error
+        raise ValueError(f"skip={skip!r} is not a regular expression: {error}") from error
     found = [path for path in paths if pattern.search(path)]
     if not found:
         near = ", ".join(map(repr, nearest(skip, paths)))

@@ -65,7 +65,7 @@ def _compress_with_data(source: str, target: str, quiet: bool, options: dict[str
         arrays = [file[name] for name in file.files] if hasattr(file, "files") else []
     if not arrays or len({len(x) if x.ndim else 0 for x in arrays}) != 1:
         raise ValueError(
-            f"{data['batches']}: arrays of as many examples each are wanted, got {[x.shape for x in arrays]}"
+            f"{data['batches']}: arrays with the same number of examples are wanted, got {[x.shape for x in arrays]}"
         )
     if size < 1:
         raise ValueError(f"--batch-size {size}, but 1 or more is wanted")

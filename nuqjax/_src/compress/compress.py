@@ -21,7 +21,7 @@ from nuqjax._src.compress.rules import Options
 from nuqjax._src.compress.view import from_host
 from nuqjax._src.leaf import rows
 from nuqjax._src.leaf.codebook_array import is_codebook_array
-from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.leaf.paths import path_name, printable
 from nuqjax._src.store.compared import build_report
 
 
@@ -107,14 +107,17 @@ def _with_progress(work: Sequence[tuple[Any, LeafPlan]], show: bool) -> Iterable
 
 
 def _progress_bar(work: Sequence[tuple[Any, LeafPlan]]) -> Iterator[tuple[Any, LeafPlan]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    from nuqjax._src.report.bars import progress_bars
 
     total = sum(math.prod(plan.shape) for _, plan in work if plan.reason is None)
     text = TextColumn("{task.completed:,.0f} of {task.total:,.0f} weights, {task.fields[rate]}")
-    with Progress(TextColumn("{task.description}"), BarColumn(), text, TimeRemainingColumn()) as bar:
+    names = TextColumn("{task.description}", markup=False)
+    with progress_bars(names, BarColumn(), text, TimeRemainingColumn()) as bar:
         task = bar.add_task("compress", total=total, rate="")
         for leaf, plan in work:
-            bar.update(task, description=plan.path)
+            bar.update(task, description=printable(plan.path), refresh=True)
             yield leaf, plan
             if plan.reason is None:
                 bar.advance(task, math.prod(plan.shape))

@@ -212,7 +212,9 @@ def _check_kind(path: str, leaf: Any) -> None:
     if isinstance(leaf, np.ma.MaskedArray):
         masked = np.count_nonzero(np.ma.getmaskarray(leaf))
         if masked:
-            raise ValueError(f"{path}: an array with {masked} masked values; its filled(0), or its data, are wanted")
+            raise ValueError(
+                f"{path}: an array with {masked} masked values; a plain array is wanted: its filled(0), or its data"
+            )
     if is_array(leaf) and not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not is_codebook_array(leaf):
         try:
             np.dtype(leaf.dtype)
@@ -254,14 +256,12 @@ def _plan_leaf(path: str, leaf: Any, options: Options, why_not: str | None) -> L
         _check_options(options, path)
     if is_codebook_array(leaf):
         if options.skip is False:
-            raise ValueError(
-                f"{path}: rule {options.rule!r} insists on compressing it, but it is a CodebookArray already"
-            )
+            raise ValueError(f"{path}: rule {options.rule!r} has skip=False, but it is already a CodebookArray")
         return LeafPlan(path, leaf.shape, str(leaf.dtype), options, "already compressed", leaf.nbytes, leaf.nbytes)
     if not is_array(leaf):
         if options.skip is False:
             kind = f"a {type(leaf).__name__}, not an array"
-            raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but it is {kind}")
+            raise ValueError(f"{path}: rule {options.rule!r} has skip=False, but it is {kind}")
         return LeafPlan(path, (), type(leaf).__name__, options, "not an array", 0, 0)
     shape = tuple(leaf.shape)
     size, before = math.prod(shape), math.prod(shape) * leaf.dtype.itemsize
@@ -274,7 +274,7 @@ def _plan_leaf(path: str, leaf: Any, options: Options, why_not: str | None) -> L
     insists = options.skip is False
     unfit = why_unfit(leaf.dtype)
     if unfit is not None and insists:
-        raise ValueError(f"{path}: rule {options.rule!r} insists on compressing it, but {unfit}")
+        raise ValueError(f"{path}: rule {options.rule!r} has skip=False, but {unfit}")
     if unfit is not None or (why_not is not None and not insists):
         return dense(unfit or why_not or "")
     dtype = native_dtype(leaf.dtype)

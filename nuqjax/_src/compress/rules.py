@@ -122,7 +122,7 @@ def _raise_unused(rule: Rule, paths: Sequence[str], overruled: Sequence[tuple[st
     if overruled:
         path, earlier = overruled[0]
         raise ValueError(
-            f"rule {rule.pattern!r} is always overruled: {path!r} and whatever else it matches "
+            f"rule {rule.pattern!r} never applies: {path!r} and whatever else it matches "
             f"is taken by the earlier rule {earlier.pattern!r}"
         )
     near = nearest(rule.pattern, paths)

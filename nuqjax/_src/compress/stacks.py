@@ -32,7 +32,7 @@ class Stack(NamedTuple):
         return (
             f"{where} looks like {self.length} stacked layers (scanned ones or experts), but their weights would share "
             f"codebooks: rules=[nuqjax.Rule({self.pattern!r}, stack_axes=1)] gives each layer its own, and skip=False "
-            "in a rule says that it is no stack"
+            "in a rule says that it is not a stack"
         )
 
 

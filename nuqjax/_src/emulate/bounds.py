@@ -208,8 +208,8 @@ def _fits(words: Words, word: int | None) -> bool:
 def _require_fit(node: Node, exact: Words, word: int | None) -> None:
     if not _fits(exact, word):
         raise ValueError(
-            f"{node.name}: its exact sums need an accumulator of {exact.peak.bit_length() + 1} bits and have {word}; "
-            "give it more, shorter words, or mode='wrap' or 'saturate'"
+            f"{node.name}: its exact sums need an accumulator of {exact.peak.bit_length() + 1} bits, but have "
+            f"{word}; give it more bits, shorter words, or mode='wrap' or 'saturate'"
         )
 
 
@@ -349,7 +349,7 @@ def _whole_words(node: Node) -> Words:
 
 def _no_divisor(node: Node, words: Words) -> Words:
     if words.divisor is not None:
-        raise ValueError(f"{node.name}: it takes a quotient that is not rounded")
+        raise ValueError(f"{node.name}: its input is a quotient that is not rounded")
     return words
 
 

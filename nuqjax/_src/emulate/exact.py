@@ -101,7 +101,7 @@ def exact_words(
             return lax.cumsum(words(acts[0]), axis=node.params["axis"], reverse=node.params["reverse"])
         case "reduce_window_sum":
             return _windows(node, words(acts[0]), 0, lax.add)
-    raise AssertionError(f"{node.name}: {node.op} is said to be exact and has no rule")
+    raise AssertionError(f"{node.name}: {node.op} is listed as exact, but has no rule")
 
 
 def _moved(node: Node, x: jax.Array, rest: Sequence[Any]) -> jax.Array:

@@ -43,7 +43,7 @@ class Accumulator:
         if self.rounding not in ROUNDING:
             raise ValueError(f"unknown rounding {self.rounding!r}; known: {', '.join(ROUNDING)}")
         if self.word is None and self.mode != "exact":
-            raise ValueError(f"an accumulator that is to {self.mode} needs a word length")
+            raise ValueError(f"an accumulator with mode={self.mode!r} needs a word length")
         if self.word is not None and not 2 <= self.word <= 62:
             raise ValueError(f"an accumulator of {self.word!r} bits, but 2 to 62 are wanted")
 

@@ -153,7 +153,7 @@ def checked_inputs(example_inputs: Any) -> tuple[Any, ...]:
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):
             raise ValueError(
                 f"export: input {path_name(path)} is of type {type(x).__name__}, but an array or a ShapeDtypeStruct is "
-                "wanted; options are bound beforehand, as in functools.partial(fn, train=False)"
+                "wanted; bind options beforehand, as in functools.partial(fn, train=False)"
             )
         return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True))
 
@@ -198,10 +198,10 @@ def by_name(cparams: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[Ma
 
 def _check_dtype(name: str, where: str) -> None:
     if name.startswith("float6_"):
-        raise ValueError(f"export: {where} is {name}, which no program can make of the bytes that are stored")
+        raise ValueError(f"export: {where} is {name}, which an exported program cannot restore from its stored bytes")
     dtype = jnp.dtype(name)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise ValueError(f"export: {where} is {name}, which JAX holds in x64 mode only: cast it, or turn x64 on")
+        raise ValueError(f"export: {where} is {name}, which JAX supports in x64 mode only: cast it, or turn x64 on")
 
 
 def _restored(stored: jax.Array, name: str) -> jax.Array:

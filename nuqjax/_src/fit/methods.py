@@ -67,9 +67,9 @@ def fit(
       keep_zero: whether one level is exactly 0.
       tolerance: for `"knq"`, the relative gap between `sse` and `lower_bound` at which the search may stop. None skips
         the proof, and `lower_bound` is 0: the levels are then not certain, though the proof improved none of 22,440
-        rows of 300 to 10⁵ values, heavy tails and outliers included (`python -m experiments.optimality`). A row of 10⁶
-        values takes 0.03 s for 16 levels, with or without the proof, and for 256 levels 0.07 s without and 0.26 s with
-        it (`python -m experiments.benchmark_fit rows`). Levels are rounded to the rows' working dtype, and `sse`
+        rows of 300 to 10⁵ values, heavy tails and outliers included (`python -m experiments.studies.optimality`). A row
+        of 10⁶ values takes 0.03 s for 16 levels, with or without the proof, and for 256 levels 0.07 s without and 0.26
+        s with it (`python -m experiments.speed.fit rows`). Levels are rounded to the rows' working dtype, and `sse`
         includes what that costs: more than 10⁻⁶ in clusters 2 · 10⁴ deviations apart at 16 levels. In rows of thousands
         of values, far values with at most 10⁻⁸ of the others' weight cost more (at 10⁹ deviations up to 3 · 10⁻³ of the
         error in 8,192 values and 10⁻¹ in 70,000), and `lower_bound` shows it. A row distributed over a mesh is never

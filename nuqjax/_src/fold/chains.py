@@ -181,7 +181,7 @@ def _fit(program: Flat, values: Values, root: Any) -> tuple[Chain | None, str]:
         return None, f"it follows {where}, not a convolution or a dot"
     roles = [program.role(v) for v in eqn.invars]
     if sorted(roles) != ["activation", "parameter"] or (name != "dot_general" and roles[1] != "parameter"):
-        return None, f"it follows {where}, whose kernel is no parameter"
+        return None, f"it follows {where}, whose kernel is not a parameter"
     side = roles.index("parameter")
     kernel = eqn.invars[side]
     path: list[int] = []

@@ -83,7 +83,7 @@ def fold_batch_norm(
         program = _read(fn, args, options | kwargs)
         chains = _chains(program.flat, skipper, strict=False)
         if _signature(program.flat, chains) != expected:
-            raise ValueError("with these arguments the function has other batch-norms than those that were folded")
+            raise ValueError("with these arguments the function has other batch-norms than the folded ones")
         results = _evaluate(program.flat, chains, [x for _, x in program.traced.arrays])
         count = program.traced.outputs.num_leaves
         write_changes(program.traced, args, options | kwargs, results[count:], _CALLER)
@@ -234,7 +234,7 @@ def _fold(program: Flat, chains: Sequence[Chain], leaves: Mapping[Any, np.ndarra
     for into, leaf, where, entries in _entries(program, chains, values, scales, offsets):
         if not np.array_equal(into[leaf].reshape(-1)[where], np.broadcast_to(entries, where.shape), equal_nan=True):
             raise ValueError(
-                f"leaf {program.leaves[leaf]!r} is used more than once, and its batch-norms want different values in "
+                f"leaf {program.leaves[leaf]!r} is used more than once, and its batch-norms need different values for "
                 "it (skip= leaves them alone)"
             )
     new = offsets | {leaf: leaves[leaf] * scale for leaf, scale in scales.items()}

@@ -16,10 +16,11 @@ or more need compiled code.
 A row is solved exactly if it has no more distinct values than the dense programme has cuts (512; 1024 if the row is no
 longer than that; 256 if there are more than eight rows), or if it has up to 1280 and some price has a path of K
 intervals. Any other row is searched from coarse cells down to single values, wherever a best path may still pass;
-`python -m experiments.optimality` compares the result with the proof. With a `tolerance` the proof follows: a path
-through every cut or, in rows longer than 65,536 values, branch and bound, until the levels are within the tolerance of
-the optimum. It takes better levels if it finds some, and asks the devices for what it needs of a row on a mesh. Under
-`jit` the levels are the same, but the bound of a long row comes from one round over some hundred cells and is coarse.
+`python -m experiments.studies.optimality` compares the result with the proof. With a `tolerance` the proof follows: a
+path through every cut or, in rows longer than 65,536 values, branch and bound, until the levels are within the
+tolerance of the optimum. It takes better levels if it finds some, and asks the devices for what it needs of a row on a
+mesh. Under `jit` the levels are the same, but the bound of a long row comes from one round over some hundred cells and
+is coarse.
 """
 
 from typing import Any

@@ -150,7 +150,7 @@ def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
     """
     num_levels = levels.shape[-1]
     if num_levels > 256:
-        raise ValueError(f"assign: {num_levels} levels, but a uint8 index counts at most 256")
+        raise ValueError(f"assign: {num_levels} levels, but a uint8 index distinguishes at most 256")
     sharding = explicit_sharding(rows, levels)
     if sharding is not None:
         return run_as_automatic(assign, sharding.mesh, typed_spec(rows), rows, levels)

@@ -140,7 +140,7 @@ class CodebookArray:
         @property
         def __jax_array__(self) -> Any:
             """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
-            raise TypeError(f"a CodebookArray is no operand of JAX's functions. {_HOW_TO_RUN}")
+            raise TypeError(f"a CodebookArray is not an operand of JAX's functions. {_HOW_TO_RUN}")
 
         def _no_operand(self, *_: Any) -> Any:
             return self.__jax_array__
@@ -346,11 +346,11 @@ def check_layout(leaf: CodebookArray, path: str = "a compressed leaf") -> None:
         got = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         wanted = ", ".join(f"{name} [*S, {', '.join(map(str, end))}]" for name, end in ends.items())
         raise ValueError(
-            f"{path}: {got}, but {wanted} are wanted: vmap, scan or tree.map took an axis of its arrays that is no "
-            "stack axis S. nuqjax.Rule(pattern, stack_axes=1) compresses each slice of a leading axis by itself"
+            f"{path}: {got}, but {wanted} are wanted: vmap, scan or tree.map took an axis of its arrays that is not "
+            "a stack axis S. nuqjax.Rule(pattern, stack_axes=1) compresses each slice of a leading axis by itself"
         )
     if leaf.packed.dtype != jnp.uint8:
         raise ValueError(
-            f"{path}: packed has dtype {leaf.packed.dtype}, but uint8 indices are wanted: they are not to be trained. "
-            "Give grad and optimizers nuqjax.codebooks(cparams), and put them back by nuqjax.with_codebooks"
+            f"{path}: packed has dtype {leaf.packed.dtype}, but uint8 indices are wanted: only levels are trained. "
+            "Give grad and optimizers nuqjax.codebooks(cparams), and put the levels back by nuqjax.with_codebooks"
         )

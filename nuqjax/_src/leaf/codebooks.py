@@ -86,5 +86,5 @@ def with_codebooks(tree: Any, levels: Any) -> Any:
                 raise ValueError(f"with_codebooks: {name}: {error}") from error
         result.append(leaf)
     if given:
-        raise ValueError(f"with_codebooks: levels for {next(iter(given))!r}, which is no compressed leaf")
+        raise ValueError(f"with_codebooks: levels for {next(iter(given))!r}, which is not a compressed leaf")
     return structure.unflatten(result)

@@ -96,7 +96,7 @@ def output_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     wrong = [a for a in axes if not isinstance(a, int) or not -ndim <= a < ndim]
     if wrong:
-        raise ValueError(f"output axis {wrong[0]!r} of an array with {ndim} axes")
+        raise ValueError(f"output axis {wrong[0]!r}, but the array has {ndim} axes")
     positive = tuple(sorted(a % ndim for a in axes))
     if len(set(positive)) != len(positive):
         raise ValueError(f"output axes {axes} name an axis twice")

@@ -44,7 +44,7 @@ def describe(path: str, leaf: Any, code: Callable[..., Any] | None) -> tuple[dic
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         impl = str(jax.random.key_impl(leaf))
         if impl not in KEYS:
-            raise ValueError(f"{path}: random keys of {impl!r}, which the format does not hold")
+            raise ValueError(f"{path}: random keys of {impl!r}, which the format cannot store")
         return entry | {"kind": "key", "impl": impl}, {"data": to_part(jax.random.key_data(leaf), path)}
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return entry | {"kind": "array"}, {"data": to_part(leaf, path)}

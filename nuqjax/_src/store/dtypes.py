@@ -80,7 +80,7 @@ def to_part(array: Any, path: str) -> Part:
     elif name in CODES:
         stored = array
     else:
-        raise ValueError(f"{path}: dtype {array.dtype}, which the format does not hold")
+        raise ValueError(f"{path}: dtype {array.dtype}, which the format cannot store")
     return Part(name, shape, CODES[stored.dtype.name], stored)
 
 

@@ -62,7 +62,7 @@ class Shared:
         """
         where = f"{bundle.name}: the layout's shared tensors"
         if not isinstance(given, dict) or not all(type(crc32) is int for crc32 in given.values()):
-            raise ValueError(f"{where} are no object of checksums")
+            raise ValueError(f"{where} are not an object of checksums")
         self._checksums, self._bundle, self._whole = given, bundle, set()
         self._ends = dict.fromkeys(given, 0)
         for name in given:
@@ -154,7 +154,9 @@ class Entry:
             impl = _field(entry, "impl", str, self.where)
             data = self.tensors["data"]
             if impl not in KEYS or data["dtype"] != "uint32" or data["shape"][-1:] != [KEYS[impl]]:
-                raise ValueError(f"{self.where}: {impl[:40]!r} and {data['shape']} {data['dtype']} make no random key")
+                raise ValueError(
+                    f"{self.where}: {impl[:40]!r} and {data['shape']} {data['dtype']} do not make a random key"
+                )
         elif self.kind in ("python", "absent"):
             _field(entry, "type", str, self.where)
             self._check_python()
@@ -167,7 +169,7 @@ class Entry:
     def _check_reference(self, reference: Any, role: str) -> dict[str, Any]:
         where = f"{self.where}, {role}"
         if not isinstance(reference, dict):
-            raise ValueError(f"{where}: no reference to a tensor")
+            raise ValueError(f"{where}: not a reference to a tensor")
         _only(reference, {"name", "at", "dtype", "shape", "crc32"}, where)
         name, dtype = _field(reference, "name", str, where), _field(reference, "dtype", str, where)
         shape = _field(reference, "shape", list, where)
@@ -209,7 +211,9 @@ class Entry:
         if len({"coded", "packed"} & set(self.tensors)) != 1 or len({"model", "weights"} & set(self.tensors)) != (
             "coded" in self.tensors
         ):
-            raise ValueError(f"{where}: both packed and coded, or {model} of no stream, or two models")
+            raise ValueError(
+                f"{where}: both packed and coded indices, or {model} without a coded stream, or two models"
+            )
         shape = _field(entry, "shape", list, where)
         check_shape(shape, where)
         stack = _field(entry, "stack_axes", int, where)
@@ -264,7 +268,7 @@ class Entry:
 
     def _qformat(self, fixed: Any) -> QFormat:
         if not isinstance(fixed, dict) or set(fixed) != {"word", "frac", "signed"} or type(fixed["signed"]) is not bool:
-            raise ValueError(f"{self.where}: fixed_point is no object of word, frac and signed")
+            raise ValueError(f"{self.where}: fixed_point is not an object of word, frac and signed")
         try:
             found = QFormat(**fixed)
         except ValueError as error:
@@ -294,9 +298,9 @@ class Entry:
                 self._value = complex(*(float.fromhex(x) for x in value))
                 return
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{self.where}: {str(value)[:80]!r} is no {kind}") from error
+            raise ValueError(f"{self.where}: {str(value)[:80]!r} is not a valid {kind}") from error
         if kind not in ("bool", "int", "str") or type(value) is not PYTHON[kind]:
-            raise ValueError(f"{self.where}: {str(value)[:80]!r} is no {kind[:40]}")
+            raise ValueError(f"{self.where}: {str(value)[:80]!r} is not a valid {kind[:40]}")
         self._value = value
 
     def is_absent(self) -> str | None:
@@ -323,7 +327,9 @@ class Entry:
         if self.kind == "python":
             return self._value
         if self.kind == "absent":
-            raise ValueError(f"{self.where} was of type {self.is_absent()}, which no file holds: like=… gives it")
+            raise ValueError(
+                f"{self.where} was of type {self.is_absent()}, which no file can hold: give it with like=…"
+            )
         arrays: dict[str, Any] = {role: self._array(role, verify) for role in self.tensors}
         if self.kind == "array":
             return arrays["data"]
@@ -367,13 +373,13 @@ class Entry:
         if dtype == "bool" or dtype in AS_BYTES:
             bits = 1 if dtype == "bool" else AS_BYTES[dtype]
             if bits < 8 and (raw >> bits).any():
-                raise ValueError(f"{where}: a byte that is no {dtype}")
+                raise ValueError(f"{where}: a byte that is not a valid {dtype}")
             return raw.view(dtype).reshape(shape)
         if dtype in AS_INTEGERS:
             stored, least, most = AS_INTEGERS[dtype]
             values = raw.view(stored)
             if ((values < least) | (values > most)).any():
-                raise ValueError(f"{where}: a value that is no {dtype}")
+                raise ValueError(f"{where}: a value that is not a valid {dtype}")
             return values.astype(dtype).reshape(shape)
         return viewed(raw, dtype).reshape(shape)
 
@@ -400,7 +406,7 @@ def tied(entry: Mapping[str, Any], path: str, earlier: Sequence[Entry], name: st
         raise ValueError(f"{where}: the layout has {str(entry.get('path'))[:200]!r} in its place")
     number = _field(entry, "to", int, where)
     if not 0 <= number < len(earlier) or not earlier[number].tensors or earlier[number].same_as is not None:
-        raise ValueError(f"{where}: tied to leaf {number}, which is no earlier one with tensors of its own")
+        raise ValueError(f"{where}: tied to leaf {number}, which is not an earlier leaf with tensors of its own")
     same = copy.copy(earlier[number])
     same.path, same.where, same.same_as = path, where, number
     return same

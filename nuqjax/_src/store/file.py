@@ -93,7 +93,7 @@ def parse_json(text: bytes | str, what: str) -> Any:
     except RecursionError as error:
         raise ValueError(f"{what} is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{what} is no JSON that is allowed here: {error}") from error
+        raise ValueError(f"{what} is not JSON that is allowed here: {error}") from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice[:200]!r} stands twice in an object")
+        raise ValueError(f"the key {twice[:200]!r} appears twice in an object")
     return found
 
 
@@ -125,16 +125,16 @@ def parse(data: np.ndarray, name: str) -> File:
         )
     header = parse_json(data[8 : 8 + length].tobytes(), f"{name}: the header")
     if not isinstance(header, dict):
-        raise ValueError(f"{name}: the header is no JSON object")
+        raise ValueError(f"{name}: the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{name}: __metadata__ is no object of strings")
+        raise ValueError(f"{name}: __metadata__ is not an object of strings")
     body = data[8 + length :]
     entries = {key: _entry(value, f"{name}: tensor {key[:200]!r}") for key, value in header.items()}
     end, before = 0, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
-            how = "overlaps" if entry.begin < end else "leaves a hole behind"
+            how = "overlaps" if entry.begin < end else "leaves a hole after"
             raise ValueError(f"{name}: tensor {key[:200]!r} begins at byte {entry.begin} and {how} {before}")
         end, before = entry.end, f"tensor {key[:200]!r}"
     if end != body.size:
@@ -170,7 +170,7 @@ def check_shape(shape: Any, where: str) -> int:
       ValueError: it is not a list of at most 64 whole numbers, or their product without zeros exceeds any memory.
     """
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{where}: a shape that is no list of whole numbers, 0 or more")
+        raise ValueError(f"{where}: a shape that is not a list of whole numbers, 0 or more")
     if len(shape) > 64:
         raise ValueError(f"{where}: a shape of {len(shape)} axes; an array has at most 64")
     if math.prod(n for n in shape if n) > _MAX_COUNT // 16:
@@ -184,7 +184,7 @@ def check_regular(path: str) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a directory; a file is wanted")
     if not stat.S_ISREG(mode):
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
 
 
 def open_mapped(path: str) -> File:
@@ -227,16 +227,16 @@ def bundle_index(text: bytes, name: str, open_shard: Callable[[str], File]) -> B
     """
     index = parse_json(text, name)
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise ValueError(f"{name}: no index with a weight_map")
+        raise ValueError(f"{name}: not an index with a weight_map")
     metadata = index.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise ValueError(f"{name}: the metadata is no object")
+        raise ValueError(f"{name}: the metadata is not an object")
     shards: dict[str, list[str]] = {}
     for tensor, shard in index["weight_map"].items():
         if not isinstance(shard, str) or not is_plain_name(shard):
             raise ValueError(
                 f"{name}: tensor {tensor[:200]!r} is said to be in {str(shard)[:200]!r}, "
-                "which is no plain name of a .safetensors file beside the index"
+                "which is not the plain name of a .safetensors file next to the index"
             )
         shards.setdefault(shard, []).append(tensor)
     files, of_shards = {}, {}

@@ -19,9 +19,10 @@ from nuqjax._src.store.report import report_to_json, with_coded_sizes
 from nuqjax._src.store.text import PLAIN, SHARED, from_text, to_text
 from nuqjax._src.store.tree import Structure
 
+# Where a tree has 32 or more tensors of at most 4 KiB, or coded indices, those of one dtype share one tensor of a file.
+# Each tensor costs a line of some 75 bytes in the header, which no reader accepts compressed: much, where tensors are
+# small.
 _SMALL, _MANY = 1 << 12, 32
-"""Tensors of at most 4 KiB are stored in one for each dtype, if they are 32 or more, or if indices are coded: a line of
-the header, of some 75 bytes that no reader takes deflated, would be much of what each takes."""
 
 
 class Layout:
@@ -116,7 +117,7 @@ class Layout:
         if report is not None:
             paths = [entry["path"] for entry in self.entries]
             if not isinstance(report, Report) or [leaf.path for leaf in report.leaves] != paths:
-                raise ValueError("save: the report is not that of this tree: its leaves have other paths")
+                raise ValueError("save: the report is of another tree: its leaves have other paths")
             report = with_coded_sizes(report, self.coded)
         kept = None if report is None else report_to_json(report)
         layout = {"tree": self._nodes, "leaves": self.entries, "report": kept}
@@ -165,9 +166,9 @@ def read_layout(bundle: Bundle, verify: bool) -> tuple[Structure, list[Entry], A
     name = bundle.name
     text = bundle.metadata.get("nuqjax")
     if not isinstance(text, str):
-        raise ValueError(f"{name}: the metadata has no 'nuqjax': this is no file that nuqjax.save wrote")
+        raise ValueError(f"{name}: the metadata has no 'nuqjax': nuqjax.save did not write this file")
     if verify and bundle.metadata.get("nuqjax.crc32") != metadata(text)[1]:
-        raise ValueError(f"{name}: the layout is not that which was saved (its CRC-32 differs)")
+        raise ValueError(f"{name}: the layout is not the one that was saved (its CRC-32 differs)")
     layout = from_text(text, name)
     fields = ["version", "tree", "leaves", "report", *(["shared"] if layout["version"] == SHARED else [])]
     if set(layout) != set(fields) or not isinstance(layout["leaves"], list):
@@ -200,9 +201,9 @@ def _pools(parts: Sequence[Mapping[str, Any]], bundle: Bundle) -> list[str]:
     for part in sorted(parts, key=lambda part: (part["at"], stored_bytes(part))):
         name, end = part["name"], ends.get(part["name"], 0)
         if part["at"] != end:
-            how = "overlaps" if part["at"] < end else "leaves a hole behind"
+            how = "overlaps" if part["at"] < end else "leaves a hole after"
             raise ValueError(
-                f"{bundle.name}: in tensor {name[:200]!r}, what is at byte {part['at']} {how} what is before it"
+                f"{bundle.name}: in tensor {name[:200]!r}, the leaf at byte {part['at']} {how} the one before it"
             )
         ends[name] = end + stored_bytes(part)
     for name, end in ends.items():

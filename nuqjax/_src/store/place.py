@@ -25,7 +25,7 @@ def places_of(sharding: Any, entries: Sequence[Entry]) -> dict[str, Any]:
     given = {path_name(path): place for path, place in flat}
     for entry in entries:
         if entry.path not in given:
-            raise ValueError(f"{entry.where}: sharding has none for it")
+            raise ValueError(f"{entry.where}: sharding= has no entry for it")
     return given
 
 

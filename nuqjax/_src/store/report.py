@@ -34,7 +34,7 @@ def report_from_json(value: Any, where: str) -> Report:
       ValueError: a field is missing, unknown, or of the wrong type.
     """
     if not isinstance(value, list):
-        raise ValueError(f"{where}: the report is no list")
+        raise ValueError(f"{where}: the report is not a list")
     known = {f.name: f.default for f in fields(LeafReport)}
     needed = {name for name, default in known.items() if default is MISSING}
     leaves = []

@@ -176,7 +176,7 @@ def from_bundle(
     wanted = _wanted(leaves, structure.paths, bundle.name)
     template, treedef = _template(like, entries, bundle.name)
     if sharding is not None and numpy:
-        raise ValueError("load: numpy=True has no sharding")
+        raise ValueError("load: sharding= places JAX arrays, but numpy=True asks for NumPy arrays; give one of them")
     places = places_of(sharding, [e for e, w in zip(entries, wanted, strict=True) if w and e.tensors])
     found = []
     for number, (entry, is_wanted) in enumerate(zip(entries, wanted, strict=True)):
@@ -202,7 +202,7 @@ def _wanted(leaves: str | Callable[[str], bool] | None, paths: Sequence[str], na
         try:
             pattern = re.compile(leaves)
         except re.error as error:
-            raise ValueError(f"load: leaves={leaves!r} is no regular expression: {error}") from error
+            raise ValueError(f"load: leaves={leaves!r} is not a regular expression: {error}") from error
         wanted = [pattern.search(path) is not None for path in paths]
     else:
         wanted = [bool(leaves(path)) for path in paths]

@@ -56,7 +56,7 @@ def claim(path: str | os.PathLike[str], inputs: Iterable[str] = (), sharded: boo
     """
     path = os.path.realpath(os.fspath(path))
     if path.endswith(".index.json"):
-        raise ValueError(f"{path} is the name of an index: name the file that it is of, without .index.json")
+        raise ValueError(f"{path} is the name of an index: give the name without .index.json")
     read = {(status.st_dev, status.st_ino) for status in map(os.stat, inputs)}
     _check_replaced(path, read)
     folder = f"{path}.partial"
@@ -159,7 +159,7 @@ def _locked(folder: str, path: str) -> int | None:
             os.close(lock)
         if held:
             return None
-    raise BlockingIOError(f"{path}: {folder} comes and goes: others are writing it")
+    raise BlockingIOError(f"{path}: {folder} appears and disappears: another process is writing it")
 
 
 def _lock(lock: int, path: str) -> None:
@@ -170,7 +170,9 @@ def _lock(lock: int, path: str) -> None:
     except BlockingIOError as error:
         found = re.match(r"nuqjax: (process \d+ on [\w.-]+)", os.pread(lock, 300, 0).decode(errors="replace"))
         who = found[1] if found else "another process"
-        raise BlockingIOError(f"{path}: {who} is writing it; wait for that to end, or name another target") from error
+        raise BlockingIOError(
+            f"{path}: {who} is writing it; wait until it has finished, or name another target"
+        ) from error
     except OSError:  # a file system without locks
         pass
 
@@ -238,7 +240,7 @@ def _check_replaced(path: str, inputs: Collection[tuple[int, int]] = ()) -> None
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a directory; a file is wanted")
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is no regular file, and only such are replaced")
+        raise OSError(f"{path} is not a regular file, and only regular files are replaced")
     if (status.st_dev, status.st_ino) in inputs:
         raise ValueError(f"{path} would be replaced or removed, but it is read from: name another target")
 

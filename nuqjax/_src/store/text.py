@@ -9,8 +9,9 @@ from nuqjax._src.store.file import MAX_HEADER, parse_json
 from nuqjax._src.store.write import to_json
 
 PLAIN, DEFLATED, POOLED, SHARED = 1, 2, 3, 4  # versions of the format; 2 is the deflated form of any of the others
+# A deflated text of n characters expands to at most 32·n + 65,536 bytes of JSON, so a small file cannot fill the memory
+# of its reader. A layout that would expand further is written plain.
 _EXPANSION, _FREE = 32, 1 << 16
-"""A text of n characters never stands for more than 32·n + 65,536 bytes of JSON: what would, is left plain."""
 
 
 def to_text(layout: dict[str, Any], version: int = PLAIN) -> str:
@@ -67,9 +68,9 @@ def _inflated(stored: str, name: str) -> bytes:
     try:
         found = stream.decompress(base64.b64decode(stored, validate=True), _most(len(stored)) + 1)
     except (binascii.Error, ValueError, zlib.error) as error:
-        raise ValueError(f"{name}: the layout is not deflated as the format has it: {error}") from error
+        raise ValueError(f"{name}: the layout is not deflated as the format requires: {error}") from error
     if len(found) > _most(len(stored)):
         raise ValueError(f"{name}: a layout of {len(stored)} bytes that would expand more than {_EXPANSION}-fold")
     if not stream.eof or stream.unused_data or stream.unconsumed_tail:
-        raise ValueError(f"{name}: the layout is not deflated as the format has it: it ends too early or too late")
+        raise ValueError(f"{name}: the layout is not deflated as the format requires: it ends too early or too late")
     return found

@@ -52,9 +52,7 @@ def tree_to_nodes(tree: Any) -> tuple[list[Any], list[tuple[str, Any]]]:
             leaves.append((path_name(path), here))
             continue
         if len(path) >= MAX_DEPTH:
-            raise ValueError(
-                f"{path_name(path)}: a tree deeper than {MAX_DEPTH} levels, which the format does not hold"
-            )
+            raise ValueError(f"{path_name(path)}: a tree deeper than {MAX_DEPTH} levels, which the format cannot store")
         kind, name = type(here).__name__, path_name(path)
         if type(here) in _KEYED.values():
             nodes.append([kind, [_key_to_json(entry[-1].key, name) for entry, _ in children]])
@@ -113,7 +111,7 @@ class Structure:
             while open_ and not open_[-1][1]:
                 open_.pop()
             if not open_:
-                raise ValueError(f"the tree has nodes behind its end, the first of them node {number}")
+                raise ValueError(f"the tree has nodes after its end, from node {number} on")
             prefix, waiting = open_[-1]
             name = waiting.pop()
             room.take(len(prefix) + len(name))
@@ -183,7 +181,7 @@ def _check_node(node: Any, where: str, following: int) -> tuple[str, list[Any] |
         if not all(isinstance(name, str) for name in rest[1]):
             raise ValueError(f"{where}: a child's name that is not a string")
         return kind, rest[1], list(rest[1])
-    raise ValueError(f"{where}: {kind[:40]!r} with {len(rest)} fields is no node of the format")
+    raise ValueError(f"{where}: {kind[:40]!r} with {len(rest)} fields is not a node of the format")
 
 
 def check_hashes(keys: Iterable[Any], where: str) -> None:
@@ -192,11 +190,11 @@ def check_hashes(keys: Iterable[Any], where: str) -> None:
     >>> check_hashes(range(1000), "here")
     >>> check_hashes([n * (2**61 - 1) for n in range(1000)], "here")
     Traceback (most recent call last):
-    ValueError: here: 1000 keys of which hashes are equal, as no honest ones are
+    ValueError: here: 1000 keys have equal hashes, which only a forged file has
     """
     count = max(Counter(map(hash, keys)).values(), default=0)
     if count > _MAX_EQUAL_HASHES:
-        raise ValueError(f"{where}: {count} keys of which hashes are equal, as no honest ones are")
+        raise ValueError(f"{where}: {count} keys have equal hashes, which only a forged file has")
 
 
 class PathRoom:

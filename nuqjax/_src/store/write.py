@@ -110,7 +110,7 @@ def _shard_names(path: str, tag: str | None, count: int, old: Sequence[str]) -> 
         if not taken:
             return names
         if tag:
-            raise FileExistsError(f"{taken[0]} is there, but no index of nuqjax names it: move it away")
+            raise FileExistsError(f"{taken[0]} exists, but no index of nuqjax names it: move it away")
     raise AssertionError
 
 
@@ -123,7 +123,9 @@ def _write_one(target: Target, path: str, tensors: Sequence[Stored], metadata: M
             for chunk in tensor.chunks():
                 file.write(chunk)
             if file.tell() - start != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {file.tell() - start} bytes written where {tensor.nbytes} were meant")
+                raise ValueError(
+                    f"{tensor.name}: {file.tell() - start} bytes were written, but {tensor.nbytes} were expected"
+                )
 
 
 def _shards(tensors: Sequence[Stored], limit: int | None) -> list[list[Stored]]:

@@ -57,7 +57,7 @@ def trace(
         a leaf, or changed a static field.
     """
     if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
-        raise TypeError(f"{caller}: {type(fn).__name__} is a model, and a function is wanted, such as model.apply")
+        raise TypeError(f"{caller}: {type(fn).__name__} is a model, but a function is wanted, such as model.apply")
     flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
     changed: list[tuple[tuple[Any, ...], Any]] = []
@@ -103,7 +103,7 @@ def _changes(tree, before, paths, values, is_leaf, caller) -> Iterator[tuple[tup
         path, done = (added[0], "adds") if added else (next(iter(missing)), "takes away")
         raise ValueError(
             f"{caller}: the function {done} {argument_name(path)}, which cannot be written back: let it return the "
-            "new state, or make the place for it before the call"
+            "new state, or create its entry before the call"
         )
     if structure != before:
         number = next(

@@ -28,14 +28,16 @@ def open_msgpack(path: str, skip: str | None) -> Checkpoint:
     def from_pairs(pairs: list[tuple[Any, Any]]) -> Any:
         for key, _ in pairs:
             if not isinstance(key, str | int):  # msgpack integers have 64 bits: few of them have equal hashes
-                raise ValueError(f"{path}: a map with a key that is {type(key).__name__}; str and int are read")
+                raise ValueError(
+                    f"{path}: a map with a key that is {type(key).__name__}; only str and int keys are read"
+                )
         made = dict(pairs)
         if len(made) < len(pairs):
-            raise ValueError(f"{path}: a map that has a key twice")
+            raise ValueError(f"{path}: a map with a repeated key")
         return _joined(path, made) if "__msgpack_chunked_array__" in made else made
 
     data = Path(path).read_bytes()
-    with reading(path, "no Flax msgpack file"):
+    with reading(path, "not a Flax msgpack file"):
         tree = msgpack.unpackb(
             data, ext_hook=from_extension, object_pairs_hook=from_pairs, raw=False, strict_map_key=False
         )
@@ -50,7 +52,9 @@ def _array_of_bytes(path: str, shape: Any, name: str, raw: Any) -> Any:
     except TypeError:
         return unreadable(path, "", f"values of dtype {name[:40]!r}", shape)
     if dtype.hasobject or dtype.itemsize * count != len(raw):
-        raise ValueError(f"{path}: an array of {len(raw)} bytes, but its shape {shape} of {name[:40]} takes others")
+        raise ValueError(
+            f"{path}: an array of {len(raw)} bytes, but its shape {shape} of {name[:40]} takes another number of bytes"
+        )
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
@@ -60,7 +64,7 @@ def _joined(path: str, chunked: dict[Any, Any]) -> np.ndarray:
     chunks = [chunked["chunks"][str(i)] for i in range(len(chunked["chunks"]))]
     check_shape(shape, path)
     if not chunks or not all(isinstance(chunk, np.ndarray) and chunk.dtype == chunks[0].dtype for chunk in chunks):
-        raise ValueError(f"{path}: chunks of an array that are no arrays of one dtype")
+        raise ValueError(f"{path}: the chunks of an array are not arrays of one dtype")
     return np.concatenate(chunks).reshape(shape)
 
 

@@ -25,11 +25,11 @@ def open_npz(path: str, separator: str | None, skip: str | None) -> Checkpoint:
             raise ValueError(f"{path} is {what}")
         members = archive.infolist()
         if sum(info.compress_size for info in members) > size:
-            raise ValueError(f"{path}: members that overlap, so that few bytes would stand for many")
+            raise ValueError(f"{path}: its members overlap, so that a few bytes would expand to many")
         for info in members:
             name = info.filename.removesuffix(".npy")
             if name in named:
-                raise ValueError(f"{path}: {name[:200]!r} stands twice in it")
+                raise ValueError(f"{path}: {name[:200]!r} appears twice in it")
             named[name] = _npz_leaf(path, archive, info, name)
         notes = remembered(_comments(archive), path) if separator is None else None
     tree, separator = named_tree(path, named, separator, notes)
@@ -50,7 +50,7 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
     if not info.filename.endswith(".npy"):
         return unreadable(path, name, "no array (.npy)")
     if info.file_size > (1 if info.compress_type == zipfile.ZIP_STORED else MOST_INFLATED) * (info.compress_size + 1):
-        raise ValueError(f"{where} says that it expands to {info.file_size} bytes, more than it can")
+        raise ValueError(f"{where} says that it expands to {info.file_size} bytes, more than is possible")
 
     def read() -> np.ndarray:  # seeks to the member: opening a ZipFile reads the names of all members each time
         with open(path, "rb") as file:
@@ -60,7 +60,7 @@ def _npz_leaf(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: 
             with zipfile.ZipExtFile(file, "r", info) as member:  # type: ignore[arg-type]
                 return _npy_array(member)
 
-    with reading(where, "no NumPy array"), archive.open(info) as file:
+    with reading(where, "not a NumPy array"), archive.open(info) as file:
         return _npy_leaf(path, name, file, info.file_size, read)
 
 
@@ -96,6 +96,6 @@ def open_npy(path: str, skip: str | None) -> Checkpoint:
             return _npy_array(file)
 
     size = os.path.getsize(path)
-    with reading(path, "no NumPy array"), open(path, "rb") as file:
+    with reading(path, "not a NumPy array"), open(path, "rb") as file:
         leaf = _npy_leaf(path, "", file, size, read)
     return checkpoint_of(path, "npy", leaf, size, skip)

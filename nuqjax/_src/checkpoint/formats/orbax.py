@@ -30,10 +30,10 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
     path = os.path.abspath(path)
     files, nbytes = _files_of(path)
     checkpointer = ocp.PyTreeCheckpointer()
-    with reading(path, "no orbax checkpoint of one tree"):
+    with reading(path, "not an orbax checkpoint of one tree"):
         found = checkpointer.metadata(path).item_metadata
         if found is None or found.tree is None:
-            raise ValueError("it names no tree")
+            raise ValueError("its metadata has no tree")
         metadata = found.tree
     stack: list[tuple[Any, int]] = [(metadata, 0)]
     while stack:  # checks the depth before JAX, which recurses, sees the tree
@@ -42,7 +42,7 @@ def open_orbax(path: str, skip: str | None) -> Checkpoint:
             raise ValueError(f"{path}: a tree deeper than 256 levels")
         if isinstance(here, dict | list | tuple):
             stack += [(child, depth + 1) for child in (here.values() if isinstance(here, dict) else here)]
-    with reading(path, "no orbax checkpoint of one tree"):
+    with reading(path, "not an orbax checkpoint of one tree"):
         flat, structure = jax.tree.flatten(metadata)
     arguments = jax.tree.unflatten(structure, [_restore_args(ocp, info) for info in flat])
 
@@ -136,7 +136,7 @@ def _files_of(path: str) -> tuple[list[str], int]:
             file = os.path.join(folder, name)
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(f"{file} is no regular file")
+                raise OSError(f"{file} is not a regular file")
             files.append(file)
             nbytes += status.st_size
     return sorted(files), nbytes

@@ -51,7 +51,7 @@ def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable
     def read() -> np.ndarray:
         raw = np.fromfile(name, np.uint8, entry.end - entry.begin, offset=start + entry.begin)
         if raw.size != entry.end - entry.begin:
-            raise ValueError(f"{name}: the file has become shorter")
+            raise ValueError(f"{name}: the file has become shorter since it was opened")
         return raw.view(dtype).reshape(entry.shape)
 
     return read

@@ -1,0 +1,1 @@
+"""Labelled images from where they are, as pixels in batches."""

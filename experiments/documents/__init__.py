@@ -1,0 +1,1 @@
+"""The tables and pictures of the documents, from the results."""

@@ -1,0 +1,1 @@
+"""The paper's question, memory at equal accuracy: its study, answers, figures and tables."""

@@ -1,0 +1,1 @@
+"""How long things take, in seconds and bytes, beside other tools."""

@@ -1,0 +1,1 @@
+"""What compression, data and integers do to trained networks."""

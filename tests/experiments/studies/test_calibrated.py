@@ -1,0 +1,77 @@
+"""The experiment with data: leaves that folding makes neutral are not counted, and data bring what they should."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import nuqjax
+from experiments import networks
+from experiments.data import images
+from experiments.data.images import LabelledImages
+from experiments.networks import Network
+from experiments.studies import calibrated
+from experiments.studies.calibrated import Cell, kept_leaves, run, table
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(32, (3, 3), use_bias=False)(x)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A small network with random weights, and as many images as make five batches to learn from."""
+    made = Network(
+        name="small", title="Small", module=Small(), weights="", convert=dict, images="cifar10", size=8,
+        preprocess=lambda pixels: pixels.astype(np.float32) / 255,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 255, size=(320, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    pixels = np.clip(low + rng.normal(size=(320, 8, 8, 3)) * 20, 0, 255).astype(np.uint8)
+    variables = made.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    monkeypatch.setattr(images, "load_images", lambda *_: LabelledImages(pixels, np.arange(320) % 10))
+    monkeypatch.setattr(networks, "load_features", lambda *_: variables)
+    return made
+
+
+def test_data_win_at_the_same_bytes_and_a_budget_is_kept(network):
+    cells = [Cell("plain", "3"), Cell("corrected", "3"), Cell("calibrated", "3"), Cell("budget", "6bpw")]
+    results = run(network, Path(), cells)
+    plain, corrected, learned, budget = results["cells"]
+    assert results["learned"] == 160
+    assert plain["bytes"] == corrected["bytes"]
+    assert learned["bytes"] <= plain["bytes"]  # scales in 16 bits
+    assert learned["kl"] < corrected["kl"] < plain["kl"]
+    assert budget["bits_per_weight"] <= 6
+    assert budget["predicted_kl"] > 0
+    assert table(results).row_count == 5
+
+
+def test_only_leaves_that_the_function_needs_are_kept(network):
+    x, variables = np.zeros((1, 8, 8, 3), np.float32), networks.load_features(network, Path())
+    folded, params = nuqjax.fold_batch_norm(network.module.apply, variables, x)
+    kept, whole = kept_leaves(folded, params, x)
+    assert len(kept) == 4  # two kernels and two offsets, of the ten leaves
+    np.testing.assert_allclose(folded(whole(kept), x), network.module.apply(variables, x), atol=1e-2)
+
+
+def test_mistakes_end_with_their_reason(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        calibrated.main(["--network", "resnet20", "--data", str(tmp_path / "missing")])
+    assert "missing" in capsys.readouterr().err
+
+
+def test_the_page_has_the_figures_of_the_results():
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "calibration.md").read_text(encoding="utf-8")
+    result = json.loads((root / "experiments" / "results" / "calibrated_tiny_darknet.json").read_text())
+    for cell in result["cells"]:
+        figures = f"| {cell['bits_per_weight']:.2f} | {cell['top1']:.1%} | {cell['agreement']:.1%} | {cell['kl']:.3f} |"
+        assert figures.replace("%", " %") in page, cell
