@@ -22,7 +22,7 @@ from nuqjax._src.report.report import Report, report_leaf
 from nuqjax._src.store import entropy as store_entropy
 from nuqjax._src.store.dtypes import to_part
 from nuqjax._src.store.file import shard_size
-from nuqjax._src.store.layout import Layout, described, metadata
+from nuqjax._src.store.layout import LayoutBuilder, described, metadata
 from nuqjax._src.store.report import with_coded_sizes
 from nuqjax._src.store.target import claim
 from nuqjax._src.store.tree import tree_to_nodes
@@ -132,7 +132,7 @@ def compress_checkpoint(
                 if progress is not None:
                     progress(plan, plan.nbytes_before)
             _check_source(checkpoint, source_is)
-            layout, tensors, reports = Layout(nodes), [], []
+            layout, tensors, reports = LayoutBuilder(nodes), [], []
             for key in keys:
                 *parts, leaf_report = journal.leaf(key)
                 tensors += layout.place(*parts)

@@ -95,12 +95,12 @@ def calibrate(
     def proven(*args, **options) -> Formats:
         program, arrays = build(fn, args, options)
         chosen = _choose(program, arrays, modes, words, fallback) if formats is None else formats
-        return prove(program, chosen, arrays)
+        return with_bounds(program, chosen, arrays)
 
     return proven(cparams, *inputs, **options)
 
 
-def prove(program: Program, formats: Formats, arrays: Any) -> Formats:
+def with_bounds(program: Program, formats: Formats, arrays: Any) -> Formats:
     """Returns the formats with each row's weight sum, bias peak, bound and route, for these parameters."""
     parameters = Parameters(dict(zip(program.arrays, arrays, strict=True)))
     rows = dict(formats.rows)

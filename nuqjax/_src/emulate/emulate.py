@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from nuqjax._src.emulate.bounds import Site, Words, format_words, sites
+from nuqjax._src.emulate.bounds import SiteBounds, Words, format_words, sites
 from nuqjax._src.emulate.exact import exact_words, plain, telling
 from nuqjax._src.emulate.formats import Formats, SiteFormat
 from nuqjax._src.emulate.parameters import Parameters
@@ -88,7 +88,7 @@ def emulate(
 
 
 def _evaluate(
-    program: Program, known: Mapping[Node, Site], arrays: Sequence[Any], recorder: Recorder
+    program: Program, known: Mapping[Node, SiteBounds], arrays: Sequence[Any], recorder: Recorder
 ) -> dict[Node, Any]:
     """Returns each node's value: raw integers, floats where it runs in floating point, else what the function gives."""
     values: dict[Node, Any] = dict(zip(program.arrays, arrays, strict=True))
@@ -112,7 +112,7 @@ def _evaluate(
     return values
 
 
-def _encode_input(node: Node, site: Site, x: Any, recorder: Recorder) -> jax.Array:
+def _encode_input(node: Node, site: SiteBounds, x: Any, recorder: Recorder) -> jax.Array:
     words = _encoded(site.row, x)
     fmt = site.row.output  # pyright: ignore[reportOptionalMemberAccess]
     assert fmt is not None
@@ -140,8 +140,8 @@ def _one(rounding: str) -> str:
 
 def _words(
     node: Node,
-    site: Site,
-    known: Mapping[Node, Site],
+    site: SiteBounds,
+    known: Mapping[Node, SiteBounds],
     values: Mapping[Node, Any],
     parameters: Parameters,
     recorder: Recorder,
@@ -158,7 +158,7 @@ def _words(
     return words
 
 
-def _round(node: Node, site: Site, exact: jax.Array, recorder: Recorder) -> jax.Array:
+def _round(node: Node, site: SiteBounds, exact: jax.Array, recorder: Recorder) -> jax.Array:
     """Applies the single rounding of a site, then its overflow."""
     row, fmt, words = site.row, site.row.output, site.exact  # pyright: ignore[reportOptionalMemberAccess]
     assert row is not None
@@ -185,8 +185,8 @@ def _round(node: Node, site: Site, exact: jax.Array, recorder: Recorder) -> jax.
 
 def _linear(
     node: Node,
-    site: Site,
-    known: Mapping[Node, Site],
+    site: SiteBounds,
+    known: Mapping[Node, SiteBounds],
     values: Mapping[Node, Any],
     parameters: Parameters,
     recorder: Recorder,
@@ -230,7 +230,7 @@ def _linear(
 # Floats: at the outputs, and where the fallback allows them.
 
 
-def _as_float(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> Any:
+def _as_float(node: Node, known: Mapping[Node, SiteBounds], values: Mapping[Node, Any], parameters: Parameters) -> Any:
     """Returns a node's values in the function's own dtype, decoded if they are words."""
     if node.role != "activation":
         return parameters.floats(node)
@@ -245,13 +245,13 @@ def _decoded(x: jax.Array, words: Words) -> jax.Array:
     return value if words.divisor is None else value / words.divisor
 
 
-def _in_floats(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> Any:
+def _in_floats(node: Node, known: Mapping[Node, SiteBounds], values: Mapping[Node, Any], parameters: Parameters) -> Any:
     operands = [_as_float(n, known, values, parameters) for n in node.inputs]
     with enable_x64(False):
         return node.floating(*operands)
 
 
-def _output(node: Node, values: Mapping[Node, Any], known: Mapping[Node, Site], output: str) -> Any:
+def _output(node: Node, values: Mapping[Node, Any], known: Mapping[Node, SiteBounds], output: str) -> Any:
     if node.role != "activation":
         return Parameters(values).floats(node)
     x = values[node]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax._src.emulate.bounds import Site, Words, as_words, reciprocals
+from nuqjax._src.emulate.bounds import SiteBounds, Words, as_words, reciprocals
 from nuqjax._src.emulate.parameters import Parameters
 from nuqjax._src.emulate.program import MOVING, Node, whole_numbers
 from nuqjax._src.platform.compat import enable_x64
@@ -22,7 +22,7 @@ def plain(node: Node, values: Mapping[Node, Any], parameters: Parameters) -> Any
 
 
 def exact_words(
-    node: Node, site: Site, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters
+    node: Node, site: SiteBounds, known: Mapping[Node, SiteBounds], values: Mapping[Node, Any], parameters: Parameters
 ) -> jax.Array:
     """Returns the exact raw integers of a node that is not a sum of products."""
     dtype = site.exact.dtype
@@ -134,7 +134,9 @@ def _windows(node: Node, x: jax.Array, start: int, combine: Callable[[Any, Any],
     )
 
 
-def telling(node: Node, known: Mapping[Node, Site], values: Mapping[Node, Any], parameters: Parameters) -> jax.Array:
+def telling(
+    node: Node, known: Mapping[Node, SiteBounds], values: Mapping[Node, Any], parameters: Parameters
+) -> jax.Array:
     """Computes comparisons and positions from words, with the same results as from their values."""
     if node.op in ("argmax", "argmin"):
         with enable_x64(False):

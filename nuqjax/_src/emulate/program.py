@@ -25,7 +25,7 @@ _SUMS = frozenset({"add", "sub", "neg", "reduce_sum", "reduce_window_sum", "cums
 _PRODUCTS = frozenset({"mul", "div", "square", "integer_pow"})
 _JOINS = frozenset({"select_n", "concatenate", "stack"})
 # Their exact results need more bits than their operands, so they are rounded unless only operations follow that take
-# all those bits (`_rounded`).
+# all those bits (`_nodes_to_round`).
 WIDENING = _SUMS | _PRODUCTS | _JOINS
 # They select among their operand's words.
 _REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"})
@@ -133,7 +133,7 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             f"{_CALLER}: the function changes {argument_name(path)} in place, which raw integers cannot be written to: "
             "let it return the new value, or not change it (model.eval())"
         )
-    recorder = _Recorder()
+    recorder = _Builder()
     starts = []
     inputs = itertools.count()
     for path, x in traced.arrays:
@@ -145,12 +145,12 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             number = next(inputs)
             starts.append(recorder.node("input", (), (), x.shape, x.dtype, f"input{number or ''}"))
     with jax.ensure_compile_time_eval():  # computes what depends on constants alone
-        outputs = _INTERPRETER(recorder).evaluate(traced.jaxpr, starts)
+        outputs = _interpreter(recorder).evaluate(traced.jaxpr, starts)
         outputs = [recorder.lifted(x) for x in outputs]
     nodes, renamed = _with_biases(_reached(outputs, starts))
     outputs = tuple(renamed.get(node, node) for node in outputs)
     floats = _floats(nodes)
-    program = Program(nodes, outputs, traced.outputs, tuple(starts), floats, _rounded(nodes, outputs, floats))
+    program = Program(nodes, outputs, traced.outputs, tuple(starts), floats, _nodes_to_round(nodes, outputs, floats))
     return program, [x for _, x in traced.arrays]
 
 
@@ -158,7 +158,7 @@ _CALLER = "calibrate, emulate"
 _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 
 
-class _Recorder:
+class _Builder:
     """Makes nodes with distinct names."""
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ def _leaf_of(node: Node) -> str:
     return node.name if node.op == "leaf" else ""
 
 
-def _INTERPRETER(recorder: _Recorder) -> Interpreter:
+def _interpreter(recorder: _Builder) -> Interpreter:
     def lower(value, others) -> NoReturn:
         raise AssertionError("a program's values are not lowered")
 
@@ -340,7 +340,7 @@ def _has_rule(node: Node) -> bool:
     return node.op in EXACT
 
 
-def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[Node]) -> frozenset[Node]:
+def _nodes_to_round(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[Node]) -> frozenset[Node]:
     """Returns the nodes to round: inputs, dots, convolutions, divisions, and wide nodes whose bits not all users take.
 
     A float node is rounded, too, where a dot or a convolution uses it.

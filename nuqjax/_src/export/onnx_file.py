@@ -12,7 +12,7 @@ from jax.extend.core import jaxpr_as_fun
 from nuqjax._src.export.program import by_name, check_kept, checked_inputs
 from nuqjax._src.leaf.codebook_array import decode, is_codebook_array, level_values, with_levels
 from nuqjax._src.store.dtypes import DTYPES
-from nuqjax._src.store.layout import Layout
+from nuqjax._src.store.layout import LayoutBuilder
 from nuqjax._src.store.target import replacing
 from nuqjax._src.store.tree import tree_to_nodes
 from nuqjax._src.trace.interpret import Interpreter, Site, bind
@@ -97,7 +97,7 @@ def _with_float_levels(leaf: Any) -> Any:
 def _stored(cparams: Any) -> dict[str, np.ndarray]:
     """Returns the tensors that `nuqjax.save` stores for a tree, by name."""
     nodes, named = tree_to_nodes(cparams)
-    layout, found = Layout(nodes), {}
+    layout, found = LayoutBuilder(nodes), {}
     for path, leaf in named:
         for tensor in layout.add(path, leaf):
             data = b"".join(bytes(chunk) for chunk in tensor.chunks())

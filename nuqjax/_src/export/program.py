@@ -18,7 +18,7 @@ from nuqjax._src.apply.apply import apply
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.store.dtypes import DTYPES
-from nuqjax._src.store.layout import Layout
+from nuqjax._src.store.layout import LayoutBuilder
 from nuqjax._src.store.store import save_by_name
 from nuqjax._src.store.target import replacing
 from nuqjax._src.store.tree import tree_to_nodes
@@ -167,7 +167,7 @@ def by_name(cparams: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[Ma
       ValueError: a dtype of the tree cannot be rebuilt from its stored form.
     """
     nodes, named = tree_to_nodes(cparams)
-    layout, tensors = Layout(nodes), {}
+    layout, tensors = LayoutBuilder(nodes), {}
     for path, leaf in named:
         stored = layout.add(path, leaf)
         references = layout.entries[-1].get("tensors", {})

@@ -23,7 +23,7 @@ _MAX_COUNT = 2**63 - 1
 _CHUNK = 1 << 24
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """A tensor in a header: the code of its dtype, its shape, and its bytes in the data, from `begin` to `end`."""
 
     code: str
@@ -38,7 +38,7 @@ class File:
 
     name: str
     start: int
-    entries: dict[str, Entry]
+    entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
     data: np.ndarray
 
@@ -142,7 +142,7 @@ def parse(data: np.ndarray, name: str) -> File:
     return File(name, 8 + length, entries, metadata, body)
 
 
-def _entry(value: Any, where: str) -> Entry:
+def _entry(value: Any, where: str) -> HeaderEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} does not have just dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -160,7 +160,7 @@ def _entry(value: Any, where: str) -> Entry:
         raise ValueError(
             f"{where}: {code} of shape {shape} takes {size} bytes, but its data_offsets hold {end - begin}"
         )
-    return Entry(code, tuple(shape), begin, end)
+    return HeaderEntry(code, tuple(shape), begin, end)
 
 
 def check_shape(shape: Any, where: str) -> int:
@@ -205,7 +205,7 @@ class Bundle(NamedTuple):
     files: dict[str, File]
     metadata: dict[str, Any]
 
-    def entry(self, tensor: str) -> Entry:
+    def entry(self, tensor: str) -> HeaderEntry:
         """Returns the header's entry for a tensor."""
         return self.files[tensor].entries[tensor]
 

@@ -25,7 +25,7 @@ from nuqjax._src.store.tree import Structure
 _SMALL, _MANY = 1 << 12, 32
 
 
-class Layout:
+class LayoutBuilder:
     """Builds the JSON of a file leaf by leaf, both for `save` and for a streaming conversion."""
 
     def __init__(self, nodes: list[Any]) -> None:

@@ -19,7 +19,7 @@ from nuqjax._src.report.report import Report
 from nuqjax._src.store.entropy import encode, sized
 from nuqjax._src.store.entry import Entry
 from nuqjax._src.store.file import Bundle, Stored, open_bundle, shard_size
-from nuqjax._src.store.layout import Layout, metadata, read_layout
+from nuqjax._src.store.layout import LayoutBuilder, metadata, read_layout
 from nuqjax._src.store.place import placed, placed_alike, places_of
 from nuqjax._src.store.report import report_entry, report_from_json
 from nuqjax._src.store.tree import Structure, tree_to_nodes
@@ -80,7 +80,7 @@ def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=T
 def _laid_out(cparams, report, code, limit, pooled) -> tuple[list[Stored], str]:
     """Returns the tensors of a tree and the text of its layout."""
     nodes, leaves = tree_to_nodes(cparams)
-    layout = Layout(nodes)
+    layout = LayoutBuilder(nodes)
     tensors = [tensor for name, leaf in leaves for tensor in layout.add(name, leaf, code)]
     if pooled:
         tensors = layout.pool(tensors, limit)

@@ -9,7 +9,7 @@ from nuqjax._src.checkpoint.names import named_tree, remembered
 from nuqjax._src.checkpoint.tree import Checkpoint, Leaf, array_leaf, checkpoint_of, reading, unreadable
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.store.dtypes import DTYPES
-from nuqjax._src.store.file import Bundle, Entry, open_bundle
+from nuqjax._src.store.file import Bundle, HeaderEntry, open_bundle
 from nuqjax._src.store.layout import read_layout
 
 
@@ -45,7 +45,7 @@ def _own(metadata: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _from_file(name: str, start: int, entry: Entry, dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _from_file(name: str, start: int, entry: HeaderEntry, dtype: np.dtype) -> Callable[[], np.ndarray]:
     """Returns a function that reads a tensor into new memory: mapped pages would count as memory of the process."""
 
     def read() -> np.ndarray:

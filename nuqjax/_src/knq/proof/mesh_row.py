@@ -159,8 +159,8 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
         none = jnp.zeros((kinds, integers, len(first)), jnp.int64)
         sums = lax.fori_loop(low[0] // size, -(-high[-1] // size), stretch, none)
         if here.shares is None and not squares:
-            pin = (low <= here.zero[0]) & (here.zero[0] < high)
-            count = (high - low) - pin * here.pinned
+            holds_zero = (low <= here.zero[0]) & (here.zero[0] < high)
+            count = (high - low) - holds_zero * here.added_zero
             sums = jnp.concatenate([jnp.zeros_like(sums).at[0, 0].set(count), sums])
         return lax.psum(sums, place.value_axes)[None]
 
@@ -179,7 +179,7 @@ class MeshRow:
         self._dtype = np.dtype(held.part[0].dtype)
         self._weighted = held.part[2] is not None
         self._ranks, self._values = np.zeros(0, np.int64), np.zeros(0)  # asked for so far
-        self.pin = None if zero is None else (zero, int(self.cuts_above(np.zeros(1))[0]))
+        self.held_zero = None if zero is None else (zero, int(self.cuts_above(np.zeros(1))[0]))
 
     def _ask(self, programme, *questions: np.ndarray, **options) -> np.ndarray:
         answers = []

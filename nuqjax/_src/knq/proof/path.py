@@ -87,9 +87,9 @@ def _running(weight, mean, square, block: int) -> tuple[tuple[jax.Array, ...], t
     return tuple(x[0].reshape(shape) for x in ran), tuple(x[1, :, :, ::-1].reshape(shape) for x in ran)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "window", "pin"))
+@functools.partial(jax.jit, static_argnames=("block", "window", "keep_zero"))
 def potentials(
-    carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, pin: bool
+    carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, keep_zero: bool
 ) -> tuple[Carried, Any, Any]:
     """Computes φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price, for one stretch of cells.
 
@@ -106,11 +106,11 @@ def potentials(
       price: `[R]` positive.
       begin: int32 the cut below the first cell.
       size: `[R]` int32 number of cells that count; none do if it is not positive.
-      zero: `[R]` int32, read only with `pin`: an interval from a cut up to `zero` to a cut above it has the held zero
-        as its level. It costs its error about 0 and no price.
+      zero: `[R]` int32, read only with `keep_zero`: an interval from a cut up to `zero` to a cut above it has the held
+        zero as its level. It costs its error about 0 and no price.
       block: cells handled at once.
       window: candidate cuts searched at once.
-      pin: whether there is a held zero.
+      keep_zero: whether there is a held zero.
 
     Returns:
       The state to carry on, and for the cut above each cell `[R, S]` φ and `[R, S]` the cut before it on its best path.
@@ -133,7 +133,7 @@ def potentials(
 
     def priced(error, one, two, a, b) -> Any:
         """Returns the cost of the interval (a, b) merged from two parts; without a held zero, the price is left out."""
-        if not pin:
+        if not keep_zero:
             return error
         total, mean, rest, _ = _merged(one, two)
         level = mean + rest
@@ -171,7 +171,7 @@ def potentials(
         none = jnp.int32(0), jnp.full((count, block), infinite), jnp.zeros((count, block), jnp.int32)
         _, best, chosen = lax.while_loop(lambda state: state[0] <= widest, search, none)
         free = charge
-        if pin:
+        if keep_zero:
             free = jnp.where((zero[:, None] >= below) & (zero[:, None] < below + block), 0.0, charge)
         else:
             best = best + charge
@@ -187,7 +187,7 @@ def potentials(
             ring = tuple(jnp.where(begun, new, old) for new, old in zip(_merged(ring, cell), ring, strict=True))
             a = (below + 1 + lane)[None]
             value = best - loss + ring[3]
-            if pin:
+            if keep_zero:
                 level = ring[1] + ring[2]
                 held = (a <= zero[:, None]) & (below + 1 + i > zero[:, None])
                 value = value + jnp.where(held, rounded_in_loop(ring[0] * level * level), charge)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax._src.knq.rows.sorted import fraction_bits, places_of_rows, search, take
+from nuqjax._src.knq.rows.sorted import binary_search, fraction_bits, places_of_rows, take
 from nuqjax._src.leaf.rows import namespace
 from nuqjax._src.platform.rounding import rounded_first
 
@@ -34,7 +34,7 @@ class LongRows(NamedTuple):
       masses: `[R, n / B + 1]` int64 weight below every B-th place, in units of 2^−frac; None where all are 1.
       moments: `[R, n / B + 1]` int64 sum of weight times value below the same places, in units of 2^−frac.
       size: `[R]` int64 number of values that count, which is the last cut.
-      pinned: 1 if the first value zero is the held zero, which was added and has weight 0; else 0.
+      added_zero: 1 if the first value zero is the held zero, which was added and has weight 0; else 0.
       zero: `[R]` int64 cut just below the value zero.
       square: `[R]` float64 Σ weight · value²; None for NumPy rows.
       slack: `[R]` float64 the most by which rounding to units may change the squared error of any partition.
@@ -47,7 +47,7 @@ class LongRows(NamedTuple):
     masses: Any
     moments: Any
     size: Any
-    pinned: Any
+    added_zero: Any
     zero: Any
     square: Any
     slack: Any
@@ -112,7 +112,7 @@ class LongRows(NamedTuple):
     def exact_sums_below(self, cuts) -> tuple[Any, Any]:
         """Returns weight and moment as integers; where values have weights, the weight is in units of 2^−frac too."""
         if self.shares is None:
-            mass = cuts - (cuts > _beside(self.zero, cuts)) * self.pinned
+            mass = cuts - (cuts > _beside(self.zero, cuts)) * self.added_zero
         else:
             mass = self._running(self.masses, cuts, lambda places: _masses(take(self.shares, places), self.frac))
 
@@ -136,13 +136,13 @@ class LongRows(NamedTuple):
         """Returns `[R, …]` the number of values below each of `wanted`."""
         if namespace(self.values) is np:
             return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "left")
-        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
+        return binary_search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def cut_above(self, wanted) -> Any:
         """Returns `[R, …]` the number of values not above each of `wanted`."""
         if namespace(self.values) is np:
             return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "right")
-        return search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
+        return binary_search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts) -> Any:
         """Returns for each of `cuts` the last cut, not above it, between values that differ."""
@@ -238,7 +238,7 @@ class ShardedRows(NamedTuple):
         part = self.part
         before = jnp.less_equal if equal else jnp.less
         below = lambda middle: before(take(part.values, middle), wanted)  # noqa: E731
-        return search(below, wanted.shape, part.size, part.length)
+        return binary_search(below, wanted.shape, part.size, part.length)
 
     def sums_below(self, cuts) -> Any:
         """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
@@ -354,14 +354,14 @@ def sort_long_rows(
         largest = lax.pmax(largest, axes) if axes else largest
         weights = weights / xp.where(largest > 0, largest, 1.0)
     keys = rows if counted is None else xp.where(counted, rows, xp.inf)
-    pinned = int(keep_zero)
+    added_zero = int(keep_zero)
     if keep_zero:
-        pin = xp.zeros((rows.shape[0], 1), keys.dtype)
+        held_zero = xp.zeros((rows.shape[0], 1), keys.dtype)
         if axes:  # the first device holds the added zero
-            pinned = (lax.axis_index(axes) == 0).astype(jnp.int64)
-            pin = jnp.where(pinned > 0, pin, jnp.inf)
-        keys = xp.concatenate([pin, keys], axis=1)  # before the zeros of the row: the sort is stable
-        weights = None if weights is None else xp.concatenate([xp.zeros((len(pin), 1)), weights], axis=1)
+            added_zero = (lax.axis_index(axes) == 0).astype(jnp.int64)
+            held_zero = jnp.where(added_zero > 0, held_zero, jnp.inf)
+        keys = xp.concatenate([held_zero, keys], axis=1)  # before the zeros of the row: the sort is stable
+        weights = None if weights is None else xp.concatenate([xp.zeros((len(held_zero), 1)), weights], axis=1)
     if xp is np:
         values, shares = _sorted_on_host(keys, weights)
         every = values.shape[1] if counted is None and weights is None else int(np.searchsorted(values[0], np.inf))
@@ -373,7 +373,7 @@ def sort_long_rows(
             values, shares = lax.sort((keys, weights), dimension=1, num_keys=1)
         size = jnp.sum(values < jnp.inf, axis=1, dtype=jnp.int64)
     nothing = xp.zeros_like(size)
-    found = _summed(LongRows(values, scale, shares, None, None, size, pinned, nothing, None, None, frac))
+    found = _summed(LongRows(values, scale, shares, None, None, size, added_zero, nothing, None, None, frac))
     found = found._replace(zero=found.cut_below(xp.zeros((rows.shape[0], 1)))[:, 0])
     if not axes:
         return found

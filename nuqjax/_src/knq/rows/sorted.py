@@ -124,7 +124,7 @@ class SortedRows(NamedTuple):
         xp = namespace(self.values)
         if xp is np:
             return places_of_rows(self.values, self.size, wanted, "left")
-        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
+        return binary_search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
     def before_ties(self, cuts) -> Any:
         """Returns `cuts`: values are distinct here, so no cut separates equal values."""
@@ -141,7 +141,7 @@ class SortedRows(NamedTuple):
         return every, self.size <= limit
 
 
-def search(below, shape, size, length: int) -> Any:
+def binary_search(below, shape, size, length: int) -> Any:
     """Counts, by halving, the places among the first `size [R]` at which `below(places)` holds for ascending JAX rows.
 
     The result has the given `shape`, `[R, …]`.
@@ -210,8 +210,11 @@ def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep
     elif keep_zero:
         shares = xp.ones(rows.shape) if counted is None else counted.astype(xp.float64)
     if keep_zero:
-        pin = xp.zeros((count, 1), keys.dtype)
-        keys, shares = xp.concatenate([keys, pin], axis=1), xp.concatenate([shares, pin.astype(xp.float64)], axis=1)
+        held_zero = xp.zeros((count, 1), keys.dtype)
+        keys, shares = (
+            xp.concatenate([keys, held_zero], axis=1),
+            xp.concatenate([shares, held_zero.astype(xp.float64)], axis=1),
+        )
     keys, shares = _sorted(keys, shares)
     there = keys < xp.inf
     values = xp.where(there, keys, 0).astype(xp.float64) / scale[:, None] + 0.0  # −0 is 0

@@ -136,7 +136,7 @@ def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
         return HostRow(rows.values[r, :size], 1.0, weight, zero)
     assert isinstance(rows, LongRows)  # rows of other types are never on the host
     weight = None if rows.shares is None else rows.shares[r, :size]
-    if rows.shares is None and rows.pinned:
+    if rows.shares is None and rows.added_zero:
         weight = np.ones(size)
         weight[zero] = 0.0
     return HostRow(rows.values[r, :size], float(rows.unit[r]), weight, zero)
@@ -153,8 +153,8 @@ def interval_means(rows: Rows, cuts, keep_zero: bool) -> Any:
     mean = xp.clip(s / xp.where(n > 0, n, 1.0) * 2.0**-rows.frac, least, most)
     there = whole[:, 1:] > whole[:, :-1]
     if keep_zero:
-        pinned = whole > rows.zero[:, None]
-        first, end = pinned[:, :-1], xp.concatenate([pinned[:, 1:-1], xp.ones_like(pinned[:, :1])], axis=1)
+        above_zero = whole > rows.zero[:, None]
+        first, end = above_zero[:, :-1], xp.concatenate([above_zero[:, 1:-1], xp.ones_like(above_zero[:, :1])], axis=1)
         mean, there = xp.where(~first & end, 0.0, mean), there | (~first & end)
     levels = xp.sort(xp.where(there, mean, xp.inf), axis=1)
     highest = xp.max(xp.where(xp.isfinite(levels), levels, -xp.inf), axis=1, keepdims=True)

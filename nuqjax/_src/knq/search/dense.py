@@ -90,11 +90,11 @@ def _lesser(a, b) -> jax.Array:
 def _cost(begin, end) -> jax.Array:
     """Returns minus the gain of intervals from the cuts `begin` to the cuts `end`."""
     weight, moment = (end[0] - begin[0]).astype(jnp.float64), (end[1] - begin[1]).astype(jnp.float64)
-    pinned = ~begin[2] & end[2]
-    gain = jnp.where(pinned, 0.0, moment * moment / jnp.where(weight > 0, weight, 1.0))
+    holds_zero = ~begin[2] & end[2]
+    gain = jnp.where(holds_zero, 0.0, moment * moment / jnp.where(weight > 0, weight, 1.0))
     if len(begin) > 3:
         least, most = begin[5], end[4]
-        extent = jnp.where(pinned, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
+        extent = jnp.where(holds_zero, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
         gain = gain + jnp.where(extent > 0, extent * (begin[3] + end[3]), 0.0)  # a select separates product and sum
     return -gain
 

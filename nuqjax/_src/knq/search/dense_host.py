@@ -46,7 +46,7 @@ def dense_rows(count, total, size, zero, price, *, num_levels: int) -> tuple[np.
         n, s = count[several], total[several]
         pins = None if zero is None else zero[several]
         found, price, exact, excess, cost = priced_paths(
-            n, s, last, pins, price[several], _TRIALS, True, num_levels=num_levels, pin=zero is not None
+            n, s, last, pins, price[several], _TRIALS, True, num_levels=num_levels, keep_zero=zero is not None
         )
         found = np.minimum(found, size[several, None])
         # Every addition is rounded in proportion to its sum.

@@ -222,8 +222,8 @@ def _most(rows: Rows, cuts, keep_zero: bool) -> Any:
     width = xp.where(end > begin, last - first, 0.0)
     if keep_zero:
         zero = rows.zero[:, None]
-        pinned = (begin <= zero) & (end > zero)
-        width = xp.where(pinned, 2 * xp.maximum(xp.abs(first), xp.abs(last)), width)
+        holds_zero = (begin <= zero) & (end > zero)
+        width = xp.where(holds_zero, 2 * xp.maximum(xp.abs(first), xp.abs(last)), width)
     below, through = (rows.sums_below(cuts)[0] for cuts in (begin, end))
     weight = (through - below).astype(xp.float64)
     if below.dtype != xp.int64:
@@ -259,8 +259,8 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
     unit = xp.where(unit > 0, unit, 1.0)[:, None]
     steps = xp.cumsum(xp.ceil(step / unit).astype(xp.int64), axis=1)
     if keep_zero:
-        pin = xp.sum(cuts <= rows.zero[:, None], axis=1, keepdims=True)
-        place = (steps - take(steps, pin)).astype(xp.float64) * unit + take(origin, pin)
+        held_zero = xp.sum(cuts <= rows.zero[:, None], axis=1, keepdims=True)
+        place = (steps - take(steps, held_zero)).astype(xp.float64) * unit + take(origin, held_zero)
     else:
         place = (steps - steps[:, -1:] // 2).astype(xp.float64) * unit
     gaps = Gaps(first, origin, place, xp.ones_like(error))

@@ -27,20 +27,23 @@ _WIDTH = 32  # beginnings compared at once for one end
 _NEAR = 8  # and for a block of ends
 
 
-@functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
-def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool) -> tuple[Any, ...]:
+@functools.partial(jax.jit, static_argnames=("num_levels", "keep_zero"))
+def priced_paths(
+    count, total, size, zero, price, trials, through, *, num_levels: int, keep_zero: bool
+) -> tuple[Any, ...]:
     """Searches the shortest paths with `num_levels` intervals through cuts.
 
     Args:
       count: `[R, M + 1]` weight below each cut; entries after cut number `size` do not count.
       total: `[R, M + 1]` weighted sum below each cut, of the same dtype.
       size: int32 number of the last cut.
-      zero: `[R]` int32, read with `pin`: an interval from a cut not above it to one above it has level 0 and no price.
+      zero: `[R]` int32, read with `keep_zero`: an interval from a cut not above it to one above it has
+        level 0 and no price.
       price: `[R]` float64, the first price to try.
       trials: int32, the most prices to try. If none has a path of K intervals, K − 1 cuts are taken from the last path.
       through: bool, whether to compute paths through each cut.
       num_levels: K.
-      pin: whether there is a held zero.
+      keep_zero: whether there is a held zero.
 
     Returns:
       `[R, K − 1]` int32 places of the boundaries among the cuts, `[R]` the price, `[R]` whether a path at this price
@@ -58,7 +61,7 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
         count, total, zero, price = group
         cuts = count.shape[1]
         count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
-        problem = _Problem(count, total, size, zero if pin else None)
+        problem = _Problem(count, total, size, zero if keep_zero else None)
         found, exact, potential, places = _search(problem, price, trials, num_levels)
 
         def backwards() -> Any:
@@ -143,14 +146,14 @@ def _steeper(ratio, times) -> Any:
     return ratio
 
 
-def _cost(potential, n, s, price, pinned) -> Any:
+def _cost(potential, n, s, price, holds_zero) -> Any:
     """Returns the cost of a path of cost `potential` that is continued by an interval of weight n and sum s."""
     n, s = n.astype(jnp.float64), s.astype(jnp.float64)
     reached = potential - s * s / jnp.where(n > 0, n, 1.0) + price
-    return reached if pinned is None else jnp.where(pinned, potential, reached)
+    return reached if holds_zero is None else jnp.where(holds_zero, potential, reached)
 
 
-def _pinned(problem: _Problem, begin, end) -> Any:
+def _holds_zero(problem: _Problem, begin, end) -> Any:
     """Returns whether intervals `[R, …]` contain the held zero; None if there is none."""
     if problem.zero is None:
         return None
@@ -170,7 +173,7 @@ def _best_beginning(problem: _Problem, price, potential, first, end, last) -> An
         start = jnp.minimum(first + piece * _WIDTH, potential.shape[1] - _WIDTH)
         n, s, begun = windows((*problem[:2], potential), start[:, 0], _WIDTH)
         begin = start + jnp.arange(_WIDTH, dtype=jnp.int32)
-        reached = _cost(begun, n_end - n, s_end - s, price[:, None], _pinned(problem, begin, end))
+        reached = _cost(begun, n_end - n, s_end - s, price[:, None], _holds_zero(problem, begin, end))
         here, at = first_least(jnp.where(begin <= last, reached, jnp.inf), begin, 1)
         return jnp.minimum(here, least), jnp.where(here < least, at, where)
 
@@ -198,15 +201,15 @@ def _potentials(problem: _Problem, price) -> Any:
             n, s, begun = (x[:, :, None] for x in windows((count, total, potential), start[:, 0], _NEAR))
             begin = (start + jnp.arange(_NEAR, dtype=jnp.int32))[:, :, None]
             begun = jnp.where(begin <= begun_last[:, :, None], begun, jnp.inf)
-            pinned = _pinned(problem, begin, end[:, None])
-            reached = _cost(begun, n_end[:, None] - n, s_end[:, None] - s, paid[:, None], pinned)
+            holds_zero = _holds_zero(problem, begin, end[:, None])
+            reached = _cost(begun, n_end[:, None] - n, s_end[:, None] - s, paid[:, None], holds_zero)
             return jnp.minimum(best, jnp.min(reached, axis=1))
 
         pieces = jnp.max(begun_last - first) // _NEAR + 1
         best = lax.fori_loop(0, pieces, compare, jnp.full(n_end.shape, jnp.inf))
 
         def to_last(best) -> Any:
-            return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _pinned(problem, end, last))
+            return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _holds_zero(problem, end, last))
 
         # If a beginning inside the block is better for any cut in it than all before, it is better for the last too.
         within = jnp.any(to_last(best) < best[:, -1:], axis=1, keepdims=True)
@@ -214,7 +217,7 @@ def _potentials(problem: _Problem, price) -> Any:
         def from_within() -> tuple[Any, jax.Array]:
             def one(place, best) -> jax.Array:
                 n, s = (lax.dynamic_slice_in_dim(x, place, 1, axis=1) for x in (n_end, s_end))
-                reached = _cost(best, n - n_end, s - s_end, paid, _pinned(problem, end, below + 1 + place))
+                reached = _cost(best, n - n_end, s - s_end, paid, _holds_zero(problem, end, below + 1 + place))
                 least = jnp.min(jnp.where(lane < place, reached, jnp.inf), axis=1, keepdims=True)
                 return jnp.where((lane == place) & within, jnp.minimum(best, least), best)
 
@@ -239,8 +242,8 @@ def _traced_back(problem: _Problem, price, potential, firsts, steps: int) -> tup
         first = jnp.take_along_axis(firsts, last // _BLOCK, axis=1)
         there = end > 0
         before = jnp.where(there, _best_beginning(problem, price, potential, first, end, last), 0)
-        pinned = _pinned(problem, before, end)
-        return before, (before[:, 0], (there if pinned is None else there & ~pinned)[:, 0])
+        holds_zero = _holds_zero(problem, before, end)
+        return before, (before[:, 0], (there if holds_zero is None else there & ~holds_zero)[:, 0])
 
     end = jnp.full((price.shape[0], 1), problem.size, jnp.int32)
     at, (chain, free) = lax.scan(back, end, length=steps)

@@ -24,7 +24,7 @@ _EXACT = 2.0**52  # sums and differences of integers below this are exact in flo
 
 
 def priced_paths(
-    count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, pin: bool
+    count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, keep_zero: bool
 ) -> tuple[np.ndarray, ...]:
     """Searches the shortest paths with `num_levels` intervals through cuts, like `search.priced.priced_paths`.
 
@@ -32,12 +32,12 @@ def priced_paths(
       count: `[R, M + 1]` weight below each cut; entries after cut number `size` do not count.
       total: `[R, M + 1]` weighted sum below each cut, of the same dtype.
       size: number of the last cut.
-      zero: `[R]`, read with `pin`: an interval from a cut not above it to one above it has level 0 and no price.
+      zero: `[R]`, read with `keep_zero`: an interval from a cut not above it to one above it has level 0 and no price.
       price: `[R]` float64, the first price to try.
       trials: the most prices to try. If none has a path of K intervals, K − 1 cuts are taken from the last path.
       through: whether to compute paths through each cut.
       num_levels: K.
-      pin: whether there is a held zero.
+      keep_zero: whether there is a held zero.
 
     Returns:
       `[R, K − 1]` places of the boundaries among the cuts, `[R]` the price, `[R]` whether a path at this price has K
@@ -51,7 +51,7 @@ def priced_paths(
     parts = []
     for start in range(0, len(count), lanes):
         here = slice(start, start + lanes)
-        problem = _problem(count[here], total[here], size, zero[here] if pin else None, width, num_levels)
+        problem = _problem(count[here], total[here], size, zero[here] if keep_zero else None, width, num_levels)
         problem, found, exact, potential, places = _search(problem, price[here], trials, num_levels)
         if through:
             backwards = _path(_backwards(problem), found)[1]
@@ -208,19 +208,19 @@ def _gain(begin_count, begin_total, end_count, end_total, weighty: bool) -> Any:
     return np.divide(s, n, out=s)
 
 
-def _reached(begun, gain, price, pinned) -> Any:
+def _reached(begun, gain, price, holds_zero) -> Any:
     """Returns the costs of paths of cost `begun` continued by intervals of these gains; `gain` is overwritten."""
     np.subtract(begun, gain, out=gain)
     np.add(gain, price, out=gain)
-    if pinned is not None:
-        np.copyto(gain, np.broadcast_to(begun, gain.shape), where=pinned)
+    if holds_zero is not None:
+        np.copyto(gain, np.broadcast_to(begun, gain.shape), where=holds_zero)
     return gain
 
 
-def _least(begun, gain, price, pinned) -> Any:
+def _least(begun, gain, price, holds_zero) -> Any:
     """Returns the least costs of `_reached` over the first axis; adding the price after the minimum changes no bit."""
-    if pinned is not None:
-        return _reached(begun, gain, price, pinned).min(axis=0)
+    if holds_zero is not None:
+        return _reached(begun, gain, price, holds_zero).min(axis=0)
     return np.subtract(begun, gain, out=gain).min(axis=0) + price
 
 
@@ -237,12 +237,12 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
     potential[width] = 0.0
     widest = np.empty((length, number))
     zero = np.zeros(0, np.int64) if zero is None else zero
-    pinned_from, pinned_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
+    holds_zero_from, holds_zero_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
     reached, least = np.empty((width, number)), np.empty(number)
     for end in range(1, length):
         begun = potential[end : end + width]
         np.subtract(begun, gains[:, end], out=reached)
-        if pinned_from <= end < pinned_to:
+        if holds_zero_from <= end < holds_zero_to:
             reached += price
             np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
             np.minimum.reduce(reached, axis=0, out=potential[end + width])
@@ -373,11 +373,11 @@ def _settle(problem: _Problem, price, window, begin, low, high, start, stop, bel
         at = place * number + lanes
         begun, n, s = (x.take(at)[:, None] for x in flat)
         gain = _gain(n, s, n_end[ends, lanes], here[ends, lanes], problem.weighty)
-        pinned = None
+        holds_zero = None
         if zero is not None:
             of_cuts = np.arange(start + 1, stop + 1)[:, None]
-            pinned = (begin.reshape(-1).take(at)[:, None] <= zero[lanes]) & (of_cuts > zero[lanes])
-        potential[start + 1 : stop + 1, lanes] = _least(begun, gain, price[lanes], pinned)
+            holds_zero = (begin.reshape(-1).take(at)[:, None] <= zero[lanes]) & (of_cuts > zero[lanes])
+        potential[start + 1 : stop + 1, lanes] = _least(begun, gain, price[lanes], holds_zero)
 
 
 def _path_of_one(problem: _Problem, price) -> _Path:
@@ -422,11 +422,11 @@ def _on_to(problem: _Problem, price, below: int, last: int, best, lanes) -> Any:
     """Returns the costs of paths to `last` whose last interval begins at a cut between `below` and `last`."""
     count, total, zero, _, weighty, _ = problem
     begin = slice(below + 1, last)
-    pinned = None
+    holds_zero = None
     if zero is not None:
-        pinned = (np.arange(below + 1, last)[:, None] <= zero[lanes]) & (last > zero[lanes])
+        holds_zero = (np.arange(below + 1, last)[:, None] <= zero[lanes]) & (last > zero[lanes])
     gain = _gain(count[begin, lanes], total[begin, lanes], count[last, lanes], total[last, lanes], weighty)
-    return _reached(best[:-1], gain, price[lanes], pinned)
+    return _reached(best[:-1], gain, price[lanes], holds_zero)
 
 
 def _settle_within(problem: _Problem, price, below: int, last: int, potential, first, lanes) -> None:
@@ -436,9 +436,9 @@ def _settle_within(problem: _Problem, price, below: int, last: int, potential, f
     n, s, best, paid = count[rows, lanes], total[rows, lanes], potential[rows, lanes], price[lanes]
     held = None if zero is None else np.arange(below + 1, last + 1)[:, None] <= zero[lanes]
     for place in range(1, last - below):
-        pinned = None if held is None else held[:place] & ~held[place]
+        holds_zero = None if held is None else held[:place] & ~held[place]
         gain = _gain(n[:place], s[:place], n[place], s[place], weighty)
-        reached = _least(best[:place], gain, paid, pinned)
+        reached = _least(best[:place], gain, paid, holds_zero)
         np.minimum(best[place], reached, out=best[place])
     potential[rows, lanes] = best
     first[lanes] = below + 1 + np.argmin(_on_to(problem, price, below, last, best, lanes), axis=0)
@@ -484,11 +484,11 @@ def _chain(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
             place = begin * number + lane
             begun, n, s = potential.take(place), *(x.take(place) for x in sums)
             gain = _gain(n, s, count[last + 1, lane], total[last + 1, lane], weighty)
-        pinned = None
+        holds_zero = None
         if zero is not None:
             begin = np.minimum(first + np.arange(len(gain))[:, None], last)
-            pinned = (begin <= zero) & (end > zero)
-        at = np.argmin(_reached(begun, gain, price, pinned), axis=0)
+            holds_zero = (begin <= zero) & (end > zero)
+        at = np.argmin(_reached(begun, gain, price, holds_zero), axis=0)
         chain[step] = end = np.where(end > 0, np.minimum(first + at, last), 0)
         if not end.any():
             break
@@ -505,8 +505,8 @@ def _chain_of_one(problem: _Problem, price, path: _Path, steps: int) -> np.ndarr
     for step in range(1, steps + 1):
         first = min(firsts[blocks[end]], end - 1)
         gain = _gain(count[first:end], total[first:end], count[end], total[end], problem.weighty)
-        pinned = np.arange(first, end) <= zero if first <= zero < end else None
-        end = first + int(np.argmin(_reached(potential[first:end], gain, paid, pinned)))
+        holds_zero = np.arange(first, end) <= zero if first <= zero < end else None
+        end = first + int(np.argmin(_reached(potential[first:end], gain, paid, holds_zero)))
         chain[0, step] = end
         if not end:
             break
@@ -525,8 +525,8 @@ def _through_every_cut(problem: _Problem, price, path: _Path, steps: int) -> np.
         end = np.arange(start, min(start + cuts, length))[:, None]
         begun = np.lib.stride_tricks.sliding_window_view(padded[start : start + len(end) + width - 1], len(end), axis=0)
         begun = begun.transpose(0, 2, 1)
-        pinned = None if zero is None else (end - lag <= zero) & (end > zero)
-        reached = _reached(begun, gains[:, start : start + len(end)].copy(), price, pinned)
+        holds_zero = None if zero is None else (end - lag <= zero) & (end > zero)
+        reached = _reached(begun, gains[:, start : start + len(end)].copy(), price, holds_zero)
         before[start : start + len(end)] = end - width + np.argmin(reached, axis=0)
     chain = np.empty((steps + 1, number), np.int64)
     chain[0] = length - 1

@@ -341,7 +341,7 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
     if xp is np and rows.length < COMPILED:
         count, total = rows.sums_below(cuts)
         places, found, exact, excess, whole = fit_knq_priced_host.priced_paths(
-            count, total, size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, pin=keep_zero
+            count, total, size, zero, price * unit, _TRIALS, not final, num_levels=num_levels, keep_zero=keep_zero
         )
         least = (whole - (num_levels - keep_zero) * found) / unit
     else:
@@ -351,7 +351,7 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, final: bool
         count, total = rows.sums_below(cuts)
         places, found, exact, excess = priced_paths(
             count, total, np.int32(size), zero, price * unit, np.int32(_TRIALS), not final,
-            num_levels=num_levels, pin=keep_zero,
+            num_levels=num_levels, keep_zero=keep_zero,
         )  # fmt: skip
         places, excess = _like(places, xp), excess[:, : size + 1]
         if xp is np:
