@@ -290,8 +290,9 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
         expected = shortest_path(weight[r], mean[r], square[r], from_below[r], price[r], held)
         np.testing.assert_allclose(potential, expected[1:], rtol=1e-11)
         paid = np.concatenate([[0.0], leak[r]])
+        sizes = np.diff(np.unique([0, *generator.integers(1, size, 8), size]))
         on_host, before, widest, _ = fit_knq_path_host.potentials(
-            weight[r], mean[r], square[r], paid, price[r], None if held is None else int(held), block * 8
+            weight[r], mean[r], square[r], paid, price[r], None if held is None else int(held), sizes
         )
         np.testing.assert_allclose(on_host, expected, rtol=1e-11)
         assert (before[1:] < np.arange(1, size + 1)).all()

@@ -11,12 +11,12 @@ import numpy as np
 
 from nuqjax._src.knq.search.priced_host import LEAST_BLOCK, schedule
 
-_BLOCKS = 16, 128  # cells handled at once: at least (away from the ends of the row), and at most
-_PER_BLOCK = 6  # the widest intervals have this many times the cells of a block
+_MOST_BLOCK = 128  # cells handled at once, at most
+_PER_BLOCK = 6  # a block has a sixth of the cells that an interval may have: 1.6 times those that one is known to have
 
 
 def potentials(
-    weight, mean, square, leak, price: float, zero: int | None, band: int
+    weight, mean, square, leak, price: float, zero: int | None, sizes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Computes φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price.
 
@@ -28,7 +28,7 @@ def potentials(
       price: positive.
       zero: the cut below the value 0 where there is a held zero, else None: an interval from a cut up to `zero` to a
         cut above it costs its error about 0 and no price.
-      band: about how many cells the widest intervals have.
+      sizes: the number of cells of each interval of some partition, m in all. It affects the time only.
 
     Returns:
       `[m + 1]` φ, `[m + 1]` the cut before each on its best path, the number of cells of the widest interval computed,
@@ -37,9 +37,8 @@ def potentials(
     length = len(weight)
     potential, before = np.zeros(length + 1), np.zeros(length + 1, np.int64)
     start = np.zeros(length + 1)  # φ − leak
-    block = 1 << max(band // _PER_BLOCK, 1).bit_length() - 1
-    block = min(max(block, _BLOCKS[0]), _BLOCKS[1])
-    ends = schedule(length, block)
+    blocks = _block_sizes(sizes)
+    ends = schedule(length, np.repeat(blocks, sizes))
     upward, onward = _running(weight, mean, square, ends)
     # `known` holds weight, mean, rest and squared error of the intervals from each cut since `first` to the block.
     first, widest, known = 0, 0, tuple(np.zeros(1) for _ in range(4))
@@ -84,7 +83,16 @@ def potentials(
             rest = tuple(x[first + step : last] for x in onward)
             known = tuple(np.concatenate(x) for x in zip(rest, _nothing(), strict=True))
         first += step
-    return potential, before, widest, widest // LEAST_BLOCK + 2 * block + 2
+    return potential, before, widest, widest // LEAST_BLOCK + 2 * int(blocks.max()) + 2
+
+
+def _block_sizes(sizes: np.ndarray) -> np.ndarray:
+    """Returns how many cells are settled at once beside intervals of some sizes: powers of two, for few shapes.
+
+    In larger blocks many intervals begin and end, and those are settled one after the other.
+    """
+    share = np.maximum((1.6 * sizes + 32) / _PER_BLOCK, 1)
+    return np.clip(2 ** np.log2(share).astype(np.int64), LEAST_BLOCK, _MOST_BLOCK)
 
 
 def _nothing() -> tuple[np.ndarray, ...]:

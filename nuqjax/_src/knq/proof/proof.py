@@ -97,7 +97,8 @@ class _Request(NamedTuple):
     cells: _Cells
     leak: np.ndarray  # [m + 1] at each cut
     price: float
-    band: int  # first guess of how many cuts before a block are candidates
+    sizes: np.ndarray  # the number of cells of each interval of the partition known
+    band: int  # first guess of how many cuts before a block are candidates, in compiled passes
     compiled: bool  # whether the pass is large enough to pay for its compilation
 
 
@@ -165,7 +166,7 @@ def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
         if not request.compiled:
             row = requests.pop(r).cells
             arrays = row.weight, row.mean, row.square, request.leak
-            yield r, fit_knq_path_host.potentials(*arrays, request.price, row.zero, request.band)
+            yield r, fit_knq_path_host.potentials(*arrays, request.price, row.zero, request.sizes)
     while requests:
         groups: dict[tuple[int, bool], list[int]] = {}
         for r, request in requests.items():
@@ -245,12 +246,13 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         left = np.minimum(np.interp(cells.least, left_places, left_level), cells.least)
         right = np.maximum(np.interp(cells.greatest, right_places, right_level), cells.greatest)
         up, down = margin * spread * (cells.greatest - left), margin * spread * (right - cells.least)
-        band = _band(cells, whole)
+        sizes = np.diff(np.searchsorted(cells.cuts, whole))
+        band = min(int(1.6 * sizes.max()) + 32, len(cells.weight) + 32)
         tangents: dict[float, tuple[float, int]] = {}
         for _ in range(_TRIALS if inner.any() else _LAST_TRIALS):
             price = proposed
             up = np.minimum(up, price / 2)
-            forward, before, band, merges = yield _Request(cells, _at_cuts(up), price, band, compiled)
+            forward, before, band, merges = yield _Request(cells, _at_cuts(up), price, sizes, band, compiled)
             left_level, leak = _leaks(cells, spread, forward)
             more_up = _more(leak, up, price)
             rounding = _rounding(row, cells, float(forward[-1]) + best, merges, num_levels, moment)
@@ -272,7 +274,7 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         if bound >= enough:
             break
         mirror, down = cells.reversed(), np.minimum(down, price / 2)
-        backward, _, band, merges = yield _Request(mirror, _at_cuts(down[::-1]), price, band, compiled)
+        backward, _, band, merges = yield _Request(mirror, _at_cuts(down[::-1]), price, sizes[::-1], band, compiled)
         rounding = max(rounding, _rounding(row, cells, float(backward[-1]) + best, merges, num_levels, moment))
         right_level, leak = _leaks(mirror, spread[::-1], backward)
         more_down = _more(leak, down[::-1], price)
@@ -389,12 +391,6 @@ def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
         zero_cell = np.searchsorted(starts, cells.zero, side="right") - 1
         error += float(weight[zero_cell] * mean[zero_cell] ** 2)
     return error
-
-
-def _band(cells: _Cells, whole: np.ndarray) -> int:
-    """Returns a first guess of how many cuts before a block are candidates; a pass that needs more reports it."""
-    longest = int(np.diff(np.searchsorted(cells.cuts, whole)).max())
-    return min(int(1.6 * longest) + 32, len(cells.weight) + 32)
 
 
 def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:

@@ -232,10 +232,27 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
     """
     zero, gains = problem.zero, problem.gains
     width, length, number = gains.shape
-    lag = np.arange(width, 0, -1)[:, None]
     potential = np.full((width + length, number), np.inf)  # padded for cuts before the first
     potential[width] = 0.0
-    widest = np.empty((length, number))
+    if number == 1:
+        _settle_each_of_one(potential[:, 0], gains[:, :, 0], price[0], -1 if zero is None else int(zero[0]))
+    else:
+        _settle_each(potential, gains, price, zero)
+    begun = potential[:length]  # at the cut as many cells before each cut as the width
+    widest = begun - gains[0] + price
+    if zero is not None:
+        end = np.arange(length)[:, None]
+        widest = np.where((end - width <= zero) & (end > zero), begun, widest)
+    inner = slice(width, length - 1)
+    if (widest[inner] <= potential[width:][inner]).any():
+        return None
+    return _Path(potential[width:], None, None)
+
+
+def _settle_each(potential, gains, price, zero) -> None:
+    """Computes the paths to one cut after the other, in place, from the gains of the intervals that end there."""
+    width, length, number = gains.shape
+    lag = np.arange(width, 0, -1)[:, None]
     zero = np.zeros(0, np.int64) if zero is None else zero
     holds_zero_from, holds_zero_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
     reached, least = np.empty((width, number)), np.empty(number)
@@ -246,24 +263,40 @@ def _narrow_path(problem: _Problem, price) -> _Path | None:
             reached += price
             np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
             np.minimum.reduce(reached, axis=0, out=potential[end + width])
-            widest[end] = reached[0]
         else:
             np.minimum.reduce(reached, axis=0, out=least)
             np.add(least, price, out=potential[end + width])
-            np.add(reached[0], price, out=widest[end])
-    inner = slice(width, length - 1)
-    if (widest[inner] <= potential[width:][inner]).any():
-        return None
-    return _Path(potential[width:], None, None)
 
 
-def schedule(cuts: int, most: int) -> list[int]:
-    """Returns where blocks end; blocks are smaller near the ends of the row, as intervals are."""
+def _settle_each_of_one(potential, gains, price, zero: int) -> None:
+    """Computes `_settle_each` for one row, whose gains to a cut are put next to each other."""
+    width = len(gains)
+    lag, reached = np.arange(width, 0, -1), np.empty(width)
+    pinned = range(zero + 1, zero + 1 + width) if zero >= 0 else ()
+    for end, to_end in enumerate(np.ascontiguousarray(gains.T[1:]), 1):
+        begun = potential[end : end + width]
+        np.subtract(begun, to_end, out=reached)
+        if end in pinned:
+            reached += price
+            np.copyto(reached, begun, where=end - lag <= zero)
+            potential[end + width] = np.minimum.reduce(reached)
+        else:
+            potential[end + width] = np.minimum.reduce(reached) + price
+
+
+def schedule(cuts: int, most: int | np.ndarray) -> list[int]:
+    """Returns where blocks of at most `most` cuts end, or of at most `most[cut]` where they differ along the row.
+
+    Blocks are smaller near the ends of the row, as intervals are.
+    """
+    limits = (np.full(cuts, most) if isinstance(most, int) else most).tolist()
     ends = [0]
     while ends[-1] < cuts:
-        near = min(ends[-1], cuts - ends[-1]) // _PER_BLOCK
-        size = 1 << max(near, LEAST_BLOCK).bit_length() - 1
-        ends.append(min(ends[-1] + min(size, most), cuts))
+        start = ends[-1]
+        near = min(start, cuts - start) // _PER_BLOCK
+        size = min(1 << max(near, LEAST_BLOCK).bit_length() - 1, limits[start])
+        size = min(size, limits[min(start + size, cuts) - 1])
+        ends.append(min(start + size, cuts))
     return ends
 
 
@@ -386,7 +419,7 @@ def _path_of_one(problem: _Problem, price) -> _Path:
     weighty, length, paid = problem.weighty, len(count), price[0]
     potential = np.full(length, np.inf)
     potential[0] = 0.0
-    ends = schedule(length - 1, min(problem.block, _BLOCK))
+    ends = schedule(length - 1, problem.block)
     firsts = np.zeros(len(ends), np.int64)
     for block, (below, last) in enumerate(itertools.pairwise(ends)):
         first = firsts[block]
