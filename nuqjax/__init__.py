@@ -1,6 +1,6 @@
 """Codebook quantization for JAX: compresses any parameter pytree to k-means levels and runs the unchanged model."""
 
-from nuqjax import calibration
+from nuqjax import calibration, types
 from nuqjax._src.apply.apply import apply
 from nuqjax._src.calibration.door import compress
 from nuqjax._src.calibration.fisher import fisher
@@ -9,8 +9,9 @@ from nuqjax._src.checkpoint.convert import compress_checkpoint
 from nuqjax._src.compress.plan import Plan, plan
 from nuqjax._src.compress.rules import Rule
 from nuqjax._src.emulate.calibrate import calibrate
-from nuqjax._src.emulate.emulate import Trace, emulate
+from nuqjax._src.emulate.emulate import emulate
 from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
+from nuqjax._src.emulate.trace import Trace
 from nuqjax._src.export.onnx_file import export_onnx
 from nuqjax._src.export.program import Exported, export
 from nuqjax._src.fit.methods import fit
@@ -63,6 +64,7 @@ __all__ = [
     "report",
     "save",
     "shardings",
+    "types",
     "with_codebooks",
     "write_checkpoint",
 ]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 from nuqjax._src.checkpoint import journal as convert_journal
-from nuqjax._src.store import write as store_write
+from nuqjax._src.store import target as store_target
 
 _CHANGES = ("mkdir", "rmdir", "unlink", "replace", "chmod", "ftruncate", "write", "fsync")
 
@@ -77,7 +77,7 @@ def failing_disk(last=None):
     open_ = os.open
     patches = [mock.patch.object(os, name, stepping(getattr(os, name))) for name in _CHANGES]
     patches += [mock.patch.object(os, "open", opened)]
-    patches += [mock.patch.object(module, "open", disk.file, create=True) for module in (store_write, convert_journal)]
+    patches += [mock.patch.object(module, "open", disk.file, create=True) for module in (store_target, convert_journal)]
     for patch in patches:
         patch.start()
     try:

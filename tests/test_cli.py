@@ -18,6 +18,7 @@ import safetensors.numpy
 
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, cli
+from nuqjax._src.cli import options
 
 
 @pytest.fixture
@@ -312,13 +313,13 @@ def test_what_is_not_understood(folder, capsys, command, message):
 
 
 def test_words_of_the_command_line():
-    assert cli.granularity("inputs/64") == InputGroups(64)
-    assert cli.scale("inputs/8") == InputGroups(8)
-    assert cli.scale("none") is cli.codebook_format("none") is None
-    assert cli.codebook_format("fixed/6") == AutoQFormat(6)
-    assert cli.codebook_format("fixed/6/-2") == QFormat(6, -2)
-    assert cli.codebook_format("bfloat16") == jnp.bfloat16
-    assert cli.rule("a:output_axis=-2,-1,skip=false,keep_zero=true,stack_axes=1") == nuqjax.Rule(
+    assert options.granularity("inputs/64") == InputGroups(64)
+    assert options.scale("inputs/8") == InputGroups(8)
+    assert options.scale("none") is options.codebook_format("none") is None
+    assert options.codebook_format("fixed/6") == AutoQFormat(6)
+    assert options.codebook_format("fixed/6/-2") == QFormat(6, -2)
+    assert options.codebook_format("bfloat16") == jnp.bfloat16
+    assert options.rule("a:output_axis=-2,-1,skip=false,keep_zero=true,stack_axes=1") == nuqjax.Rule(
         "a", axis=(-2, -1), skip=False, keep_zero=True, stack_axes=1
     )
 

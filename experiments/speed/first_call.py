@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def small_network() -> dict[str, np.ndarray]:
     return {name: rng.standard_t(5, shape).astype(np.float32) for name, shape in _SHAPES.items()}
 
 
-def _small(granularity: str) -> dict[str, list[float]]:
+def _small(granularity: Literal["tensor", "channel"]) -> dict[str, list[float]]:
     params = small_network()
     return {
         name: measured(lambda o=o: nuqjax.compress(params, granularity=granularity, **o)) for name, o in _WAYS.items()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def folded(network: Network, data: Path) -> tuple[Callable[..., jax.Array], Any]
     return nuqjax.fold_batch_norm(network.trained.apply, networks.load_features(network, data), inputs)
 
 
-def compressed(variables: Any, bits: int, weight_word: int, granularity: str) -> Any:
+def compressed(variables: Any, bits: int, weight_word: int, granularity: Literal["tensor", "channel"]) -> Any:
     """The variables with the kernels as codebooks of `weight_word`-bit words."""
     words = nuqjax.AutoQFormat(weight_word)
     return nuqjax.compress(variables, bits, granularity=granularity, codebook_format=words)

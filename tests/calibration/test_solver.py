@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nuqjax import AutoQFormat, ChannelGroups, CodebookArray, InputGroups, QFormat
 from nuqjax._src.calibration.solver import sampled
-from nuqjax._src.leaf.codebook_array import check, dense_on_host
+from nuqjax._src.leaf.check import check
+from nuqjax._src.leaf.codebook_array import dense_on_host
 from nuqjax._src.leaf.fixed_point import encode_on_host
 from nuqjax._src.leaf.packing import pack
 from nuqjax.calibration import Problem, quantize, shrunk

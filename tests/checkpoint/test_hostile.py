@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import nuqjax
-from nuqjax._src.checkpoint import read as checkpoint_read
+from nuqjax._src.checkpoint.formats import orbax as orbax_format
 
 pytestmark = pytest.mark.filterwarnings("ignore:the file takes")  # of trees as small as these
 
@@ -461,7 +461,7 @@ def test_fuzz_of_orbax(tmp_path, fuzz):
     rng, good, path = np.random.default_rng(3), tmp_path / "good", tmp_path / "a"
     nuqjax.save(tmp_path / "saved", {"a": {"b": X, "s": 3, "t": "text"}, "l": [X, {"c": X > 1}], "n": None})
     nuqjax.write_checkpoint(good, nuqjax.open_checkpoint(tmp_path / "saved"), "orbax")
-    files = [file for file in checkpoint_read._files_of(str(good))[0] if os.path.getsize(file)]
+    files = [file for file in orbax_format._files_of(str(good))[0] if os.path.getsize(file)]
     told = 0
     for number in range(max(12, fuzz // 5000)):
         shutil.copytree(good, path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, CodebookArray, InputGroups, QFormat, Rule
-from nuqjax._src.leaf.codebook_array import check
+from nuqjax._src.leaf.check import check
 from nuqjax._src.platform.host import x64
 
 GRANULARITIES = ["tensor", "channel", ChannelGroups(3), InputGroups(5)]

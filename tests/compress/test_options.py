@@ -7,6 +7,7 @@ import pytest
 
 import nuqjax
 from nuqjax import cli
+from nuqjax._src.cli.options import RULE_OPTIONS
 from nuqjax._src.compress.rules import INHERIT, Options
 
 OF_LEAVES = {"stack_axes", "skip", "rule"}  # only a rule says these
@@ -29,6 +30,13 @@ def test_options_have_the_types_that_compress_gives_them(name):
             assert parameter.annotation == reference[option].annotation, option
 
 
+@pytest.mark.parametrize("holder", [Options, nuqjax.Rule])
+def test_options_have_the_types_that_compress_gives_them_where_they_are_held(holder):
+    reference = inspect.signature(nuqjax.compress).parameters
+    held = {field.name: field.type for field in fields(holder) if field.name in DEFAULTS}
+    assert held == {option: reference[option].annotation for option in DEFAULTS}
+
+
 def test_a_rule_takes_every_option_and_inherits_it():
     rule = nuqjax.Rule("kernel")
     assert {field.name for field in fields(nuqjax.Rule)} == {field.name for field in fields(Options)} - {"rule"} | {
@@ -45,4 +53,4 @@ def test_the_command_line_has_the_options_with_their_defaults():
 
 
 def test_the_command_line_reads_every_option_of_a_rule():
-    assert {key for key, _ in cli._RULE_OPTIONS.values()} == {field.name for field in fields(Options)} - {"rule"}
+    assert {key for key, _ in RULE_OPTIONS.values()} == {field.name for field in fields(Options)} - {"rule"}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import nuqjax
 from nuqjax import Accumulator, AutoQFormat, CodebookArray, QFormat, calibrate, emulate
-from nuqjax._src.emulate.calibrate import PRESETS, format_for
+from nuqjax._src.emulate.measure import format_for
+from nuqjax._src.emulate.presets import PRESETS
 from nuqjax.fixed_point import encode
 from tests import draws
 from tests.fixed_point_oracle import Format, Oracle, encoded

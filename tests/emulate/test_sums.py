@@ -8,9 +8,10 @@ from jax import lax
 
 from nuqjax import Accumulator
 from nuqjax._src.emulate.bounds import Words, is_depthwise
-from nuqjax._src.emulate.program import LINEAR, build
+from nuqjax._src.emulate.program import build
 from nuqjax._src.emulate.sums import by_int8_limbs, products_sum, scanned_sum
 from nuqjax._src.platform.host import x64
+from nuqjax._src.trace.operations import LINEAR
 from tests.fixed_point_oracle import Format as OracleFormat
 from tests.fixed_point_oracle import in_range, padded, spread, window_at
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, Rule
 from nuqjax._src.export.program import by_name
-from nuqjax._src.store.entry import _AS_BYTES, _AS_INTEGERS, _AS_PAIRS, _CODES, to_part
+from nuqjax._src.store.dtypes import AS_BYTES, AS_INTEGERS, AS_PAIRS, CODES, to_part
 from tests import draws
 
 pytestmark = pytest.mark.promotes  # the models do; tests/laws/test_flags.py has one that does not
@@ -193,7 +193,7 @@ def test_no_weight_is_in_the_program():
 HELD_IN_X64 = ["int64", "uint64", "float64", "complex128"]
 
 
-@pytest.mark.parametrize("name", [*_CODES, *_AS_BYTES, *_AS_INTEGERS, *_AS_PAIRS])
+@pytest.mark.parametrize("name", [*CODES, *AS_BYTES, *AS_INTEGERS, *AS_PAIRS])
 def test_every_dtype_is_made_of_what_is_stored_or_told(name):
     array = (np.random.default_rng(0).integers(0, 2, (3, 4)) + (name == "float8_e8m0fnu")).astype(name)
     tree = {"a": [array]}

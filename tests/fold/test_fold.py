@@ -323,6 +323,10 @@ def vectors(names, channels=6, seed=0, **others):
     return drawn({name: jnp.zeros(shape) for name, shape in shapes.items()}, seed)
 
 
+def placed(x):
+    return lax.with_sharding_constraint(x, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
 EPS = 1e-3
 FORMS = {
     "reference": (lambda y, p: (y - p["mean"]) * (p["g"] / jnp.sqrt(p["var"] + EPS)) + p["b"], ["add"]),
@@ -338,6 +342,7 @@ FORMS = {
         lambda y, p: (y - jnp.broadcast_to(p["mean"], y.shape)) * jnp.broadcast_to(p["g"], y.shape) + p["b"],
         ["add"],
     ),
+    "behind a placement": (lambda y, p: (placed(y) - p["mean"]) * placed(p["g"]) + p["b"], ["add"]),
 }
 
 

@@ -252,7 +252,7 @@ with x64():
         for asked in ("cuts_below", "cuts_above"):
             np.testing.assert_array_equal(getattr(mesh_row, asked)(wanted), getattr(host_row, asked)(wanted))
         cuts = np.unique(mesh_row.settled(np.append(places, mesh_row.size)))
-        cuts = np.unique(np.append(cuts, mesh_row.pin or 0))
+        cuts = np.unique(np.append(cuts, mesh_row.held_zero or 0))
         low, high = cuts[:-1][::2], cuts[1:][::2]
         for a, b in zip(mesh_row.measure(low, high), host_row.measure(low, high), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14 * np.abs(b).max())

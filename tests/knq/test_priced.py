@@ -80,11 +80,11 @@ def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin, repeat
         places, price, exact, excess = (
             np.asarray(x)[0]
             for x in priced_paths(
-                count, total, np.int32(size), zero[None], start, TRIALS, True, num_levels=num_levels, pin=pin
+                count, total, np.int32(size), zero[None], start, TRIALS, True, num_levels=num_levels, keep_zero=pin
             )
         )
     on_host = fit_knq_priced_host.priced_paths(
-        count, total, size, zero[None], start, int(TRIALS), True, num_levels=num_levels, pin=pin
+        count, total, size, zero[None], start, int(TRIALS), True, num_levels=num_levels, keep_zero=pin
     )
     for one, other in zip((places, price, exact), on_host, strict=False):
         np.testing.assert_array_equal(one, other[0])
@@ -116,7 +116,7 @@ def test_a_path_does_not_depend_on_the_rows_beside_it(pin):
             np.asarray(x)
             for x in priced_paths(
                 count[*rows], total[*rows], np.int32(size), zero[*rows], start[*rows], TRIALS, True,
-                num_levels=num_levels, pin=pin,
+                num_levels=num_levels, keep_zero=pin,
             )
         ]  # fmt: skip
 
@@ -149,10 +149,10 @@ def test_the_host_finds_the_same_paths_for_many_rows(pin, num_levels):
         start = total[:, -1].astype(float) ** 2 / size / num_levels + 2.0**40
         with x64():
             traced = priced_paths(
-                count, total, np.int32(size), zero, start, TRIALS, False, num_levels=num_levels, pin=pin
+                count, total, np.int32(size), zero, start, TRIALS, False, num_levels=num_levels, keep_zero=pin
             )  # fmt: skip
         on_host = fit_knq_priced_host.priced_paths(
-            count, total, size, zero, start, int(TRIALS), False, num_levels=num_levels, pin=pin
+            count, total, size, zero, start, int(TRIALS), False, num_levels=num_levels, keep_zero=pin
         )
         for one, other in zip(traced[:3], on_host, strict=False):
             np.testing.assert_array_equal(np.asarray(one), other)

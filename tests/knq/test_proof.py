@@ -281,7 +281,7 @@ def test_passes_in_blocks_find_the_shortest_paths(data):
             part = slice(begin, begin + 128)
             carried, potential, _ = potentials(
                 carried, weight[:, part], mean[:, part], square[:, part], leak[:, part], price,
-                np.int32(begin), np.full(count, 128, np.int32), zero, block=block, window=2 * block, pin=pin,
+                np.int32(begin), np.full(count, 128, np.int32), zero, block=block, window=2 * block, keep_zero=pin,
             )  # fmt: skip
             found.append(np.asarray(potential))
     assert np.asarray(carried.enough).all()

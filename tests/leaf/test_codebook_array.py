@@ -15,7 +15,9 @@ from jax.sharding import SingleDeviceSharding
 
 import nuqjax
 from nuqjax import ChannelGroups, CodebookArray, InputGroups, QFormat, Rule
-from nuqjax._src.leaf.codebook_array import channel_block, check, decode, decode_take
+from nuqjax._src.leaf.check import check
+from nuqjax._src.leaf.codebook_array import decode
+from nuqjax._src.leaf.take import channel_block, decode_take
 
 STACK, INPUTS, OUTPUTS = 3, 12, 7
 

@@ -19,9 +19,11 @@ import pytest
 import nuqjax
 from nuqjax import ChannelGroups, InputGroups, QFormat, Rule
 from nuqjax._src.leaf import packing
-from nuqjax._src.leaf.codebook_array import check_structure, is_codebook_array
+from nuqjax._src.leaf.check import check_structure
+from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.report.report import Report
 from nuqjax._src.store import file as store_file
+from nuqjax._src.store import layout as store_layout
 from nuqjax._src.store import store
 
 OLD = pathlib.Path(__file__).parents[1] / "laws" / "version3.safetensors"
@@ -64,7 +66,7 @@ def files(tmp_path_factory):
     found["reported"] = (folder / "reported").read_bytes()
     params = {str(i): np.arange(3 + i, dtype=("f4", "i1")[i % 2]) for i in range(4)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_MANY", 1)
+        patch.setattr(store_layout, "_MANY", 1)
         nuqjax.save(folder / "pooled", params)
     found["pooled"] = (folder / "pooled").read_bytes()
     found["placed"] = as_version_3(found["pooled"])

@@ -29,6 +29,7 @@ from nuqjax._src.leaf import packing, rows
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.store import entropy as store_entropy
 from nuqjax._src.store import file as store_file
+from nuqjax._src.store.dtypes import ITEMSIZE
 from tests import draws
 
 FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
@@ -229,7 +230,7 @@ def test_safetensors_opens_the_file_and_aligns_its_tensors(compressed, tmp_path)
         nuqjax.save(path, tree)
         opened = store_file.open_mapped(str(path))
         assert {name for name, _ in deserialize(path.read_bytes())} == set(opened.entries)
-        assert all(e.begin % store_file.ITEMSIZE[e.code] == 0 for e in opened.entries.values())
+        assert all(e.begin % ITEMSIZE[e.code] == 0 for e in opened.entries.values())
         assert (path.stat().st_size - opened.data.size) % 8 == 0
 
 
@@ -437,7 +438,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(compressed, tm
 
             return whole._replace(chunks=stopping)
 
-        monkeypatch.setattr("nuqjax._src.store.store.from_array", from_array)
+        monkeypatch.setattr("nuqjax._src.store.layout.from_array", from_array)
     with pytest.raises((OSError, KeyboardInterrupt)):
         nuqjax.save(tmp_path / "a", cparams, report=report, max_shard_size=limit)
     monkeypatch.undo()

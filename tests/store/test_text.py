@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nuqjax
-from nuqjax._src.store import store
+from nuqjax._src.store import layout, store
 from nuqjax._src.store import text as store_text
 
 
@@ -31,7 +31,7 @@ def plain_and_deflated(tmp_path_factory):
     cparams, report = nuqjax.compress(small_leaves(16), method="normal", bits=3, return_report=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_text, "_most", lambda _: 0)
-        patch.setattr(store, "_SMALL", -1)
+        patch.setattr(layout, "_SMALL", -1)
         nuqjax.save(folder / "plain", cparams, report=report)
         nuqjax.save(folder / "plain, bare", cparams)
     nuqjax.save(folder / "deflated", cparams, report=report)

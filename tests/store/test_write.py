@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import nuqjax
-from nuqjax._src.store.write import claim, replacing
+from nuqjax._src.store.target import claim, replacing
 from tests.failing_disk import Killed, failing_disk
 
 OLD = {"old": np.arange(300, dtype="f4"), "more": np.ones(300, "f4")}
@@ -246,8 +246,8 @@ def test_an_orbax_folder_is_not_replaced(tmp_path, format):
 
 _HOLDS = """
 import sys
-from nuqjax._src.store import write
-with write.claim(sys.argv[1]):
+from nuqjax._src.store import target
+with target.claim(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -14,34 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
-from jax.interpreters import ad, batching, mlir, partial_eval
 
-from nuqjax._src.leaf.codebook_array import (
-    CodebookArray,
-    check_layout,
-    decode,
-    decode_take,
-    dense_sharding,
-    is_codebook_array,
-)
+from nuqjax._src.apply.after import after, token_of
+from nuqjax._src.leaf.codebook_array import CodebookArray, check_layout, decode, dense_sharding, is_codebook_array
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.platform.meshes import as_automatic, explicit_sharding, typed_spec
-from nuqjax._src.trace.interpret import (
-    CONTROL_FLOW,
-    Interpreter,
-    Rule,
-    Site,
-    argument_name,
-    bind,
-    scan_parts,
-    trace,
-    write_changes,
-)
+from nuqjax._src.leaf.take import decode_take
+from nuqjax._src.platform.meshes import as_automatic, explicit_sharding
+from nuqjax._src.trace.interpret import CONTROL_FLOW, Interpreter, Rule, Site, bind, scan_parts
+from nuqjax._src.trace.traced import argument_name, trace, write_changes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending"))
@@ -127,10 +111,10 @@ def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES)
 class _Lifted:
     """A lifted function; it is a class so that it pickles."""
 
-    def __init__(self, fn: Callable[..., Any], loop_bytes: int):
+    def __init__(self, fn: Callable[..., Any], loop_bytes: int) -> None:
         self._fn, self._loop_bytes = fn, loop_bytes
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_codebook_array)[0]
         for path, x in leaves:
             if is_codebook_array(x):
@@ -151,10 +135,10 @@ class _Lifted:
         write_changes(traced, args, kwargs, computed, "nuqjax.apply")
         return jax.tree.unflatten(traced.outputs, outputs)
 
-    def __get__(self, instance, owner=None):
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
 
-    def __reduce__(self):
+    def __reduce__(self) -> str | tuple[Any, ...]:
         name = getattr(self._fn, "__qualname__", "")
         if getattr(sys.modules.get(getattr(self._fn, "__module__", "")), name, None) is self:
             return name  # decorated by `@nuqjax.apply` at the top level of a module
@@ -190,74 +174,11 @@ def _as_array(x: Any, aval: Any) -> jax.Array:
     return jnp.asarray(x.item()) if aval.weak_type and x.ndim == 0 else jnp.asarray(x, aval.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The order of decoding.
-#
-# Inside `jit` only data dependencies order the decoding of different layers, and XLA on CPU would decode every weight
-# first and hold them all. So the packed bytes are made to depend on the activation that the weight is used with.
-
-_after_p = core.Primitive("after")
-
-
-def _after(packed: jax.Array, token: jax.Array) -> jax.Array:
-    """Returns `packed`, made to depend on `token`, so that it is not used before `token` is computed."""
-    token, sharding = lax.stop_gradient(token), explicit_sharding(packed, token)
-    if sharding is None:
-        return _after_p.bind(packed, token)
-    return as_automatic(_after_p.bind, sharding.mesh, typed_spec(packed))(packed, token)
-
-
-def _after_by_data(packed, token):
-    """Combines the bytes with a zero that XLA cannot simplify away, since a float times zero may be NaN."""
-    first = lax.reshape(lax.slice(token, (0,) * token.ndim, (1,) * token.ndim), ())
-    never = first.astype(jnp.float32) * 0 > 0
-    return packed ^ never.astype(packed.dtype)
-
-
-def _after_by_barrier(packed, token):
-    return lax.optimization_barrier((packed, token))[0]
-
-
-def _batch_after(args, dims):
-    packed, token = args
-    if dims[1] is not None:  # any one example serves: decoding must not be repeated for each
-        token = lax.index_in_dim(token, 0, dims[1], keepdims=False)
-    return _after_p.bind(packed, token), dims[0]
-
-
-def _jvp_after(primals, tangents):
-    output = _after_p.bind(*primals)
-    del tangents  # the bytes have no tangent, and that of the token is not used
-    return output, ad.Zero.from_primal_value(output)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-_after_p.def_impl(lambda packed, token: packed)
-_after_p.def_abstract_eval(lambda packed, token: packed)
-batching.primitive_batchers[_after_p] = _batch_after
-ad.primitive_jvps[_after_p] = _jvp_after
-# `linear_transpose` treats all that depends on its input as linear in it, so the order of decoding is given up there.
-partial_eval.custom_partial_eval_rules[_after_p] = lambda trace, packed, token: packed
-mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_barrier, multiple_results=False))
-mlir.register_lowering(_after_p, mlir.lower_fun(_after_by_data, multiple_results=False), platform="cpu")
-
-
-def _token(others: Sequence[Any]) -> jax.Array | None:
-    """Returns an operand whose value the decoding can wait for, or None."""
-    for x in others:
-        if (
-            isinstance(x, jax.core.Tracer)
-            and x.size
-            and (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer))
-        ):
-            return x
-    return None
-
-
 def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
     """Decodes a leaf for an equation that has these other operands."""
-    leaf, token = value.leaf, _token(others)
+    leaf, token = value.leaf, token_of(others)
     if token is not None:
-        leaf = replace(leaf, packed=_after(leaf.packed, token))
+        leaf = replace(leaf, packed=after(leaf.packed, token))
     with jax.named_scope(f"decode {value.path}"):
         return value.finish(decode(leaf))
 
@@ -266,14 +187,14 @@ def _lower(value: Packed, others: Sequence[Any]) -> jax.Array:
 # Rules: what a primitive does with a packed leaf instead of decoding it whole.
 
 
-def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest):
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed, *rest) -> Sequence[Any]:
     """Postpones a change of shape or dtype until the leaf is decoded."""
     if rest:
         return bind(eqn, interpreter.lower_all((value, *rest)))
     return [replace(value, pending=(*value.pending, eqn))]
 
 
-def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed) -> Sequence[Any]:
     """Removes stack axes of length 1 from the leaf itself."""
     dimensions, stack = eqn.params["dimensions"], len(value.leaf.stack_shape)
     if value.only_cast and all(d < stack for d in dimensions):
@@ -281,7 +202,7 @@ def _squeeze(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pa
     return _keep(interpreter, site, eqn, value)
 
 
-def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed):
+def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Packed) -> Sequence[Any]:
     """Slices the leaf itself along stack axes; for a slice along one other axis, decodes only the values in it."""
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(start)
@@ -298,7 +219,7 @@ def _slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Pack
     return _keep(interpreter, site, eqn, value)
 
 
-def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start):
+def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, *start) -> Sequence[Any]:
     """As `_slice`, with computed starts, which `dynamic_slice` clamps so that the slice is inside the array."""
     sizes, shape = eqn.params["slice_sizes"], _operand_shape(eqn)
     if not isinstance(value, Packed) or any(map(interpreter.is_lifted, start)) or not value.only_cast:
@@ -307,7 +228,7 @@ def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, val
     stack = len(value.leaf.stack_shape)
     if all(a < stack for a in cut):
 
-        def sliced(array):
+        def sliced(array) -> jax.Array:
             rest = array.ndim - stack
             zeros = [jnp.zeros((), start[0].dtype)] * rest
             return lax.dynamic_slice(array, [*start[:stack], *zeros], [*sizes[:stack], *array.shape[stack:]])
@@ -321,7 +242,7 @@ def _dynamic_slice(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, val
 
 
 def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax.Array:
-    def taken(leaf, index):
+    def taken(leaf, index) -> jax.Array:
         with jax.named_scope(f"decode {value.path}"):
             return value.finish(decode_take(leaf, index, axis))
 
@@ -331,7 +252,7 @@ def _take(eqn: core.JaxprEqn, value: Packed, index: jax.Array, axis: int) -> jax
 def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Wraps a function in place of an equation: on a mesh with explicit axes its output has the equation's sharding."""
 
-    def run(*args):
+    def run(*args) -> Any:
         sharding = explicit_sharding(*jax.tree.leaves(args))
         aval: Any = eqn.outvars[0].aval
         return function(*args) if sharding is None else as_automatic(function, sharding.mesh, aval.sharding.spec)(*args)
@@ -339,7 +260,7 @@ def _of_its_type(eqn: core.JaxprEqn, function: Callable[..., jax.Array]) -> Call
     return run
 
 
-def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices):
+def _gather(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, value: Any, indices) -> Sequence[Any]:
     """Decodes only what a look-up along one axis (`jnp.take`, `Embed`) reads; any other gather decodes the leaf."""
     axis = _taken_axis(eqn)
     if axis is None or not isinstance(value, Packed) or not value.only_cast or interpreter.is_lifted(indices):
@@ -386,7 +307,7 @@ def _taken_axis(eqn: core.JaxprEqn) -> int | None:
     return axis if whole and not numbers.operand_batching_dims else None
 
 
-def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """Decodes before a loop the leaves that each of its steps would decode, up to `loop_bytes` in all."""
     constants = _loop_constants(eqn, len(operands))
     repeated = _decoded_inside(interpreter, site, eqn, operands)
@@ -415,7 +336,7 @@ def _decoded_inside(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, op
     """Returns the paths of the leaves that the body of an equation decodes whole, found by tracing it."""
     paths = set()
 
-    def note(value: Packed, others: Sequence[Any]):
+    def note(value: Packed, others: Sequence[Any]) -> jax.Array:
         paths.add(value.path)
         return value.finish(jnp.zeros(value.leaf.shape, value.leaf.dtype))
 

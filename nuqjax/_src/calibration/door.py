@@ -13,6 +13,8 @@ from nuqjax._src.calibration.programs import Programs
 from nuqjax._src.calibration.widths import goal_of
 from nuqjax._src.compress.compress import compress_tree
 from nuqjax._src.compress.rules import Options, Rule
+from nuqjax._src.leaf.qformat import CodebookFormat
+from nuqjax._src.leaf.rows import Granularity, Scale
 
 
 def compress(
@@ -20,10 +22,10 @@ def compress(
     bits: int = 4,
     method: str = "knq",
     *,
-    granularity="tensor",
+    granularity: Granularity = "tensor",
     axis: int | Sequence[int] = -1,
-    scale=None,
-    codebook_format=None,
+    scale: Scale = None,
+    codebook_format: CodebookFormat = None,
     keep_zero: bool = False,
     rules: Rule | Sequence[Rule] = (),
     sensitivity: Any = None,

@@ -41,17 +41,17 @@ def fisher(
     leaves, structure = jax.tree.flatten(params)
     moving = [n for n, x in enumerate(leaves) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)]
 
-    def loss(moved, batch):
+    def loss(moved, batch) -> jax.Array:
         values = list(leaves)
         for n, x in zip(moving, moved, strict=True):
             values[n] = x
         return loss_fn(structure.unflatten(values), batch)
 
-    def squares(moved, batch):
+    def squares(moved, batch) -> list[jax.Array]:
         return [jnp.square(g.astype(jnp.float32)) for g in jax.grad(loss)(moved, batch)]
 
-    def of_examples(moved, batch):
-        def add(total, example):
+    def of_examples(moved, batch) -> list[Any]:
+        def add(total, example) -> tuple[list[Any], None]:
             one = jax.tree.map(lambda x: x[None], example)
             return [t + s for t, s in zip(total, squares(moved, one), strict=True)], None
 
@@ -63,7 +63,7 @@ def fisher(
     weights = [leaves[n] for n in moving]
     placed = [x.sharding if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) else None for x in weights]
 
-    def step(total, moved, batch):
+    def step(total, moved, batch) -> list[Any]:
         new = of_examples(moved, batch) if per_example else squares(moved, batch)
         return [t + s for t, s in zip(total, new, strict=True)]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.leaf.fixed_point import decode_on_host, encode_on_host
-from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
+from nuqjax._src.leaf.qformat import AutoQFormat, QFormat, of_least_error
 
 
 def rounded_levels(levels: np.ndarray, codebook_format: Any, dtype: np.dtype) -> np.ndarray:
@@ -54,9 +54,9 @@ def chosen_format(auto: AutoQFormat, levels: np.ndarray, has_scale: bool) -> QFo
     whole = 0 if has_scale else math.frexp(float(np.abs(levels).max(initial=0)))[1]
     full = auto.word - auto.signed - whole
 
-    def moved(frac: int) -> float:
-        rounded = rounded_levels(levels, QFormat(auto.word, frac, auto.signed), np.dtype(np.float32))
+    def moved(fixed: QFormat, _: float) -> float:
+        rounded = rounded_levels(levels, fixed, np.dtype(np.float32))
         return float(((rounded - levels).astype(np.float64) ** 2).sum())
 
     within = [min(max(frac, -512), 512) for frac in range(full, full + (1 if has_scale else 8))]
-    return QFormat(auto.word, min(within, key=moved), auto.signed)
+    return of_least_error((QFormat(auto.word, frac, auto.signed) for frac in within), moved)

@@ -13,7 +13,7 @@ from nuqjax._src.calibration.convolutions import with_fast_convolutions
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.platform.meshes import on_automatic
-from nuqjax._src.trace.interpret import Traced, trace
+from nuqjax._src.trace.traced import Traced, trace
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -81,7 +81,7 @@ class Programs:
     _traced: dict[Any, Traced] = field(default_factory=dict)
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for path, leaf in jax.tree_util.tree_flatten_with_path(self.params, is_leaf=is_codebook_array)[0]:
             if is_codebook_array(leaf):
                 raise ValueError(f"{self.caller}: {path_name(path)} is compressed; dense parameters are wanted")

@@ -255,7 +255,7 @@ def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str
 def _compile(programs: Programs, batch: Any, recorder: Recorder) -> Any:
     names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
 
-    def collect(*arrays):
+    def collect(*arrays) -> tuple[list[Any], list[Sums]]:
         outputs = run(jaxpr, arrays, names, recorder)
         return outputs, [sums for _, _, sums in recorder.records]
 

@@ -34,8 +34,8 @@ from nuqjax._src.calibration.stages import (
 )
 from nuqjax._src.calibration.sweeps import descent_matrix, feedback_matrix, sweep
 from nuqjax._src.fit.methods import fit
-from nuqjax._src.leaf.qformat import AutoQFormat
-from nuqjax._src.leaf.rows import InputGroups, row_mask, to_rows
+from nuqjax._src.leaf.qformat import AutoQFormat, CodebookFormat
+from nuqjax._src.leaf.rows import Granularity, InputGroups, Scale, row_mask, to_rows
 
 _SAMPLE = 2**19  # the most values of a codebook that k-means fits
 _ENOUGH = 1e-3  # another round follows only if this one lowers the error by more than this share
@@ -45,9 +45,9 @@ def quantize(
     problem: Problem,
     *,
     bits: int,
-    granularity: Any = "tensor",
-    scale: Any = "channel",
-    codebook_format: Any = None,
+    granularity: Granularity = "tensor",
+    scale: Scale = "channel",
+    codebook_format: CodebookFormat = None,
     keep_zero: bool = False,
     feedback: bool = True,
     refit: int = 4,

@@ -18,8 +18,8 @@ from jax import lax
 from jax.extend import core
 
 from nuqjax._src.calibration.convolutions import convolve
-from nuqjax._src.fold.program import MOVING, move
 from nuqjax._src.trace.interpret import Interpreter, Rule, Site, bind, inline, scan_parts
+from nuqjax._src.trace.operations import DERIVED, MOVING, move
 
 
 class Slice:
@@ -197,7 +197,7 @@ def _lower(value: Any, others: Sequence[Any]) -> Any:
     return value.array
 
 
-def _default(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
+def _default(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """The rule for all other equations: records the use as not understood and binds the equation."""
     where = f" at {site.scope!r}" if site.scope else ""
     for x in operands:
@@ -205,7 +205,7 @@ def _default(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
     return bind(eqn, interpreter.lower_all(operands))
 
 
-def _moved(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any, *rest):
+def _moved(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any, *rest) -> Sequence[Any]:
     """The rule for changes of place or dtype: a parameter or an output stays lifted."""
     [array] = bind(eqn, interpreter.lower_all((value, *rest)))
     if rest or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -220,7 +220,7 @@ def _moved(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any, *rest):
 _MOST_NUMBERS = 2**24  # a larger output is not followed through moves that number its values one by one
 
 
-def _parted(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any):
+def _parted(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any) -> list[Any]:
     arrays = bind(eqn, interpreter.lower_all((value,)))
     if isinstance(value, Parameter):
         moves = ((*value.moves, Part(eqn, n)) for n in range(len(arrays)))
@@ -230,7 +230,7 @@ def _parted(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any):
     return [Output(x, tuple(zip(uses, part, strict=True))) for x, part in zip(arrays, parts, strict=True)]
 
 
-def _add(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
+def _add(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """The rule for sums: a parameter added to (or subtracted from) an output of uses can take their correction."""
     outputs = [x for x in operands if isinstance(x, Output)]
     parameters = [x for x in operands if isinstance(x, Parameter)]
@@ -273,7 +273,7 @@ def _stretches(inputs: int, widest: int) -> int:
     return next((n for n in range(fewest, 2 * fewest + 1) if inputs % n == 0), 0)
 
 
-def _dot(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
+def _dot(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     recorder = interpreter.recorder
     if not _one_parameter(operands):
         return _default(interpreter, site, eqn, *operands)
@@ -303,7 +303,7 @@ def _dot(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
     return [Output(result, ((use, numbers),))]
 
 
-def _conv(interpreter: Any, site: Site, eqn: core.JaxprEqn, x: Any, kernel: Any):
+def _conv(interpreter: Any, site: Site, eqn: core.JaxprEqn, x: Any, kernel: Any) -> Sequence[Any]:
     recorder, params = interpreter.recorder, eqn.params
     if not isinstance(kernel, Parameter) or isinstance(x, Parameter) or params["batch_group_count"] != 1:
         return _default(interpreter, site, eqn, x, kernel)
@@ -345,7 +345,7 @@ def _patch_sums(x, out_shape, params, recorder: Recorder, use: Use) -> tuple[int
     row = math.prod(i.size for i in index) * x.shape[-1]
     places = math.prod(len(i) for i in index)
 
-    def sums_of(x):
+    def sums_of(x) -> Sums:
         if padded:
             x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
         for a, i in enumerate(index):
@@ -370,14 +370,14 @@ def _in_blocks(sums_of: Callable[[Any], Sums], x: Any, row: int) -> Sums:
         return sums_of(x)
     blocks = x.reshape(-1, size, *x.shape[1:])
 
-    def step(total, block):
+    def step(total, block) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, sums_of(block)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums_of, blocks[0]))
     return lax.scan(step, zeros, blocks)[0]
 
 
-def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index: Any):
+def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index: Any) -> Sequence[Any]:
     """The rule for look-ups along one axis: counts how often each entry is looked up."""
     recorder, numbers = interpreter.recorder, eqn.params["dimension_numbers"]
     [index] = interpreter.lower_all([index])
@@ -396,7 +396,7 @@ def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index:
     return bind(eqn, [table.array, index])
 
 
-def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
+def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """The rule for loops: stacks the sums of leaves that the loop slices, and adds up those of other leaves."""
     recorder, body = interpreter.recorder, eqn.params["jaxpr"]
     first, second = scan_parts(eqn.params, len(operands))
@@ -408,7 +408,7 @@ def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
     length = eqn.params["length"]
     found: list[Recorder] = []
 
-    def step(carry, slices):
+    def step(carry, slices) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
         inner = recorder.inside()
         inside = [
             Parameter(s, x.name, (*x.moves, mark)) if isinstance(x, Parameter) else s
@@ -428,7 +428,7 @@ def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
     shapes = jax.eval_shape(step, tuple(carry), slices)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2])
 
-    def one(state, slices):
+    def one(state, slices) -> tuple[tuple[tuple[Any, ...], Any], tuple[tuple[Any, ...], tuple[Any, ...]]]:
         carry, total = state
         carry, ys, shared, stacked = step(carry, slices)
         return (carry, jax.tree.map(jnp.add, total, shared)), (ys, stacked)
@@ -450,10 +450,7 @@ def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands):
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVING, _moved),
-    **dict.fromkeys(
-        ("checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-        inline,
-    ),
+    **dict.fromkeys(DERIVED, inline),
     **dict.fromkeys(("add", "sub", "add_any"), _add),
     "split": _parted,
     "dot_general": _dot,

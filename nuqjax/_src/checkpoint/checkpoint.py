@@ -6,19 +6,25 @@ msgpack file can only be read as a whole.)
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nuqjax._src.checkpoint.formats.hdf5 import open_h5
+from nuqjax._src.checkpoint.formats.msgpack import open_msgpack
+from nuqjax._src.checkpoint.formats.numpy import open_npy, open_npz
+from nuqjax._src.checkpoint.formats.orbax import open_orbax, orbax
+from nuqjax._src.checkpoint.formats.safetensors import open_safetensors
+from nuqjax._src.checkpoint.locate import READABLE, locate
 from nuqjax._src.checkpoint.names import NOTES, names_of, notes_for
-from nuqjax._src.checkpoint.read import CODES, READABLE, locate, open_as, orbax
 from nuqjax._src.checkpoint.tree import Checkpoint, Leaf
-from nuqjax._src.store.file import Stored
-from nuqjax._src.store.store import shard_size
-from nuqjax._src.store.write import replacing, to_json, write
+from nuqjax._src.store.dtypes import DTYPES
+from nuqjax._src.store.file import Stored, shard_size
+from nuqjax._src.store.target import replacing
+from nuqjax._src.store.write import to_json, write
 
 FORMATS = ("safetensors", "npz", "msgpack", "orbax")  # formats that can be written; `READABLE` lists those to read
 
@@ -65,10 +71,23 @@ def open_checkpoint(
     if format is not None and format not in READABLE:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(READABLE)}")
     place, format = locate(path, format)
-    return open_as(place, format, separator, skip)
+    return _opened(place, format, separator, skip)
 
 
 # Writing
+
+
+def _opened(path: str, format: str, separator: str | None, skip: str | None) -> Checkpoint:
+    """Opens the checkpoint at a path with the reader of its format."""
+    readers: dict[str, Callable[[], Checkpoint]] = {
+        "safetensors": lambda: open_safetensors(path, separator, skip),
+        "npz": lambda: open_npz(path, separator, skip),
+        "npy": lambda: open_npy(path, skip),
+        "msgpack": lambda: open_msgpack(path, skip),
+        "orbax": lambda: open_orbax(path, skip),
+        "h5": lambda: open_h5(path, skip),
+    }
+    return readers[format]()
 
 
 def write_checkpoint(
@@ -185,7 +204,7 @@ def _named_arrays(
 
 
 def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit: int | None) -> None:
-    codes = {np.dtype(name): code for code, name in CODES.items()}
+    codes = {np.dtype(name): code for code, name in DTYPES.items()}
     named, notes = _named_arrays(checkpoint, separator, "safetensors")
     tensors = []
     for name, leaf in named:
@@ -196,7 +215,7 @@ def _write_safetensors(path: Any, checkpoint: Checkpoint, separator: str, limit:
         if name == "__metadata__":
             raise ValueError(f"{checkpoint.path}: leaf {leaf.path!r}: safetensors reserves this name")
 
-        def chunks(leaf=leaf):
+        def chunks(leaf=leaf) -> Iterator[memoryview]:
             yield np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8).data
 
         tensors.append(Stored(name, codes[leaf.dtype], leaf.shape or (), chunks))

@@ -15,14 +15,18 @@ from nuqjax._src.checkpoint.journal import Journal
 from nuqjax._src.compress.leaf import compress_leaf
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
 from nuqjax._src.compress.rules import Options, Rule
+from nuqjax._src.leaf.qformat import CodebookFormat
+from nuqjax._src.leaf.rows import Granularity, Scale
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report, report_leaf
 from nuqjax._src.store import entropy as store_entropy
-from nuqjax._src.store.entry import to_part
+from nuqjax._src.store.dtypes import to_part
+from nuqjax._src.store.file import shard_size
+from nuqjax._src.store.layout import LayoutBuilder, described, metadata
 from nuqjax._src.store.report import with_coded_sizes
-from nuqjax._src.store.store import Layout, described, metadata, shard_size
+from nuqjax._src.store.target import claim
 from nuqjax._src.store.tree import tree_to_nodes
-from nuqjax._src.store.write import claim, to_json, write
+from nuqjax._src.store.write import to_json, write
 
 
 def compress_checkpoint(
@@ -31,10 +35,10 @@ def compress_checkpoint(
     bits: int = 4,
     method: str = "knq",
     *,
-    granularity="tensor",
+    granularity: Granularity = "tensor",
     axis: int | Sequence[int] = -1,
-    scale=None,
-    codebook_format=None,
+    scale: Scale = None,
+    codebook_format: CodebookFormat = None,
     keep_zero: bool = False,
     rules: Sequence[Rule] = (),
     tolerance: float | None = 1e-6,
@@ -128,7 +132,7 @@ def compress_checkpoint(
                 if progress is not None:
                     progress(plan, plan.nbytes_before)
             _check_source(checkpoint, source_is)
-            layout, tensors, reports = Layout(nodes), [], []
+            layout, tensors, reports = LayoutBuilder(nodes), [], []
             for key in keys:
                 *parts, leaf_report = journal.leaf(key)
                 tensors += layout.place(*parts)

@@ -8,10 +8,11 @@ from typing import Any, BinaryIO
 
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report
-from nuqjax._src.store.entry import checksum
+from nuqjax._src.store.describe import checksum
 from nuqjax._src.store.file import Stored, parse_json
 from nuqjax._src.store.report import report_from_json, report_to_json
-from nuqjax._src.store.write import naming, to_json
+from nuqjax._src.store.target import naming
+from nuqjax._src.store.write import to_json
 
 _CHUNK = 1 << 24
 _LINES, _TENSORS = "journal", "tensors"
@@ -26,7 +27,7 @@ class Journal:
     checksums of their own for the same purpose. A leaf that is not complete is compressed again.
     """
 
-    def __init__(self, folder: str, mark: str, resume: bool):
+    def __init__(self, folder: str, mark: str, resume: bool) -> None:
         """Opens the journal in a folder; without `resume`, an existing one is removed first.
 
         Raises:

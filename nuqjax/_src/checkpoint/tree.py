@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from nuqjax._src.leaf.paths import nearest, path_name
-from nuqjax._src.store.entry import is_stored
+from nuqjax._src.store.dtypes import is_stored
 from nuqjax._src.store.tree import MAX_DEPTH, PathRoom
 
 _SYSTEM = {getattr(errno, name) for name in ("EACCES", "EPERM", "EIO", "EMFILE", "ENFILE", "ETIMEDOUT")}
+MOST_INFLATED = 1032  # the most bytes that one byte of zlib can expand to
 
 
 class Leaf(NamedTuple):

@@ -34,7 +34,7 @@ def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[Codebook
         return _compress_leaf(array, importance, plan)
     found = []
 
-    def arrays(array, importance):
+    def arrays(array, importance) -> tuple[Any, Any, Any]:
         found.append(_compress_leaf(array, importance, plan))
         leaf, _ = found[0]
         return leaf.levels, leaf.packed, leaf.scale
@@ -87,7 +87,7 @@ def _packed(indices: Any, bits: int, slice_shape: tuple[int, ...], axes: tuple[i
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _assigned_and_packed(values, levels, *given):
+def _assigned_and_packed(values, levels, *given) -> Any:
     """Assigns and packs in one compiled program instead of some dozens."""
     return _packed(assign(values, levels), *given)
 
@@ -99,7 +99,7 @@ def _leaf(plan: LeafPlan, levels: Any, packed: Any, factors: Any, codebook_forma
     outputs, inputs = rows.channel_shape(plan.slice_shape, plan.axes)
     count, _ = rows.row_shape(outputs, inputs, options.granularity)
 
-    def stacked(array, *shape):
+    def stacked(array, *shape) -> Any:
         array = array.reshape(*stack, *shape)
         return to_jax(array) if isinstance(array, np.ndarray) else array
 

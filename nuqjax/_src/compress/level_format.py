@@ -12,7 +12,7 @@ from nuqjax._src.compress.plan import LeafPlan
 from nuqjax._src.compress.view import View
 from nuqjax._src.leaf import fixed_point, rows
 from nuqjax._src.leaf.assign import assign, assign_on_host, distortion, distortion_on_host
-from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
+from nuqjax._src.leaf.qformat import AutoQFormat, QFormat, of_least_error
 from nuqjax._src.platform.host import over_blocks, working_dtype, x64
 
 
@@ -66,31 +66,30 @@ def choose_format(auto: AutoQFormat, levels: Any, view: View, plan: LeafPlan) ->
     values, levels = (x.astype(np.float32, copy=False) for x in (view.values, levels))
     dtype = jnp.dtype(plan.dtype)
 
-    def error_of(levels) -> float:
-        return _error(values, levels, unit, view.weights, view.mask)
-
-    unrounded_error = error_of(levels)
+    unrounded_error = _error(values, levels, unit, view.weights, view.mask)
     mass = _mass(values, levels, unit, view.weights, view.mask)
     most = most_scaled(view.factors, dtype)
-    full = auto.word - auto.signed - whole  # the finest format that saturates no level
-    best = math.inf, full
 
-    def is_worse(moved: float) -> bool:
-        """Returns whether a format that moves the levels' weights so far (squared) cannot be the best.
+    def error_of(fixed: QFormat, least: float) -> float:
+        def is_worse(moved: float) -> bool:
+            """Returns whether a format that moves the levels' weights so far (squared) cannot be the best.
 
-        By the triangle inequality, its error is at least (√moved − √unrounded_error)².
-        """
-        return max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2 * (1 - 1e-5) > best[0]
+            By the triangle inequality, its error is at least (√moved − √unrounded_error)².
+            """
+            return max(math.sqrt(moved) - math.sqrt(unrounded_error), 0) ** 2 * (1 - 1e-5) > least
+
+        if is_worse(_moved_into_range(levels, fixed, dtype, unit, mass)):
+            return math.inf
+        _, rounded = round_levels(levels, fixed, dtype, most)
+        if is_worse(_error(levels, rounded, unit, mass, None)):
+            return math.inf
+        return _error(values, rounded, unit, view.weights, view.mask)
 
     # From the coarsest format that does not round all these levels to 0, to one whose range holds few of them.
-    for frac in sorted(range(max(-whole, -512), min(full + _FINER, 512) + 1), key=lambda frac: abs(frac - full)):
-        fixed = QFormat(auto.word, frac, auto.signed)
-        if is_worse(_moved_into_range(levels, fixed, dtype, unit, mass)):
-            continue
-        _, rounded = round_levels(levels, fixed, dtype, most)
-        if not is_worse(_error(levels, rounded, unit, mass, None)):
-            best = min(best, (error_of(rounded), frac))
-    return QFormat(auto.word, best[1], auto.signed)
+    full = auto.word - auto.signed - whole  # the finest format that saturates no level
+    fracs = range(max(-whole, -512), min(full + _FINER, 512) + 1)
+    by_distance = sorted(fracs, key=lambda frac: abs(frac - full))  # good formats first: they rule others out
+    return of_least_error((QFormat(auto.word, frac, auto.signed) for frac in by_distance), error_of)
 
 
 _FINER = 24  # how many more fraction bits than `full` are tried: the range is then 2^−24 of the largest level
@@ -127,7 +126,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
     indices = assign_on_host(values, levels)
     mass = np.zeros(levels.shape)
 
-    def block(some, columns):
+    def block(some, columns) -> tuple[Any, np.ndarray]:
         place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * num_levels
         each = None if weights is None else weights[some, columns]
         if mask is not None:
@@ -141,7 +140,7 @@ def _mass(values: Any, levels: Any, unit: np.float32, weights: Any, mask: Any) -
 
 
 @jax.jit
-def _jit_mass(values, levels, weights, mask):
+def _jit_mass(values, levels, weights, mask) -> jax.Array:
     """Computes `_mass` for arrays that are not on the host and are already multiplied by `unit`."""
     with x64():
         each = jnp.ones(values.shape, jnp.float64) if weights is None else weights.astype(jnp.float64)

@@ -16,7 +16,7 @@ from nuqjax._src.leaf import rows
 
 
 @partial(jax.jit, static_argnames=("num_levels", "method", "keep_zero", "tolerance"))
-def _jit_levels(rows, num_levels, **options):
+def _jit_levels(rows, num_levels, **options) -> jax.Array:
     """Returns the levels alone, so that XLA omits what only their error needs."""
     return fit(rows, num_levels, **options).levels
 

@@ -17,8 +17,8 @@ from nuqjax._src.fit.methods import check_method
 from nuqjax._src.leaf import packing, rows
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.leaf.qformat import AutoQFormat, QFormat
-from nuqjax._src.leaf.rows import InputGroups
+from nuqjax._src.leaf.qformat import AutoQFormat, CodebookFormat, QFormat
+from nuqjax._src.leaf.rows import Granularity, InputGroups, Scale
 from nuqjax._src.platform.host import native_dtype, why_unfit
 from nuqjax._src.report.render import add_row, render
 from nuqjax._src.report.report import html_page
@@ -125,7 +125,7 @@ class Plan:
         return table
 
 
-def _plain(value):
+def _plain(value) -> str | int | float | None:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -134,10 +134,10 @@ def plan(
     bits: int = 4,
     method: str = "knq",
     *,
-    granularity="tensor",
+    granularity: Granularity = "tensor",
     axis: int | Sequence[int] = -1,
-    scale=None,
-    codebook_format=None,
+    scale: Scale = None,
+    codebook_format: CodebookFormat = None,
     keep_zero: bool = False,
     rules: Rule | Sequence[Rule] = (),
     min_size: int = 256,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nuqjax._src.leaf.paths import nearest
+from nuqjax._src.leaf.qformat import CodebookFormat
+from nuqjax._src.leaf.rows import Granularity, Scale
 
 
 class _Inherit:
@@ -24,10 +26,10 @@ class Options:
 
     bits: int = 4
     method: str = "knq"
-    granularity: Any = "tensor"
+    granularity: Granularity = "tensor"
     axis: int | Sequence[int] = -1
-    scale: Any = None
-    codebook_format: Any = None
+    scale: Scale = None
+    codebook_format: CodebookFormat = None
     keep_zero: bool = False
     tolerance: float | None = 1e-6
     min_size: int = 256
@@ -60,15 +62,15 @@ class Rule:
     stack_axes: int = 0
     bits: int = INHERIT
     method: str = INHERIT
-    granularity: Any = INHERIT
+    granularity: Granularity = INHERIT
     axis: int | Sequence[int] = INHERIT
-    scale: Any = INHERIT
-    codebook_format: Any = INHERIT
+    scale: Scale = INHERIT
+    codebook_format: CodebookFormat = INHERIT
     keep_zero: bool = INHERIT
     tolerance: float | None = INHERIT
     min_size: int = INHERIT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
         except re.error as error:

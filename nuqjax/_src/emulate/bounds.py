@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
-from nuqjax._src.emulate.program import LINEAR, LOOKING_UP, MOVING, Node, Program, whole_numbers
+from nuqjax._src.emulate.program import LOOKING_UP, MOVING, Node, Program, whole_numbers
 from nuqjax._src.leaf.qformat import QFormat
+from nuqjax._src.trace.operations import LINEAR
 
 _WIDEST = 62  # bits of magnitude that int64 words may have, so that a doubled word and a sum of two words still fit
 _FLOAT32, _FLOAT64 = 24, 53  # bits of the significands
@@ -54,7 +55,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteBounds:
     """What is known about a node before it runs.
 
     Attributes:
@@ -72,8 +73,8 @@ class Site:
     bound: int
 
 
-def sites(program: Program, formats: Formats) -> dict[Node, Site]:
-    """Returns a `Site` for every node that has words.
+def sites(program: Program, formats: Formats) -> dict[Node, SiteBounds]:
+    """Returns a `SiteBounds` for every node that has words.
 
     Raises:
       ValueError: a site has no row or lacks a format; an exact accumulator is too narrow; words would be longer than
@@ -85,7 +86,7 @@ def sites(program: Program, formats: Formats) -> dict[Node, Site]:
         raise NotImplementedError(
             f"{node.name}: there is no exact rule for {node.op} here; fallback='float' computes it in floating point"
         )
-    found: dict[Node, Site] = {}
+    found: dict[Node, SiteBounds] = {}
     for node in program.nodes:
         if node.role != "activation" or not node.real:
             continue
@@ -93,13 +94,13 @@ def sites(program: Program, formats: Formats) -> dict[Node, Site]:
             if node in program.rounded:
                 row = formats[node.name]
                 words = format_words(_need(row, "output"))
-                found[node] = Site(words, words, row, "", words.peak)
+                found[node] = SiteBounds(words, words, row, "", words.peak)
             continue
         found[node] = _site(node, program, formats, found)
     return found
 
 
-def _site(node: Node, program: Program, formats: Formats, found: Mapping[Node, Site]) -> Site:
+def _site(node: Node, program: Program, formats: Formats, found: Mapping[Node, SiteBounds]) -> SiteBounds:
     rounds = node in program.rounded
     row = formats.rows.get(node.name)
     if rounds:
@@ -117,8 +118,8 @@ def _site(node: Node, program: Program, formats: Formats, found: Mapping[Node, S
         most = max(most + max(-drop, 0), int(exact.divisor.max()).bit_length() + max(drop, 0) + 1)
     if most > _WIDEST:
         raise ValueError(f"{node.name}: its exact words would need {most + 1} bits; shorten its operands' formats")
-    words = _rounded(exact, row) if rounds and node.op != "input" else exact
-    return Site(exact, words, row, route, exact.peak if bound is None else bound)
+    words = _after_rounding(exact, row) if rounds and node.op != "input" else exact
+    return SiteBounds(exact, words, row, route, exact.peak if bound is None else bound)
 
 
 def _need(row: SiteFormat | None, name: str, site: str = "") -> QFormat:
@@ -133,7 +134,7 @@ def format_words(fmt: QFormat) -> Words:
     return Words(fmt.frac, fmt.least, fmt.largest)
 
 
-def _rounded(exact: Words, row: SiteFormat | None) -> Words:
+def _after_rounding(exact: Words, row: SiteFormat | None) -> Words:
     """Returns the words after rounding and overflow: within the format, and within the rounded exact interval."""
     fmt = _need(row, "output")
     drop = exact.frac - fmt.frac
@@ -152,7 +153,7 @@ def _rounded(exact: Words, row: SiteFormat | None) -> Words:
     return Words(fmt.frac, least, largest)
 
 
-def _linear(node: Node, row: SiteFormat, found: Mapping[Node, Site]) -> tuple[Words, str, int]:
+def _linear(node: Node, row: SiteFormat, found: Mapping[Node, SiteBounds]) -> tuple[Words, str, int]:
     """Returns the accumulator's words, the route, and the bound without loss of bits, of a dot or a convolution."""
     terms = terms_of(node)
     words = [found[n].words if n.role == "activation" else format_words(_need(row, "weight")) for n in node.inputs[:2]]
@@ -270,7 +271,7 @@ def is_depthwise(node: Node) -> bool:
     return node.params["feature_group_count"] > 1 and node.inputs[1].shape[numbers.rhs_spec[1]] == 1
 
 
-def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, Site]) -> Words:
+def _exact(node: Node, row: SiteFormat | None, found: Mapping[Node, SiteBounds]) -> Words:
     """Returns the words, before any rounding, of a node that is not a sum of products."""
     acts = [found[n].words for n in node.inputs if n.role == "activation" and n.real and n in found]
     if node.op in LOOKING_UP and node.inputs[0].role != "activation":

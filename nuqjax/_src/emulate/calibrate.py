@@ -1,55 +1,22 @@
 """Chooses the formats of a fixed-point emulation from a batch of data, and proves the bounds of its sums."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.emulate.bounds import sites
-from nuqjax._src.emulate.emulate import Parameters
 from nuqjax._src.emulate.formats import Accumulator, Formats, SiteFormat
-from nuqjax._src.emulate.program import LINEAR, MOVING, Node, Program, build, consumers, operands
+from nuqjax._src.emulate.measure import Wanted, measured
+from nuqjax._src.emulate.parameters import Parameters
+from nuqjax._src.emulate.presets import CHOICES, PRESETS, Preset
+from nuqjax._src.emulate.program import MOVING, Node, Program, build, operands
 from nuqjax._src.emulate.sums import weight_sums
-from nuqjax._src.leaf import fixed_point
 from nuqjax._src.leaf.codebook_array import CodebookArray
 from nuqjax._src.leaf.qformat import QFormat, check_modes
-from nuqjax._src.leaf.words import rounds_up
 from nuqjax._src.platform.meshes import as_on_automatic
-
-CHOICES = ("range", "error", "ristretto")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A named set of modes.
-
-    Attributes:
-      choose: how fraction bits are chosen: `"range"`, `"error"` or `"ristretto"`.
-      rounding: the rounding mode at each site.
-      overflow: the overflow mode at each site.
-      accumulator: the accumulator of each dot and convolution.
-      reciprocal: fraction bits of the reciprocals that replace divisions; None divides exactly and rounds once.
-      shared_bias: whether a bias has as many integer bits as the words of its weights.
-    """
-
-    choose: str = "range"
-    rounding: str = "half_even"
-    overflow: str = "saturate"
-    accumulator: Accumulator = field(default_factory=Accumulator)
-    reciprocal: int | None = None
-    shared_bias: bool = False
-
-
-PRESETS: Mapping[str, Preset] = {
-    "nuqjax": Preset(),
-    "ap_fixed": Preset(rounding="floor", overflow="wrap", accumulator=Accumulator(32, "wrap")),
-    "ristretto": Preset(choose="ristretto", rounding="half_away", shared_bias=True),
-    "gemmlowp": Preset(rounding="gemmlowp", accumulator=Accumulator(32)),
-}
+from nuqjax._src.trace.operations import LINEAR
 
 
 def calibrate(
@@ -128,12 +95,12 @@ def calibrate(
     def proven(*args, **options) -> Formats:
         program, arrays = build(fn, args, options)
         chosen = _choose(program, arrays, modes, words, fallback) if formats is None else formats
-        return prove(program, chosen, arrays)
+        return with_bounds(program, chosen, arrays)
 
     return proven(cparams, *inputs, **options)
 
 
-def prove(program: Program, formats: Formats, arrays: Any) -> Formats:
+def with_bounds(program: Program, formats: Formats, arrays: Any) -> Formats:
     """Returns the formats with each row's weight sum, bias peak, bound and route, for these parameters."""
     parameters = Parameters(dict(zip(program.arrays, arrays, strict=True)))
     rows = dict(formats.rows)
@@ -158,19 +125,10 @@ def prove(program: Program, formats: Formats, arrays: Any) -> Formats:
     return replace(formats, rows=rows)
 
 
-class _Wanted(NamedTuple):
-    """A format to choose: the site and the field of its row, the nodes with its words, and the word length in bits."""
-
-    site: str
-    field: str
-    nodes: tuple[Node, ...]
-    word: int
-
-
 def _choose(program: Program, arrays: Any, modes: Preset, words: Mapping[str, int], fallback: str | None) -> Formats:
     """Returns formats with a row for every site that needs one."""
     rows: dict[str, SiteFormat] = {}
-    wanted: list[_Wanted] = []
+    wanted: list[Wanted] = []
     values = dict(zip(program.arrays, arrays, strict=True))
     for node in program.nodes:
         floats = node in program.floats
@@ -188,11 +146,11 @@ def _choose(program: Program, arrays: Any, modes: Preset, words: Mapping[str, in
             reciprocal=modes.reciprocal if node.op == "div" else None,
         )
         if node in program.rounded:
-            wanted.append(_Wanted(node.name, "output", (node,), words["input" if node.op == "input" else "word"]))
+            wanted.append(Wanted(node.name, "output", (node,), words["input" if node.op == "input" else "word"]))
         for role, nodes in own.items():
             kind = role if nodes[0].role == "parameter" else "constant"
-            wanted.append(_Wanted(node.name, role, nodes, words[kind]))
-    for (site, role, nodes, _), fmt in zip(wanted, _measure(program, arrays, wanted, modes), strict=True):
+            wanted.append(Wanted(node.name, role, nodes, words[kind]))
+    for (site, role, nodes, _), fmt in zip(wanted, measured(program, arrays, wanted, modes), strict=True):
         if role == "weight":
             fmt = _codebook_format(nodes[0], values) or fmt
         rows[site] = replace(rows[site], **{role: fmt})
@@ -243,148 +201,3 @@ def _codebook_format(node: Node, values: Mapping[Node, Any]) -> QFormat | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements on the batch.
-
-
-def _measure(program: Program, arrays: Any, wanted: Sequence[_Wanted], modes: Preset) -> list[QFormat]:
-    """Returns a format for each entry of `wanted`."""
-    uses = consumers(program.nodes)
-
-    def values_of(arrays) -> list[jax.Array]:
-        floats = _floats(program, arrays)
-        return [
-            jnp.concatenate([jnp.clip(floats(node), *_clip(node, uses)).reshape(-1) for node in entry.nodes])
-            for entry in wanted
-        ]
-
-    def extremes(arrays):
-        return [(v.min(initial=jnp.inf), v.max(initial=-jnp.inf)) for v in values_of(arrays)]
-
-    chosen = []
-    for entry, ends in zip(wanted, jax.device_get(jax.jit(extremes)(arrays)), strict=True):
-        low, high = (float(end) for end in ends)
-        if low > high:  # no values
-            low = high = 0.0
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"{entry.site}: the batch gives values that are not finite ({entry.field})")
-        chosen.append(_first_choice(entry, low, high, modes))
-    if modes.choose != "error":
-        return chosen
-    candidates = [
-        [replace(fmt, frac=fmt.frac + more) for more in range(_FINER if entry.nodes[0].op != "constant" else 1)]
-        for entry, fmt in zip(wanted, chosen, strict=True)
-    ]
-
-    def errors(arrays):
-        values = values_of(arrays)
-        return [[_squared_error(v, fmt, modes) for fmt in fmts] for v, fmts in zip(values, candidates, strict=True)]
-
-    found = jax.device_get(jax.jit(errors)(arrays))
-    return [fmts[int(np.argmin(error))] for fmts, error in zip(candidates, found, strict=True)]
-
-
-def _first_choice(entry: _Wanted, low: float, high: float, modes: Preset) -> QFormat:
-    """Returns the format that follows from the extremes alone."""
-    parameter = entry.nodes[0].role != "activation"
-    rectified = low >= 0 and not parameter and modes.overflow != "wrap" and modes.choose != "ristretto"
-    unsigned = rectified and entry.word < 32  # unsigned words have at most 31 bits
-    constant = entry.nodes[0].op == "constant"
-    rule = "ristretto" if modes.choose == "ristretto" and not constant else "range"
-    rounding = "half_even" if parameter else modes.rounding
-    fmt = format_for(low, high, entry.word, not unsigned, rule, parameter, rounding)
-    if constant and low == high:  # as short as possible: a slope of 1/8 takes one bit and a sign
-        raw = round(low * 2.0**fmt.frac)
-        zeros = (raw & -raw).bit_length() - 1 if raw else 0
-        fmt = QFormat(max(fmt.word - zeros, 2), fmt.frac - zeros + max(2 - (fmt.word - zeros), 0), fmt.signed)
-    return fmt
-
-
-_FINER = 5  # how many formats are tried: that of the range and finer ones
-
-
-def _squared_error(value: jax.Array, fmt: QFormat, modes: Preset) -> jax.Array:
-    rounding = "half_away" if modes.rounding == "gemmlowp" else modes.rounding
-    words = fixed_point.encode(value, fmt, rounding=rounding, overflow=modes.overflow)
-    return jnp.sum((fixed_point.decode(words, fmt) - value) ** 2)
-
-
-def _floats(program: Program, arrays: Any) -> Callable[[Node], Any]:
-    """Returns a function from a node to its value in the floating-point run."""
-    values: dict[Node, Any] = dict(zip(program.arrays, arrays, strict=True))
-    parameters = Parameters(dict(values))
-    computed: dict[Node, Any] = {}
-    for node in program.nodes:
-        if node.role != "activation":
-            continue
-        if node.op == "input":
-            computed[node] = jnp.asarray(values[node])
-        else:
-            taken = [computed[n] if n.role == "activation" else parameters.floats(n) for n in node.inputs]
-            computed[node] = node.floating(*taken)
-    return lambda node: computed[node] if node.role == "activation" else parameters.floats(node)
-
-
-def _clip(node: Node, uses: Mapping[Node, Any]) -> tuple[float, float]:
-    """Returns the interval outside which the node's users do not distinguish values: [0, 6] before a relu6."""
-    low, high = -math.inf, math.inf
-    while True:
-        takers = uses[node]
-        if not takers or any(t.op not in ("max", "min", "clamp") for t in takers) or len(takers) > 1:
-            return low, high
-        [taker] = takers
-        constants = [n for n in taker.inputs if n is not node]
-        if any(n.op != "constant" or n.value.size != 1 for n in constants):
-            return low, high
-        bounds = [float(n.value.reshape(())) for n in constants]
-        if taker.op == "max":
-            low = max(low, min(bounds[0], high))
-        elif taker.op == "min":
-            high = min(high, max(bounds[0], low))
-        else:
-            low, high = max(low, bounds[0]), min(high, bounds[-1])
-        node = taker
-
-
-def format_for(
-    low: float,
-    high: float,
-    word: int,
-    signed: bool,
-    choose: str = "range",
-    parameter: bool = False,
-    rounding: str = "half_even",
-) -> QFormat:
-    """Returns the format of `word` bits for values from `low` to `high`.
-
-    Args:
-      low: the least value.
-      high: the largest value.
-      word: word length in bits.
-      signed: whether words are two's complement.
-      choose: `"range"`: the most fraction bits with which neither rounded end overflows; `"ristretto"`: by its rule.
-      parameter: whether to use Ristretto's rule for parameters instead of that for activations.
-      rounding: the mode that rounds the ends, one of a site's modes.
-
-    >>> format_for(-1.0, 1.0, 8, signed=True)
-    QFormat(word=8, frac=6, signed=True)
-    """
-    peak = max(abs(low), abs(high))
-    if peak == 0:
-        return QFormat(word, word - signed, signed)
-    if choose == "ristretto":
-        return QFormat(word, word - math.ceil(math.log2(peak) + parameter), signed)
-    frac = word - signed - math.frexp(peak)[1] + 1
-    while True:
-        fmt = QFormat(word, min(max(frac, -512), 512), signed)
-        ends = (_whole(end * 2.0**frac, rounding) for end in (low, high))
-        if all(fmt.least <= end <= fmt.largest for end in ends) or frac <= -512:
-            return fmt
-        frac -= 1
-
-
-def _whole(value: float, rounding: str) -> int:
-    """Rounds a value to a whole number; for gemmlowp's two roundings, to the farthest from zero that they can give."""
-    if rounding == "gemmlowp":
-        value, rounding = value + 0.25 * (value > 0), "half_away"
-    below = math.floor(value)
-    rest = value - below
-    return below + int(rounds_up(below, value < 0, rest > 0, rest > 0.5, rest == 0.5, rounding))

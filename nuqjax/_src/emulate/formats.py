@@ -37,7 +37,7 @@ class Accumulator:
     frac: int | None = None
     rounding: str = "floor"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in ACCUMULATOR_MODES:
             raise ValueError(f"unknown accumulator mode {self.mode!r}; known: {', '.join(ACCUMULATOR_MODES)}")
         if self.rounding not in ROUNDING:
@@ -88,7 +88,7 @@ class SiteFormat:
     bound: int | None = None
     route: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounding not in SITE_ROUNDING:
             raise ValueError(f"{self.site}: unknown rounding {self.rounding!r}; known: {', '.join(SITE_ROUNDING)}")
         if self.overflow not in OVERFLOW:

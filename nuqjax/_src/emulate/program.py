@@ -8,7 +8,7 @@ bits, or *rounded* to its site's format.
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,26 +16,23 @@ from jax.extend import core
 
 from nuqjax._src.leaf.codebook_array import check_layout, is_codebook_array
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.trace.interpret import Interpreter, Site, argument_name, bind, inline, scan_parts, trace
+from nuqjax._src.trace import operations
+from nuqjax._src.trace.interpret import Interpreter, Site, bind, inline
+from nuqjax._src.trace.operations import LINEAR
+from nuqjax._src.trace.traced import argument_name, trace
 
-LINEAR = frozenset({"dot_general", "conv_general_dilated"})
 _SUMS = frozenset({"add", "sub", "neg", "reduce_sum", "reduce_window_sum", "cumsum"})
 _PRODUCTS = frozenset({"mul", "div", "square", "integer_pow"})
 _JOINS = frozenset({"select_n", "concatenate", "stack"})
 # Their exact results need more bits than their operands, so they are rounded unless only operations follow that take
-# all those bits (`_rounded`).
+# all those bits (`_nodes_to_round`).
 WIDENING = _SUMS | _PRODUCTS | _JOINS
 # They select among their operand's words.
 _REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min"})
 CHOOSING = _REDUCTIONS | {"max", "min", "clamp", "abs", "sign", "pad"}
 # They move words without computing.
-_SHAPES = frozenset({"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "rev"})
-_SELECTIONS = frozenset({"slice", "split", "index"})
-_IDENTITIES = frozenset(
-    {"copy", "copy_p", "convert_element_type", "stop_gradient", "reduce_precision", "sharding_constraint", "name"}
-)
 LOOKING_UP = frozenset({"gather", "dynamic_slice"})
-MOVING = _SHAPES | LOOKING_UP | _SELECTIONS | _IDENTITIES | {"optimization_barrier"}
+MOVING = operations.MOVING | LOOKING_UP | {"index", "optimization_barrier", "split"}
 # They compare or locate words; their results are not words.
 TELLING = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "argmax", "argmin", "is_finite"})
 EXACT = LINEAR | WIDENING | CHOOSING | MOVING | TELLING
@@ -136,7 +133,7 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             f"{_CALLER}: the function changes {argument_name(path)} in place, which raw integers cannot be written to: "
             "let it return the new value, or not change it (model.eval())"
         )
-    recorder = _Recorder()
+    recorder = _Builder()
     starts = []
     inputs = itertools.count()
     for path, x in traced.arrays:
@@ -148,12 +145,12 @@ def build(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
             number = next(inputs)
             starts.append(recorder.node("input", (), (), x.shape, x.dtype, f"input{number or ''}"))
     with jax.ensure_compile_time_eval():  # computes what depends on constants alone
-        outputs = _INTERPRETER(recorder).evaluate(traced.jaxpr, starts)
+        outputs = _interpreter(recorder).evaluate(traced.jaxpr, starts)
         outputs = [recorder.lifted(x) for x in outputs]
     nodes, renamed = _with_biases(_reached(outputs, starts))
     outputs = tuple(renamed.get(node, node) for node in outputs)
     floats = _floats(nodes)
-    program = Program(nodes, outputs, traced.outputs, tuple(starts), floats, _rounded(nodes, outputs, floats))
+    program = Program(nodes, outputs, traced.outputs, tuple(starts), floats, _nodes_to_round(nodes, outputs, floats))
     return program, [x for _, x in traced.arrays]
 
 
@@ -161,19 +158,16 @@ _CALLER = "calibrate, emulate"
 _FIRST = (jax.tree_util.SequenceKey(0), jax.tree_util.SequenceKey(0))
 
 
-class _Recorder:
+class _Builder:
     """Makes nodes with distinct names."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.names: dict[str, int] = {}
 
     def node(self, op, inputs, eqns, shape, dtype, name, value=None, index=0) -> Node:
         """Returns a node with the role that follows from its inputs; an activation gets a name of its own."""
-        roles = {node.role for node in inputs}
-        if op in ("leaf", "constant", "input"):
-            role = {"leaf": "parameter", "constant": "constant", "input": "activation"}[op]
-        else:
-            role = next((r for r in ("activation", "parameter") if r in roles), "constant")
+        starts = {"leaf": "parameter", "constant": "constant", "input": "activation"}
+        role = starts.get(op) or operations.role_of(node.role for node in inputs)
         if role == "activation":
             number = self.names.get(name, 0)
             self.names[name] = number + 1
@@ -212,24 +206,15 @@ class _Recorder:
 
     def unroll(self, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Any]:
         """The rule of `scan`: unrolls it, so that every step has its own sites and formats."""
-        first, second = scan_parts(eqn.params, len(operands))
-        consts, carry, xs = operands[:first], list(operands[first:second]), operands[second:]
-        jaxpr, length = eqn.params["jaxpr"], eqn.params["length"]
-        steps = range(length)[:: -1 if eqn.params["reverse"] else 1]
-        rows: dict[int, list[Any]] = {}
-        for step in steps:
-            at = [self._index(self.lifted(x), step) for x in xs]
-            scope = f"{site.scope or 'scan'}[{step}]"
-            outputs = interpreter.evaluate(jaxpr, (*consts, *carry, *at), scope)
-            carry, rows[step] = outputs[: len(carry)], outputs[len(carry) :]
-        stacked = []
-        for number in range(len(eqn.outvars) - len(carry)):
-            parts = [self.lifted(rows[step][number]) for step in range(length)]
-            aval: Any = eqn.outvars[len(carry) + number].aval
-            stacked.append(self.node("stack", parts, (), aval.shape, aval.dtype, f"{site.scope or 'scan'}:stack"))
-        return [*carry, *stacked]
+        scope = site.scope or "scan"
 
-    def _index(self, node: Node, step: int) -> Node:
+        def stack(slices: list[Any], aval: Any) -> Node:
+            return self.node("stack", map(self.lifted, slices), (), aval.shape, aval.dtype, f"{scope}:stack")
+
+        return operations.unroll(interpreter, site, eqn, operands, self._index, stack)
+
+    def _index(self, x: Any, step: int) -> Node:
+        node = self.lifted(x)
         if node.op == "constant":
             return self.lifted(node.value[step])
         return self.node("index", (node,), (), node.shape[1:], node.dtype, f"{node.name}[{step}]", index=step)
@@ -245,12 +230,11 @@ def _leaf_of(node: Node) -> str:
     return node.name if node.op == "leaf" else ""
 
 
-def _INTERPRETER(recorder: _Recorder) -> Interpreter:
-    def lower(value, others):
+def _interpreter(recorder: _Builder) -> Interpreter:
+    def lower(value, others) -> NoReturn:
         raise AssertionError("a program's values are not lowered")
 
-    calls = "jit pjit closed_call core_call checkpoint remat2 custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr"
-    rules = dict.fromkeys(calls.split(), inline)
+    rules = dict.fromkeys(operations.DERIVED, inline)
     return Interpreter(
         is_lifted=lambda x: isinstance(x, Node),
         lower=lower,
@@ -356,7 +340,7 @@ def _has_rule(node: Node) -> bool:
     return node.op in EXACT
 
 
-def _rounded(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[Node]) -> frozenset[Node]:
+def _nodes_to_round(nodes: Sequence[Node], outputs: Sequence[Node], floats: frozenset[Node]) -> frozenset[Node]:
     """Returns the nodes to round: inputs, dots, convolutions, divisions, and wide nodes whose bits not all users take.
 
     A float node is rounded, too, where a dot or a convolution uses it.

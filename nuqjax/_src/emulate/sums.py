@@ -165,10 +165,10 @@ def taps_of(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
 
     order = _last(numbers.out_spec)
 
-    def restore(y):
+    def restore(y) -> Any:
         return y.reshape(*y.shape[:-2], outputs).transpose([order.index(d) for d in range(y.ndim - 1)])
 
-    def arrange(y):
+    def arrange(y) -> Any:
         y = y.transpose(order)
         return y.reshape(*y.shape[:-1], groups, outputs // groups)
 
@@ -198,10 +198,10 @@ def _dot_tap(node: Node, lhs: jax.Array, rhs: jax.Array) -> Taps:
 
     here, there = range(len(left), len(left) + len(batch)), range(len(batch))
 
-    def restore(y):
+    def restore(y) -> jax.Array:
         return jnp.moveaxis(y.reshape(*left, *batch, *right), here, there)
 
-    def arrange(y):
+    def arrange(y) -> jax.Array:
         return jnp.moveaxis(y, there, here).reshape(math.prod(left), math.prod(batch), math.prod(right))
 
     return Taps([x], [w], restore, arrange)
@@ -249,13 +249,13 @@ def scanned_sum(
     word = accumulator.word or 63
     least, largest = -(1 << (word - 1)), (1 << (word - 1)) - 1
 
-    def into_register(total, count):
+    def into_register(total, count) -> tuple[tuple[Any, Any], None]:
         if accumulator.mode != "saturate":
             return (total, count), None
         over = (total > largest) | (total < least)
         return (jnp.clip(total, least, largest), count + over.sum(dtype=jnp.int64)), None
 
-    def step(carry, terms):
+    def step(carry, terms) -> tuple[tuple[Any, Any], None]:
         total, count = carry
         x, w = terms
         total = total + drop_bits(x * w, drop, accumulator.rounding)

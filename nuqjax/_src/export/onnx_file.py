@@ -11,10 +11,10 @@ from jax.extend.core import jaxpr_as_fun
 
 from nuqjax._src.export.program import by_name, check_kept, checked_inputs
 from nuqjax._src.leaf.codebook_array import decode, is_codebook_array, level_values, with_levels
-from nuqjax._src.store.entry import NUMPY_DTYPES
-from nuqjax._src.store.store import Layout
+from nuqjax._src.store.dtypes import DTYPES
+from nuqjax._src.store.layout import LayoutBuilder
+from nuqjax._src.store.target import replacing
 from nuqjax._src.store.tree import tree_to_nodes
-from nuqjax._src.store.write import replacing
 from nuqjax._src.trace.interpret import Interpreter, Site, bind
 
 
@@ -58,7 +58,7 @@ def export_onnx(fn: Callable[..., Any], cparams: Any, example_inputs: Any, path:
     tensors, rebuild = by_name(cparams)
     count = len(inputs)
 
-    def dense(*arrays):
+    def dense(*arrays) -> list[Any]:
         tree = rebuild(dict(zip(tensors, arrays[count:], strict=True)))
         decoded = jax.tree.map(lambda x: decode(x) if is_codebook_array(x) else x, tree, is_leaf=is_codebook_array)
         arguments = decoded, *arrays[:count]
@@ -97,11 +97,11 @@ def _with_float_levels(leaf: Any) -> Any:
 def _stored(cparams: Any) -> dict[str, np.ndarray]:
     """Returns the tensors that `nuqjax.save` stores for a tree, by name."""
     nodes, named = tree_to_nodes(cparams)
-    layout, found = Layout(nodes), {}
+    layout, found = LayoutBuilder(nodes), {}
     for path, leaf in named:
         for tensor in layout.add(path, leaf):
             data = b"".join(bytes(chunk) for chunk in tensor.chunks())
-            found[tensor.name] = np.frombuffer(data, NUMPY_DTYPES[tensor.code]).reshape(tensor.shape)
+            found[tensor.name] = np.frombuffer(data, DTYPES[tensor.code]).reshape(tensor.shape)
     return found
 
 

@@ -17,10 +17,11 @@ from jax import lax
 from nuqjax._src.apply.apply import apply
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
-from nuqjax._src.store.entry import NUMPY_DTYPES
-from nuqjax._src.store.store import Layout, save_by_name
+from nuqjax._src.store.dtypes import DTYPES
+from nuqjax._src.store.layout import LayoutBuilder
+from nuqjax._src.store.store import save_by_name
+from nuqjax._src.store.target import replacing
 from nuqjax._src.store.tree import tree_to_nodes
-from nuqjax._src.store.write import replacing
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PROGRAM, WEIGHTS = "program.jax_export", "weights.safetensors"
@@ -118,7 +119,7 @@ def export(
     run = apply(fn)
 
     @jax.jit
-    def program(weights, *inputs):
+    def program(weights, *inputs) -> Any:
         arguments = (rebuild(weights), *inputs)
         before = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_codebook_array)[0]
         outputs = run(*arguments)
@@ -148,7 +149,7 @@ def checked_inputs(example_inputs: Any) -> tuple[Any, ...]:
     """Returns the inputs as a tuple, each array replaced by its shape and dtype; raises ValueError for other leaves."""
     inputs = example_inputs if type(example_inputs) is tuple else (example_inputs,)
 
-    def shape_of(path, x):
+    def shape_of(path, x) -> jax.ShapeDtypeStruct:
         if not (hasattr(x, "shape") and hasattr(x, "dtype")):
             raise ValueError(
                 f"export: input {path_name(path)} is of type {type(x).__name__}, but an array or a ShapeDtypeStruct is "
@@ -166,13 +167,13 @@ def by_name(cparams: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], Callable[[Ma
       ValueError: a dtype of the tree cannot be rebuilt from its stored form.
     """
     nodes, named = tree_to_nodes(cparams)
-    layout, tensors = Layout(nodes), {}
+    layout, tensors = LayoutBuilder(nodes), {}
     for path, leaf in named:
         stored = layout.add(path, leaf)
         references = layout.entries[-1].get("tensors", {})
         for (role, reference), tensor in zip(references.items(), stored, strict=True):
             where = f"{path or 'the tree'}{'' if role == 'data' else f', {role}'}"
-            dtype = NUMPY_DTYPES[tensor.code]
+            dtype = DTYPES[tensor.code]
             for name in (dtype, reference["dtype"]):
                 _check_dtype(name, where)
             tensors[reference["name"]] = jax.ShapeDtypeStruct(tensor.shape, dtype)

@@ -5,6 +5,7 @@ This is our reading of Sun, Lin, Wang, *Intra-layer Nonuniform Quantization for 
 each is represented by the mean of the values in it.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def enq_levels(rows: Any, num_levels: int, *, weights: Any = None, mask: Any = N
 fit_enq = fit_by(enq_levels)
 
 
-def _interval_means(values, counted, importance, low, high, num_levels):
+def _interval_means(values, counted, importance, low, high, num_levels) -> Any:
     """Returns the levels `[R, K]` float64. Sums are of integers, so the order of summation does not change them.
 
     Values are halved, so that the widest range does not overflow.
@@ -61,12 +62,12 @@ def _interval_means(values, counted, importance, low, high, num_levels):
     interval = jnp.clip(place.astype(jnp.int32), 0, num_levels - 1)
     inside = jnp.where(place < num_levels, lax.rem(jnp.maximum(place, 0), 1.0), 1)
 
-    def relative(importance, interval):
+    def relative(importance, interval) -> Any:
         """Divides weights by the heaviest of the interval, so that an interval of light values is as exact as any."""
         heaviest = jnp.zeros(num_levels, jnp.float64).at[interval].max(importance, mode="promise_in_bounds")
         return importance / jnp.where(heaviest > 0, heaviest, 1)[interval]
 
-    def mean(share, interval, inside):
+    def mean(share, interval, inside) -> Any:
         whole = jnp.round(jnp.stack([share, share * inside], axis=-1) * _UNIT).astype(jnp.int64)
         totals = jnp.zeros((num_levels, 2), jnp.int64).at[interval].add(whole, mode="promise_in_bounds")
         return _quotient(*totals.T)
@@ -75,7 +76,7 @@ def _interval_means(values, counted, importance, low, high, num_levels):
     return _levels_at(jax.vmap(mean)(share.astype(jnp.float64), interval, inside), low, width)
 
 
-def _levels_on_host(rows, num_levels, weights, mask):
+def _levels_on_host(rows, num_levels, weights, mask) -> np.ndarray:
     """Computes `enq_levels` of NumPy rows in blocks: integers below 2⁵³ are summed in float64, block sums in int64.
 
     Subnormal weights are not treated as zero here: `fit` has set them to zero already.
@@ -92,7 +93,7 @@ def _levels_on_host(rows, num_levels, weights, mask):
             counted = weight > 0 if counted is None else counted & (weight > 0)
         return values, weight if counted is None or weight is None else np.where(counted, weight, 0), counted
 
-    def ends(some, columns):
+    def ends(some, columns) -> tuple[Any, Any, Any]:
         values, _, counted = part(some, columns)
         least, most = (values, values) if counted is None else (np.where(counted, values, x) for x in (np.inf, -np.inf))
         return some, least.min(axis=-1), most.max(axis=-1)
@@ -103,7 +104,7 @@ def _levels_on_host(rows, num_levels, weights, mask):
     low, high = (np.where(low <= high, x, 0) / 2 for x in (low, high))
     width = high - low
 
-    def places(values, some):
+    def places(values, some) -> tuple[Any, Any]:
         """Returns the interval of each value, numbered through all rows of the block, and the value's place in it."""
         with np.errstate(over="ignore"):  # values that do not count may overflow
             inside = (values.astype(np.float64) / 2 - low[some]) * _reciprocal(width[some]) * num_levels
@@ -113,7 +114,7 @@ def _levels_on_host(rows, num_levels, weights, mask):
         interval += np.arange(len(values))[:, None] * num_levels
         return interval.reshape(-1), inside.reshape(-1)
 
-    def heaviest(some, columns):
+    def heaviest(some, columns) -> tuple[Any, np.ndarray]:
         values, weight, _ = part(some, columns)
         most = np.zeros(len(values) * num_levels)
         np.maximum.at(most, places(values, some)[0], weight.reshape(-1))
@@ -125,7 +126,7 @@ def _levels_on_host(rows, num_levels, weights, mask):
             relative[some] = np.maximum(relative[some], most)
         relative[relative == 0] = 1
 
-    def sums(some, columns):
+    def sums(some, columns) -> tuple[Any, Iterator[np.ndarray]]:
         values, weight, counted = part(some, columns)
         interval, inside = places(values, some)
         size = len(values) * num_levels

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from nuqjax._src.fold.program import LINEAR, MOVING, SCALING, Flat, Step, Values, move
+from nuqjax._src.fold.program import SCALING, Flat, Step, Values
+from nuqjax._src.trace.operations import LINEAR, MOVING, move
 
 
 class Slot(NamedTuple):

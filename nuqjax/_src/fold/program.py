@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
-from nuqjax._src.trace.interpret import Interpreter, Site, bind, inline, scan_parts
+from nuqjax._src.trace.interpret import Interpreter, Site, bind, body_of, inline, scan_parts
+from nuqjax._src.trace.operations import DERIVED, LINEAR, MOVING, PASSING, move, role_of, unroll
 
-LINEAR = frozenset({"dot_general", "conv_general_dilated"})
-PASSING = frozenset({"convert_element_type", "copy", "copy_p", "name", "reduce_precision", "stop_gradient"})
-MOVING = PASSING | {"reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev"}
 SCALING = frozenset({"mul", "div"})
 ELEMENTWISE = {
     "add": np.add,
@@ -47,11 +46,10 @@ def flatten(jaxpr: core.ClosedJaxpr, unroll: bool = False) -> core.ClosedJaxpr:
       jaxpr: the function to flatten.
       unroll: whether a `scan` with a dot or a convolution in its body is unrolled, too.
     """
-    calls = ["checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"]
     interpreter = Interpreter(
         is_lifted=lambda x: True,
         lower=lambda value, others: value,
-        rules=dict.fromkeys(calls, _enter) | {"scan": _unroll if unroll else _keep, "while": _keep, "cond": _keep},
+        rules=dict.fromkeys(DERIVED, _enter) | {"scan": _unroll if unroll else _keep, "while": _keep, "cond": _keep},
         default=_keep,
     )
     return jax.make_jaxpr(lambda *args: interpreter.evaluate(jaxpr, args))(
@@ -73,30 +71,26 @@ def scoped(scope: str) -> AbstractContextManager[Any]:
     return jax.named_scope(scope) if scope else nullcontext()
 
 
-def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _keep(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     names = source_info_util.new_name_stack(site.scope)  # these end in the equation's own names, and replace them
     with source_info_util.user_context(eqn.source_info.traceback, name_stack=names):
         return bind(eqn, operands)
 
 
-def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _enter(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """Inlines a call with a dot or a convolution inside; keeps any other call, with its own derivative."""
     return (inline if _has_linear(eqn) else _keep)(interpreter, site, eqn, *operands)
 
 
-def _unroll(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _unroll(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
+    """Unrolls a loop with a dot or a convolution in its body; keeps any other."""
     if not _has_linear(eqn):
         return _keep(interpreter, site, eqn, *operands)
-    first, second = scan_parts(eqn.params, len(operands))
-    consts, carry, xs = operands[:first], list(operands[first:second]), operands[second:]
-    length = eqn.params["length"]
-    rows: dict[int, Sequence[Any]] = {}
-    for step in range(length)[:: -1 if eqn.params["reverse"] else 1]:
-        scope = f"{site.scope or 'scan'}[{step}]"
-        sliced = [lax.index_in_dim(x, step, keepdims=False) for x in xs]
-        outputs = interpreter.evaluate(eqn.params["jaxpr"], (*consts, *carry, *sliced), scope)
-        carry, rows[step] = outputs[: len(carry)], outputs[len(carry) :]
-    return [*carry, *(jnp.stack(ys) for ys in zip(*(rows[step] for step in range(length)), strict=True))]
+    return unroll(interpreter, site, eqn, operands, partial(lax.index_in_dim, keepdims=False), _stacked)
+
+
+def _stacked(slices: list[Any], aval: Any) -> jax.Array:
+    return jnp.stack(slices) if slices else jnp.zeros(aval.shape, aval.dtype)
 
 
 def _has_linear(eqn: core.JaxprEqn) -> bool:
@@ -120,10 +114,9 @@ def _bodies(eqn: core.JaxprEqn) -> Iterator[tuple[core.ClosedJaxpr, Sequence[Any
             for branch in eqn.params["branches"]:
                 yield branch, given[1:]
         case _:
-            for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-                if name in eqn.params:
-                    body = eqn.params[name]
-                    yield body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ()), given
+            body = body_of(eqn)
+            if body is not None:
+                yield body, given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,8 +284,7 @@ def flat(jaxpr: core.ClosedJaxpr, roles: Sequence[str], names: Sequence[str]) ->
     for var, value in zip(inner.constvars, jaxpr.consts, strict=True):
         made.roles[var], made.constants[var], made.origins[var] = "constant", value, frozenset()
     for number, eqn in enumerate(inner.eqns):
-        given = {made.role(v) for v in eqn.invars}
-        role = next((r for r in ("activation", "parameter") if r in given), "constant")
+        role = role_of(map(made.role, eqn.invars))
         made.roles.update(dict.fromkeys(eqn.outvars, role))
         made.makers.update(dict.fromkeys(eqn.outvars, number))
         origins = frozenset(itertools.chain.from_iterable(map(made.leaves_of, eqn.invars)))
@@ -337,7 +329,7 @@ class Values:
     A value has its variable's axes, but length 1 along those that `broadcast_in_dim` stretched.
     """
 
-    def __init__(self, program: Flat, leaves: Mapping[Any, np.ndarray]):
+    def __init__(self, program: Flat, leaves: Mapping[Any, np.ndarray]) -> None:
         self.program = program
         self.known = dict(leaves)
 
@@ -380,31 +372,3 @@ def wide(x: Any) -> np.ndarray:
     """Returns an array as NumPy's, floats as float64."""
     array = np.asarray(x)
     return array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array
-
-
-def move(eqn: core.JaxprEqn, array: np.ndarray) -> np.ndarray:
-    """Applies an equation of `MOVING` to an array, which may have length 1 along stretched axes."""
-    params, aval = eqn.params, eqn.outvars[0].aval
-    match eqn.primitive.name:
-        case "broadcast_in_dim":
-            shape = [1] * len(params["shape"])
-            for axis, n in zip(params["broadcast_dimensions"], array.shape, strict=True):
-                shape[axis] = n
-            return array.reshape(shape)
-        case "transpose":
-            return array.transpose(params["permutation"])
-        case "squeeze":
-            return array.squeeze(params["dimensions"])
-        case "reshape":
-            return _full(eqn, array).reshape(aval.shape)  # pyright: ignore[reportAttributeAccessIssue]
-        case "slice":
-            strides = params["strides"] or (1,) * array.ndim
-            index = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-            return _full(eqn, array)[tuple(slice(*i) for i in index)]
-        case "rev":
-            return np.flip(_full(eqn, array), params["dimensions"])
-    return array
-
-
-def _full(eqn: core.JaxprEqn, array: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(array, eqn.invars[0].aval.shape)  # pyright: ignore[reportAttributeAccessIssue]

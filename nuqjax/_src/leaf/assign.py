@@ -80,7 +80,7 @@ def largest_magnitude(rows: Any, mask: Any = None) -> Any:
         return jnp.max(magnitude if mask is None else jnp.where(mask, magnitude, 0), axis=-1, initial=0)
     largest = np.zeros(rows.shape[0], dtype)
 
-    def block(some, columns):
+    def block(some, columns) -> tuple[Any, Any]:
         magnitude = np.abs(rows[some, columns].astype(dtype, copy=False))
         if mask is not None:
             magnitude *= mask[some, columns]
@@ -195,7 +195,7 @@ def assign_on_host(rows: np.ndarray, levels: np.ndarray) -> np.ndarray:
     cuts = np.where(cuts == 0, np.nextafter(np.finfo(dtype).tiny, dtype.type(0)), cuts)
     long = num_levels >= _TABLE_LEVELS and length >= _TABLE_LENGTH and dtype == np.float32
 
-    def block(some, columns):
+    def block(some, columns) -> None:
         if long:
             for row in range(some.start, some.stop):
                 _count_by_table(rows[row, columns], cuts[row], indices[row, columns])
@@ -301,7 +301,7 @@ def distortion_on_host(
     indices, exact = assign_on_host(rows, levels), levels.astype(np.float64)
     unit = np.broadcast_to(np.asarray(unit, np.float64), (count, 1))
 
-    def block(some, columns):
+    def block(some, columns) -> tuple[Any, Any]:
         error = flushed(rows[some, columns].astype(dtype)) - look_up(exact[some], indices[some, columns])
         with np.errstate(over="ignore", invalid="ignore"):  # values that do not count may overflow
             error *= unit[some]

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.core
@@ -131,21 +131,23 @@ class CodebookArray:
         leaf = held_by_jax(self) if any(isinstance(i, jax.core.Tracer) for i in index) else self
         return jax.tree.map(lambda a: a[index], leaf)
 
-    def __getattr__(self, name: str):
-        hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
-        raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
+    if not TYPE_CHECKING:  # what raises is hidden from type checkers, so that they report its use
 
-    @property
-    def __jax_array__(self):
-        """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
-        raise TypeError(f"a CodebookArray is not an operand of JAX's functions. {_HOW_TO_RUN}")
+        def __getattr__(self, name: str) -> Any:
+            hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
+            raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
 
-    def _no_operand(self, *_):
-        return self.__jax_array__
+        @property
+        def __jax_array__(self) -> Any:
+            """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
+            raise TypeError(f"a CodebookArray is not an operand of JAX's functions. {_HOW_TO_RUN}")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
-    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
+        def _no_operand(self, *_: Any) -> Any:
+            return self.__jax_array__
+
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
+        __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
+        __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if copy is False:
@@ -272,73 +274,13 @@ def dense_on_host(leaf: CodebookArray) -> np.ndarray:
     return dense
 
 
-def decode_take(leaf: CodebookArray, index: jax.Array, axis: int) -> jax.Array:
-    """Computes `take(decode(leaf), index, axis)` for a leaf without stack axes, and decodes only the values taken.
-
-    Args:
-      leaf: a `CodebookArray` of shape `slice_shape`.
-      index: `[n]` integers, each inside the axis.
-      axis: the axis to take from.
-
-    Returns:
-      The dense array, with n entries along `axis`.
-    """
-    leaf, shape = held_by_jax(leaf), leaf.slice_shape
-    outputs, inputs = _axis_numbers(leaf, shape)
-    taken = (*shape[:axis], index.shape[0], *shape[axis + 1 :])
-    if axis in leaf.axes:
-        outputs = jnp.take(outputs, index, axis=leaf.axes.index(axis))
-    else:
-        others = [a for a in range(len(shape)) if a not in leaf.axes]
-        inputs = jnp.take(inputs, index, axis=others.index(axis))
-    outputs, inputs = outputs.reshape(-1), inputs.reshape(-1)
-    if axis in leaf.axes:
-        indices = packing.unpack(leaf.packed[outputs], leaf.bits, inputs.shape[0])
-    else:
-        indices = packing.unpack_at(leaf.packed, leaf.bits, inputs)
-    count = rows_.channel_shape(shape, leaf.axes)[1]
-    row = rows_.row_of(outputs[:, None], inputs[None, :], count, leaf.granularity)
-    values = _decoding_levels(leaf)[row, indices]
-    if leaf.scale is not None:
-        group = inputs[None, :] // min(leaf.scale_group, max(count, 1))
-        values = values * leaf.scale[outputs[:, None], group].astype(values.dtype)
-    return rows_.from_channels(values.astype(leaf.dtype), taken, leaf.axes)
-
-
-def channel_block(leaf: CodebookArray, start: int, stop: int) -> CodebookArray:
-    """Returns output channels `start` to `stop` of a leaf without stack axes, as a leaf of shape `[stop − start, I]`.
-
-    With `ChannelGroups(n)`, `start` must be a multiple of n.
-    """
-    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-    match leaf.granularity:
-        case "tensor":
-            levels = leaf.levels
-        case ChannelGroups(size):
-            levels = leaf.levels[start // size : -(-stop // size)]
-        case _:
-            count = leaf.levels.shape[0] // max(outputs, 1)
-            levels = leaf.levels[start * count : stop * count]
-    scale = None if leaf.scale is None else leaf.scale[start:stop]
-    packed = leaf.packed[start:stop]
-    return replace(leaf, levels=levels, packed=packed, scale=scale, slice_shape=(stop - start, inputs), axes=(0,))
-
-
-def _axis_numbers(leaf, shape):
-    """Returns channel numbers shaped like the output axes, and positions in a channel shaped like the other axes."""
-    output_shape = tuple(shape[a] for a in leaf.axes)
-    input_shape = tuple(n for a, n in enumerate(shape) if a not in leaf.axes)
-    numbers = lambda s: jnp.arange(math.prod(s), dtype=jnp.int32).reshape(s)  # noqa: E731
-    return numbers(output_shape), numbers(input_shape)
-
-
-def _over_stack(function, leaf):
+def _over_stack(function, leaf) -> Any:
     for _ in leaf.stack_shape:
         function = jax.vmap(function)
     return function
 
 
-def _decoding_levels(leaf: CodebookArray) -> Any:
+def decoding_levels(leaf: CodebookArray) -> Any:
     """Returns the levels in the dtype for the look-up: the leaf's own without scales, else its working dtype."""
     if leaf.codebook_format and isinstance(leaf.levels, np.ndarray):
         levels: Any = fixed_point.decode_on_host(leaf.levels, leaf.codebook_format)
@@ -353,7 +295,7 @@ def _decode_slice(leaf: CodebookArray) -> jax.Array:
     """Decodes one slice with arrays `[O, I]` only: TPUs pad other shapes, and one long row to many times its size."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs).astype(jnp.int32)
-    levels = _decoding_levels(leaf)
+    levels = decoding_levels(leaf)
     if leaf.granularity == "tensor":
         values = levels[0].at[indices].get(mode="promise_in_bounds")
     else:
@@ -369,7 +311,7 @@ def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
     """Computes `_decode_slice` for NumPy arrays, row by row."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
     indices = packing.unpack(leaf.packed, leaf.bits, inputs)
-    values = rows_.look_up(_decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
+    values = rows_.look_up(decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
         values = flushed(flushed(values) * flushed(_factors(leaf, inputs).astype(values.dtype)))
@@ -412,52 +354,3 @@ def check_layout(leaf: CodebookArray, path: str = "a compressed leaf") -> None:
             f"{path}: packed has dtype {leaf.packed.dtype}, but uint8 indices are wanted: only levels are trained. "
             "Give grad and optimizers nuqjax.codebooks(cparams), and put the levels back by nuqjax.with_codebooks"
         )
-
-
-def check(leaf: CodebookArray, path: str = "leaf") -> None:
-    """Raises ValueError, naming `path`, unless the arrays fit the layout and hold valid values.
-
-    Construction does not check, since JAX rebuilds nodes with placeholders under `vmap`, `tree.map` and `eval_shape`.
-    """
-    check_structure(leaf, path)
-    if leaf.scale is not None and not np.isfinite(np.asarray(leaf.scale)).all():
-        raise ValueError(f"{path}: a scale is not finite")
-    levels = np.asarray(leaf.levels).astype(np.float64)
-    if not np.isfinite(levels).all():
-        raise ValueError(f"{path}: a level is not finite")
-    if (np.diff(levels, axis=-1) < 0).any():
-        raise ValueError(f"{path}: the levels of a codebook do not ascend")
-
-
-def check_structure(leaf: CodebookArray, path: str = "leaf") -> None:
-    """Checks as `check` does, but not what training may break: that levels and scales are finite and levels ascend."""
-    if leaf.bits not in range(1, 9):
-        raise ValueError(f"{path}: bits={leaf.bits!r}, but a whole number from 1 to 8 is wanted")
-    try:
-        rows_.check_granularity(leaf.granularity)
-        axes = rows_.output_axes(leaf.axes, len(leaf.slice_shape))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    outputs, inputs = rows_.channel_shape(leaf.slice_shape, axes)
-    count, _ = rows_.row_shape(outputs, inputs, leaf.granularity)
-    stack = leaf.stack_shape
-    _check_array(f"{path}: levels", leaf.levels, (*stack, count, 1 << leaf.bits))
-    _check_array(f"{path}: packed", leaf.packed, (*stack, outputs, packing.packed_size(inputs, leaf.bits)), jnp.uint8)
-    if leaf.scale is not None:
-        if leaf.scale_group < 1:
-            raise ValueError(f"{path}: a scale_group of {leaf.scale_group}, but with scales it is 1 or more")
-        _check_array(f"{path}: scale", leaf.scale, (*stack, outputs, -(-inputs // leaf.scale_group)))
-    fixed = leaf.codebook_format
-    if fixed and leaf.levels.dtype != fixed.storage_dtype:
-        raise ValueError(f"{path}: levels of dtype {leaf.levels.dtype}, but {fixed} stores {fixed.storage_dtype}")
-    if fixed:
-        levels = np.asarray(leaf.levels).astype(np.int64)
-        if ((levels < fixed.least) | (levels > fixed.largest)).any():
-            raise ValueError(f"{path}: a level is outside the range of {fixed}")
-
-
-def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype=None) -> None:
-    if tuple(array.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(array.shape)}, but the layout needs {tuple(shape)}")
-    if dtype is not None and array.dtype != dtype:
-        raise ValueError(f"{name} has dtype {array.dtype}, but {jnp.dtype(dtype)} is wanted")

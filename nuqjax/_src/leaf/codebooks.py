@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 
 from nuqjax._src.leaf.codebook_array import (
     CodebookArray,

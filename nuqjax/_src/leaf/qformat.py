@@ -1,8 +1,12 @@
 """Fixed-point formats, and the names of the rounding and overflow modes of arithmetic on words."""
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 ROUNDING = ("floor", "toward_zero", "half_up", "half_down", "half_away", "half_toward_zero", "half_even")
 OVERFLOW = ("saturate", "saturate_symmetric", "saturate_zero", "wrap")
@@ -25,7 +29,7 @@ class QFormat:
     frac: int
     signed: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_word(self.word, self.signed, "QFormat")
         if isinstance(self.frac, bool) or not isinstance(self.frac, int) or abs(self.frac) > 512:
             raise ValueError(f"QFormat: frac {self.frac!r}, but a whole number from -512 to 512 is wanted")
@@ -63,8 +67,32 @@ class AutoQFormat:
     word: int
     signed: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_word(self.word, self.signed, "AutoQFormat")
+
+
+CodebookFormat: TypeAlias = DTypeLike | QFormat | AutoQFormat | None
+"""How levels are stored; None for the leaf's dtype."""
+
+
+def of_least_error(formats: Iterable[QFormat], error_of: Callable[[QFormat, float], float]) -> QFormat:
+    """Returns the format of least error; of equally good ones, that with the fewest fraction bits.
+
+    Args:
+      formats: the formats to try, in this order; they differ in their fraction bits alone.
+      error_of: `error_of(format, least)` returns the error of a format. It may return infinity without computing the
+        error if that is certain to be above `least`, the least error so far.
+
+    >>> of_least_error((QFormat(4, frac) for frac in range(3)), lambda fmt, least: abs(fmt.range[1] - 2))
+    QFormat(word=4, frac=2, signed=True)
+    """
+    best, least = None, math.inf
+    for fmt in formats:
+        error = error_of(fmt, least)
+        if best is None or (error, fmt.frac) < (least, best.frac):
+            best, least = fmt, error
+    assert best is not None
+    return best
 
 
 def _check_word(word, signed, name) -> None:

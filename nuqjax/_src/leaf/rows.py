@@ -9,7 +9,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.core
@@ -29,7 +29,7 @@ class ChannelGroups:
 
     size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_size(self)
 
 
@@ -45,7 +45,7 @@ class InputGroups:
 
     size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_size(self)
 
 
@@ -55,7 +55,10 @@ def _check_size(groups) -> None:
         raise ValueError(f"{name}: a group size of {groups.size!r}, but it must be a whole number, 1 or more")
 
 
-Granularity = Literal["tensor", "channel"] | ChannelGroups | InputGroups
+Granularity: TypeAlias = Literal["tensor", "channel"] | ChannelGroups | InputGroups
+"""Which values share a codebook."""
+Scale: TypeAlias = Literal["channel"] | InputGroups | None
+"""Which values share a scale."""
 
 
 _INT32_MAX = 2**31 - 1
@@ -193,7 +196,7 @@ def look_up(levels: Any, indices: Any) -> Any:
         return jnp.take_along_axis(levels, indices.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     found = np.empty(indices.shape, levels.dtype)
 
-    def block(some, columns):
+    def block(some, columns) -> None:
         place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * levels.shape[-1]
         found[some, columns] = levels[some].reshape(-1)[place]
 

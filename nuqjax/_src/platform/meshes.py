@@ -55,7 +55,7 @@ def run_as_automatic(function: Callable, mesh: Any, specs: Any, *args: Any) -> A
     leaves, structure = jax.tree.flatten(args)
     places = [n for n, x in enumerate(leaves) if isinstance(x, jax.Array)]
 
-    def run(*arrays):
+    def run(*arrays) -> Any:
         given = list(leaves)
         for n, x in zip(places, arrays, strict=True):
             given[n] = x
@@ -85,9 +85,9 @@ def _automatic(mesh: Any) -> Mesh:
 def as_on_automatic(specs: Any) -> Callable[[Callable], Callable]:
     """Returns a decorator that uses `run_as_automatic` if an argument is on a mesh with explicit axes."""
 
-    def decorate(function):
+    def decorate(function) -> Any:
         @functools.wraps(function)
-        def run(*args, **kwargs):
+        def run(*args, **kwargs) -> Any:
             sharding = explicit_sharding(*jax.tree.leaves((args, kwargs)))
             if sharding is None:
                 return function(*args, **kwargs)

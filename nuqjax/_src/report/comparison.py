@@ -9,7 +9,8 @@ import numpy as np
 
 from nuqjax._src.leaf import packing
 from nuqjax._src.leaf import rows as rows_
-from nuqjax._src.leaf.codebook_array import CodebookArray, channel_block, dense_on_host
+from nuqjax._src.leaf.codebook_array import CodebookArray, dense_on_host
+from nuqjax._src.leaf.take import channel_block
 
 if TYPE_CHECKING:
     pass

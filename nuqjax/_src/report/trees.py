@@ -1,7 +1,7 @@
 """Compares two arrays: whether their bits or their values are the same, and by how much they differ."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -129,7 +129,7 @@ def same_object(first: Any, second: Any) -> tuple[bool, bool]:
     return same, same or bool(first == second)
 
 
-def _chunks(x: np.ndarray, y: np.ndarray):
+def _chunks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, x.size, _CHUNK):
         yield x[start : start + _CHUNK], y[start : start + _CHUNK]
 

@@ -238,7 +238,7 @@ def _frequencies(weights: np.ndarray) -> np.ndarray:
     return np.diff(np.arange(levels + 1) + before * ((1 << _PRECISION) - levels) // int(before[-1]))
 
 
-def _model(library: Any, weights: np.ndarray):
+def _model(library: Any, weights: np.ndarray) -> Any:
     # The library gives symbol k the share p[k]/Σp of 2^24 − K, rounded down cumulatively, plus 1. For integers p that
     # sum to 2^24 − K nothing is rounded: the frequencies are exactly those of `_frequencies`.
     return library.stream.model.Categorical((_frequencies(weights) - 1).astype(np.float64), lazy=False, perfect=False)

@@ -1,13 +1,14 @@
-"""Turns a leaf into an entry of the layout with named tensors, and back.
+"""Turns an entry of the layout back into a leaf.
 
-`docs/format.md` describes the entries. Everything it promises is checked here, because the file may come from anyone.
+`docs/format.md` describes the entries. Everything it promises is checked here before it is used, because the file may
+come from anyone.
 """
 
 import copy
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,169 +16,24 @@ import numpy as np
 
 from nuqjax._src.leaf import packing
 from nuqjax._src.leaf import rows as rows_
-from nuqjax._src.leaf.codebook_array import CodebookArray, check_structure, is_codebook_array
+from nuqjax._src.leaf.check import check_structure
+from nuqjax._src.leaf.codebook_array import CodebookArray
 from nuqjax._src.leaf.qformat import QFormat
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
 from nuqjax._src.platform.host import to_jax
 from nuqjax._src.store import entropy as store_entropy
-from nuqjax._src.store.file import ITEMSIZE, Bundle, check_shape
-
-# The codes of dtypes in the file. A dtype without a code that every reader knows is stored in the form given below.
-_CODES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
-NUMPY_DTYPES = {code: name for name, code in _CODES.items()}  # dtypes by code
-_AS_BYTES = {  # floats stored as their bits, one value to a byte: number of bits
-    "float8_e4m3": 8, "float8_e3m4": 8, "float8_e4m3b11fnuz": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8,
-    "float8_e8m0fnu": 8, "float6_e2m3fn": 6, "float6_e3m2fn": 6, "float4_e2m1fn": 4,
-}  # fmt: skip
-_AS_INTEGERS = {"int4": ("int8", -8, 7), "uint4": ("uint8", 0, 15), "int2": ("int8", -2, 1), "uint2": ("uint8", 0, 3)}
-_AS_PAIRS = {"complex64": "float32", "complex128": "float64"}  # real and imaginary part along an added last axis
-_MAX_GROUP = 2**62  # limit on the number of values that share a codebook or a scale
-_PYTHON = {"bool": bool, "int": int, "float": float, "complex": complex, "str": str}
-_KEYS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # kinds of random keys: 32-bit words in one key
-
-
-class Part(NamedTuple):
-    """A tensor of a leaf: the name of its dtype, its shape, and the array stored for it with that array's code."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    code: str
-    array: np.ndarray
-
-
-def storage_dtype(name: str) -> str:
-    """Returns the name of the dtype in which values of dtype `name` are stored."""
-    if name in _AS_BYTES:
-        return "uint8"
-    return _AS_INTEGERS[name][0] if name in _AS_INTEGERS else _AS_PAIRS.get(name, name)
-
-
-def stored_bytes(reference: Mapping[str, Any]) -> int:
-    """Returns the bytes that a tensor takes in the file, from the dtype and shape in a reference to it."""
-    code, shape = _stored_form(reference["dtype"], reference["shape"])
-    return math.prod(shape) * ITEMSIZE[code]
-
-
-def _stored_form(dtype: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """Returns the code and shape with which values of a dtype and shape are stored."""
-    return _CODES[storage_dtype(dtype)], (*shape, 2) if dtype in _AS_PAIRS else tuple(shape)
-
-
-def is_stored(dtype: np.dtype) -> bool:
-    """Returns whether the format holds arrays of this dtype, in any byte order."""
-    return storage_dtype(dtype.name) in _CODES
-
-
-def to_part(array: Any, path: str) -> Part:
-    """Returns the stored form of an array, which may have any byte order and memory layout.
-
-    Raises:
-      ValueError: the format does not hold the array's dtype.
-    """
-    array = np.asarray(array)
-    name = array.dtype.name
-    if is_stored(array.dtype):
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    shape = tuple(array.shape)
-    if name in _AS_BYTES:
-        stored = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(shape)
-    elif name in _AS_INTEGERS:
-        stored = array.astype(_AS_INTEGERS[name][0])
-    elif name in _AS_PAIRS:
-        stored = np.ascontiguousarray(array).reshape(-1).view(_AS_PAIRS[name]).reshape(*shape, 2)
-    elif name in _CODES:
-        stored = array
-    else:
-        raise ValueError(f"{path}: dtype {array.dtype}, which the format cannot store")
-    return Part(name, shape, _CODES[stored.dtype.name], stored)
-
-
-def describe(path: str, leaf: Any, code: Callable[..., Any] | None) -> tuple[dict[str, Any], dict[str, Part]]:
-    """Returns the entry of a leaf, without names of tensors, and the leaf's tensors by role.
-
-    `code` is `entropy.encode`, or `entropy.sized` where only sizes matter; None for no entropy coding.
-
-    Raises:
-      ValueError: the leaf's arrays do not fit its layout, or the format does not hold the leaf's contents.
-    """
-    entry: dict[str, Any] = {"path": path}
-    if is_codebook_array(leaf):
-        leaf = jax.tree.map(np.asarray, leaf)
-        _check_kinds(leaf, path)
-        parts = {"packed": to_part(leaf.packed, path), "levels": to_part(leaf.levels, path)}
-        if leaf.scale is not None:
-            parts["scale"] = to_part(leaf.scale, path)
-        if code is not None:
-            _, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-            coded = code(leaf.packed, leaf.bits, inputs)
-            if coded is not None:
-                parts |= {"coded": to_part(coded[0], path), "model": to_part(coded[1], path)}
-                del parts["packed"]
-        return entry | _layout(leaf), parts
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        impl = str(jax.random.key_impl(leaf))
-        if impl not in _KEYS:
-            raise ValueError(f"{path}: random keys of {impl!r}, which the format cannot store")
-        return entry | {"kind": "key", "impl": impl}, {"data": to_part(jax.random.key_data(leaf), path)}
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return entry | {"kind": "array"}, {"data": to_part(leaf, path)}
-    kind, value = type(leaf).__name__, leaf
-    if _PYTHON.get(kind) is type(leaf):
-        if isinstance(value, float):
-            value = value.hex()
-        elif isinstance(value, complex):
-            value = [value.real.hex(), value.imag.hex()]
-        return entry | {"kind": "python", "type": kind, "value": value}, {}
-    return entry | {"kind": "absent", "type": f"{type(leaf).__module__}.{type(leaf).__qualname__}"}, {}
-
-
-def _check_kinds(leaf: CodebookArray, path: str) -> None:
-    """Raises ValueError for a compressed leaf that `load` would refuse: such a leaf is not saved."""
-    check_structure(leaf, path)
-    dtypes = {"dtype": leaf.dtype, "scale": None if leaf.scale is None else leaf.scale.dtype}
-    dtypes["levels"] = None if leaf.codebook_format else leaf.levels.dtype
-    for name, dtype in dtypes.items():
-        if dtype is not None and not is_floating(np.dtype(dtype).name):
-            raise ValueError(f"{path}: {name} of dtype {dtype}, but a floating one is wanted")
-    if leaf.scale is None and leaf.scale_group:
-        raise ValueError(f"{path}: a scale_group of {leaf.scale_group} without scales; 0 is wanted")
-    for size in (leaf.scale_group, getattr(leaf.granularity, "size", 0)):
-        if size > _MAX_GROUP:
-            raise ValueError(f"{path}: a group of {size} values, more than any array has")
-
-
-def _layout(leaf: CodebookArray) -> dict[str, Any]:
-    granularity, fixed = leaf.granularity, leaf.codebook_format
-    if isinstance(granularity, ChannelGroups):
-        granularity = {"channels": granularity.size}
-    elif isinstance(granularity, InputGroups):
-        granularity = {"inputs": granularity.size}
-    return {
-        "kind": "codebook",
-        "shape": list(leaf.shape),
-        "stack_axes": len(leaf.stack_shape),
-        "dtype": np.dtype(leaf.dtype).name,
-        "bits": leaf.bits,
-        "granularity": granularity,
-        "output_axes": list(leaf.axes),
-        "fixed_point": fixed and {"word": fixed.word, "frac": fixed.frac, "signed": fixed.signed},
-        "scale_group": leaf.scale_group,
-    }
-
-
-def checksum(chunks: Iterable[Any]) -> int:
-    """Returns the CRC-32 of bytes that come in chunks."""
-    value = 0
-    for chunk in chunks:
-        value = zlib.crc32(chunk, value)
-    return value
-
-
-# From an entry to a leaf: every field of the entry is checked before it is used.
+from nuqjax._src.store.describe import KEYS, MAX_GROUP, PYTHON
+from nuqjax._src.store.dtypes import (
+    AS_BYTES,
+    AS_INTEGERS,
+    CODES,
+    is_floating,
+    storage_dtype,
+    stored_bytes,
+    stored_form,
+    viewed,
+)
+from nuqjax._src.store.file import Bundle, check_shape
 
 
 def _field(entry: Mapping[str, Any], name: str, kinds: Any, where: str) -> Any:
@@ -198,7 +54,7 @@ def _only(entry: Mapping[str, Any], names: set[str], where: str) -> None:
 class Shared:
     """The shared tensors whose parts a layout gives in order: a part begins where the one before it ends."""
 
-    def __init__(self, given: Any, bundle: Bundle):
+    def __init__(self, given: Any, bundle: Bundle) -> None:
         """Takes the checksums of the shared tensors by name, from a layout.
 
         Raises:
@@ -260,7 +116,7 @@ class Entry:
         "array": set(), "key": {"impl"}, "python": {"type", "value"}, "absent": {"type"},
     }  # fmt: skip
 
-    def __init__(self, entry: Any, path: str, bundle: Bundle, shared: Shared | None):
+    def __init__(self, entry: Any, path: str, bundle: Bundle, shared: Shared | None) -> None:
         """Checks everything except the bytes of the tensors.
 
         Args:
@@ -297,7 +153,7 @@ class Entry:
         if self.kind == "key":
             impl = _field(entry, "impl", str, self.where)
             data = self.tensors["data"]
-            if impl not in _KEYS or data["dtype"] != "uint32" or data["shape"][-1:] != [_KEYS[impl]]:
+            if impl not in KEYS or data["dtype"] != "uint32" or data["shape"][-1:] != [KEYS[impl]]:
                 raise ValueError(
                     f"{self.where}: {impl[:40]!r} and {data['shape']} {data['dtype']} do not make a random key"
                 )
@@ -321,13 +177,13 @@ class Entry:
         if name not in self._bundle.files:
             raise ValueError(f"{where}: the tensor {name[:200]!r} is not in the file")
         stored = storage_dtype(dtype)
-        if stored not in _CODES:
+        if stored not in CODES:
             raise ValueError(f"{where}: unknown dtype {dtype[:40]!r}")
         try:
             np.dtype(dtype)
         except TypeError as error:
             raise ValueError(f"{where}: dtype {dtype!r}, which this NumPy does not have") from error
-        wanted = _stored_form(dtype, shape)
+        wanted = stored_form(dtype, shape)
         header = self._bundle.entry(name)
         if self._shared is not None and name in self._shared:
             _only(reference, {"name", "dtype", "shape"}, where)
@@ -355,7 +211,9 @@ class Entry:
         if len({"coded", "packed"} & set(self.tensors)) != 1 or len({"model", "weights"} & set(self.tensors)) != (
             "coded" in self.tensors
         ):
-            raise ValueError(f"{where}: both packed and coded, or {model} of no stream, or two models")
+            raise ValueError(
+                f"{where}: both packed and coded indices, or {model} without a coded stream, or two models"
+            )
         shape = _field(entry, "shape", list, where)
         check_shape(shape, where)
         stack = _field(entry, "stack_axes", int, where)
@@ -374,7 +232,7 @@ class Entry:
         self._fixed = None if fixed is None else self._qformat(fixed)
         self._granularity = self._read_granularity(entry.get("granularity"))
         group = _field(entry, "scale_group", int, where)
-        if group < (scale is not None) or (scale is None and group) or group > _MAX_GROUP:
+        if group < (scale is not None) or (scale is None and group) or group > MAX_GROUP:
             raise ValueError(f"{where}: scale_group={group} {'without' if scale is None else 'with'} scales")
         if not is_floating(_field(entry, "dtype", str, where)):
             raise ValueError(f"{where}: dtype {entry['dtype'][:40]!r} is not floating")
@@ -424,7 +282,7 @@ class Entry:
             return value
         if isinstance(value, dict) and len(value) == 1:
             (kind, size), *_ = value.items()
-            if kind in ("channels", "inputs") and type(size) is int and 1 <= size <= _MAX_GROUP:
+            if kind in ("channels", "inputs") and type(size) is int and 1 <= size <= MAX_GROUP:
                 return ChannelGroups(size) if kind == "channels" else InputGroups(size)
         raise ValueError(f"{self.where}: unknown granularity {str(value)[:80]}")
 
@@ -441,7 +299,7 @@ class Entry:
                 return
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{self.where}: {str(value)[:80]!r} is not a valid {kind}") from error
-        if kind not in ("bool", "int", "str") or type(value) is not _PYTHON[kind]:
+        if kind not in ("bool", "int", "str") or type(value) is not PYTHON[kind]:
             raise ValueError(f"{self.where}: {str(value)[:80]!r} is not a valid {kind[:40]}")
         self._value = value
 
@@ -512,18 +370,18 @@ class Entry:
         elif verify and zlib.crc32(raw.data) != reference["crc32"]:
             raise ValueError(f"{where}: the bytes are not those that were saved (their CRC-32 differs)")
         dtype, shape = reference["dtype"], tuple(reference["shape"])
-        if dtype == "bool" or dtype in _AS_BYTES:
-            bits = 1 if dtype == "bool" else _AS_BYTES[dtype]
+        if dtype == "bool" or dtype in AS_BYTES:
+            bits = 1 if dtype == "bool" else AS_BYTES[dtype]
             if bits < 8 and (raw >> bits).any():
                 raise ValueError(f"{where}: a byte that is not a valid {dtype}")
             return raw.view(dtype).reshape(shape)
-        if dtype in _AS_INTEGERS:
-            stored, least, most = _AS_INTEGERS[dtype]
+        if dtype in AS_INTEGERS:
+            stored, least, most = AS_INTEGERS[dtype]
             values = raw.view(stored)
             if ((values < least) | (values > most)).any():
                 raise ValueError(f"{where}: a value that is not a valid {dtype}")
             return values.astype(dtype).reshape(shape)
-        return _viewed(raw, dtype).reshape(shape)
+        return viewed(raw, dtype).reshape(shape)
 
     def nbytes(self, *roles: str) -> int:
         """Returns the bytes that the tensors with these roles take in the file."""
@@ -534,20 +392,6 @@ class Entry:
         reference = self.tensors[role]
         raw = self._bundle.array(reference["name"])
         return raw[reference["at"] :][: stored_bytes(reference)] if "at" in reference else raw
-
-
-def is_floating(dtype: str) -> bool:
-    """Returns whether the text names a floating dtype that both the format and this NumPy have."""
-    if not (dtype in _CODES or dtype in _AS_BYTES) or "float" not in dtype:
-        return False
-    try:
-        return np.dtype(dtype).itemsize > 0
-    except TypeError:
-        return False
-
-
-def _viewed(raw: np.ndarray, dtype: str) -> np.ndarray:
-    return raw.view(np.dtype(dtype).newbyteorder("<")) if np.dtype(dtype).kind in "iufc" else raw.view(dtype)
 
 
 def tied(entry: Mapping[str, Any], path: str, earlier: Sequence[Entry], name: str) -> Entry:

@@ -15,19 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nuqjax._src.store.dtypes import ITEMSIZE, SHARED_BITS
 from nuqjax._src.store.foreign import foreign_file
 
-ITEMSIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # dtypes whose values share bytes: bits of a value; skipped, not read
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_COUNT = 2**63 - 1
 _CHUNK = 1 << 24
 
 
-class Entry(NamedTuple):
+class HeaderEntry(NamedTuple):
     """A tensor in a header: the code of its dtype, its shape, and its bytes in the data, from `begin` to `end`."""
 
     code: str
@@ -42,7 +38,7 @@ class File:
 
     name: str
     start: int
-    entries: dict[str, Entry]
+    entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
     data: np.ndarray
 
@@ -146,7 +142,7 @@ def parse(data: np.ndarray, name: str) -> File:
     return File(name, 8 + length, entries, metadata, body)
 
 
-def _entry(value: Any, where: str) -> Entry:
+def _entry(value: Any, where: str) -> HeaderEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where} does not have just dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -158,13 +154,13 @@ def _entry(value: Any, where: str) -> Entry:
     begin, end = offsets
     if not 0 <= begin <= end <= _MAX_COUNT:
         raise ValueError(f"{where}: data_offsets from {begin} to {end}")
-    bits = _BITS.get(code, 8 * ITEMSIZE.get(code, 0))
+    bits = SHARED_BITS.get(code, 8 * ITEMSIZE.get(code, 0))
     size = -(-count * bits // 8) if bits else end - begin  # an unknown dtype does not prevent reading other tensors
     if end - begin != size:
         raise ValueError(
             f"{where}: {code} of shape {shape} takes {size} bytes, but its data_offsets hold {end - begin}"
         )
-    return Entry(code, tuple(shape), begin, end)
+    return HeaderEntry(code, tuple(shape), begin, end)
 
 
 def check_shape(shape: Any, where: str) -> int:
@@ -209,7 +205,7 @@ class Bundle(NamedTuple):
     files: dict[str, File]
     metadata: dict[str, Any]
 
-    def entry(self, tensor: str) -> Entry:
+    def entry(self, tensor: str) -> HeaderEntry:
         """Returns the header's entry for a tensor."""
         return self.files[tensor].entries[tensor]
 
@@ -292,3 +288,22 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
 def index_path(path: str) -> str:
     """Returns the path of the index for shards saved under this name."""
     return path if path.endswith(".index.json") else f"{path}.index.json"
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def shard_size(given: int | str | None) -> int | None:
+    """Returns `max_shard_size` in bytes, or None if it is None.
+
+    Raises:
+      ValueError: it is not a valid size.
+    """
+    if given is None:
+        return None
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", given.strip()) if isinstance(given, str) else None
+    if match and match[2].upper() in _UNITS:
+        given = int(match[1]) * _UNITS[match[2].upper()]
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f'max_shard_size={given!r}, but a number of bytes, 1 or more, or such as "5GB" is wanted')
+    return given

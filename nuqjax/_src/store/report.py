@@ -10,7 +10,8 @@ import numpy as np
 from nuqjax._src.report.comparison import usage
 from nuqjax._src.report.leaf_report import LeafReport
 from nuqjax._src.report.report import Report
-from nuqjax._src.store.entry import Entry, is_floating
+from nuqjax._src.store.dtypes import is_floating
+from nuqjax._src.store.entry import Entry
 
 
 def report_to_json(report: Report) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ def _check_text(text: str, path: str) -> None:
 class Structure:
     """The checked nodes of a tree; `paths` are the paths of its leaves, and `build` makes the tree from leaves."""
 
-    def __init__(self, nodes: Any, nbytes: int):
+    def __init__(self, nodes: Any, nbytes: int) -> None:
         """Checks nodes that come from `nbytes` bytes of a file.
 
         Raises:
@@ -200,7 +200,7 @@ def check_hashes(keys: Iterable[Any], where: str) -> None:
 class PathRoom:
     """A limit on the length of all paths: many leaves below a long key could need the square of the file's bytes."""
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int) -> None:
         """Sets the limit for a tree that is described by `nbytes` bytes of a file."""
         self._nbytes, self._left = nbytes, 16 * nbytes + (1 << 20)
 

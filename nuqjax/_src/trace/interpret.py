@@ -8,16 +8,16 @@ The caller defines what a lifted value is and what the rules do with it, and giv
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
-from nuqjax._src.platform.compat import as_varying, bind_primitive
-from nuqjax._src.platform.meshes import explicit_sharding
+from nuqjax._src.platform.compat import bind_primitive
+from nuqjax._src.trace.traced import varying, varying_axes
 
 
 class Site(NamedTuple):
@@ -92,166 +92,6 @@ class Interpreter:
         return [self.lower(x, arrays) if self.is_lifted(x) else x for x in operands]
 
 
-class Traced(NamedTuple):
-    """A function traced to a jaxpr. The arrays among its arguments are the jaxpr's inputs; other arguments are static.
-
-    Attributes:
-      jaxpr: takes the arrays, in the order of `arrays`, and returns the outputs' leaves, then the arrays of `changed`.
-      arrays: path and value of every argument that is an array or a leaf that stands for one.
-      outputs: the structure of the outputs.
-      changed: path and new value of every leaf of the arguments that the function replaced in place; `COMPUTED` in
-        place of a new array. Empty if `trace` was given no `caller`.
-    """
-
-    jaxpr: core.ClosedJaxpr
-    arrays: list[tuple[tuple[Any, ...], Any]]
-    outputs: Any
-    changed: list[tuple[tuple[Any, ...], Any]]
-
-
-COMPUTED = object()
-"""Stands in `Traced.changed` for an array, which is among the outputs."""
-
-
-def trace(
-    fn: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    is_leaf: Callable[[Any], bool],
-    sharding_of: Callable[[Any], Any] = lambda leaf: None,
-    *,
-    caller: str = "",
-) -> Traced:
-    """Traces `fn` on the dense shapes of its arguments.
-
-    Args:
-      fn: a function that JAX can trace.
-      args: its positional arguments: pytrees of arrays, of leaves that stand for an array, and of anything else.
-      kwargs: its keyword arguments, likewise.
-      is_leaf: returns whether a value is a leaf that stands for an array; such leaves have a `shape` and a `dtype`.
-      sharding_of: returns the sharding of such a leaf's array on a mesh with explicit axes; None for other leaves.
-      caller: the name in messages of the public function that needs the changes to arguments; "" if none does.
-
-    Raises:
-      TypeError: `fn` is a model, not a function.
-      ValueError: with a `caller`, the function changed more in place than the values of leaves: it added or removed
-        a leaf, or changed a static field.
-    """
-    if callable(getattr(fn, "init", None)) and callable(getattr(fn, "apply", None)):
-        raise TypeError(f"{caller}: {type(fn).__name__} is a model, but a function is wanted, such as model.apply")
-    flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
-    traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
-    changed: list[tuple[tuple[Any, ...], Any]] = []
-
-    def dense(*arrays):
-        values = [x for _, x in flat]
-        for n, array in zip(traced, arrays, strict=True):
-            values[n] = array
-        args, kwargs = structure.unflatten(values)
-        before = jax.tree.structure((args, kwargs), is_leaf=is_leaf)
-        outputs = fn(*args, **kwargs)
-        computed = []
-        if caller:
-            for path, new in _changes((args, kwargs), before, [p for p, _ in flat], values, is_leaf, caller):
-                is_array = isinstance(new, _ARRAYS)
-                changed.append((path, COMPUTED if is_array else new))
-                computed += [new] if is_array else []
-        return outputs, computed
-
-    def shape_of(x):
-        varying = _varying_type(jax.tree.leaves(x))
-        if is_leaf(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, **{"sharding": sharding_of(x)} | varying)
-        aval = jax.typeof(x)
-        placed: dict[str, Any] = {"sharding": None if explicit_sharding(x) is None else aval.sharding} | varying
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False), **placed)
-
-    jaxpr, (shapes, _) = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
-    return Traced(jaxpr, [flat[n] for n in traced], jax.tree.structure(shapes), changed)
-
-
-_ARRAYS = jax.Array | np.ndarray | np.generic
-
-
-def _changes(tree, before, paths, values, is_leaf, caller):
-    """Yields path and new value of each leaf that the function replaced."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    missing = dict.fromkeys(paths)
-    added = [path for path, _ in flat if path not in missing]
-    for path, _ in flat:
-        missing.pop(path, None)
-    if added or missing:
-        path, done = (added[0], "adds") if added else (next(iter(missing)), "takes away")
-        raise ValueError(
-            f"{caller}: the function {done} {argument_name(path)}, which cannot be written back: let it return the "
-            "new state, or create its entry before the call"
-        )
-    if structure != before:
-        number = next(
-            n for n, (a, b) in enumerate(zip(_arguments(structure), _arguments(before), strict=True)) if a != b
-        )
-        raise ValueError(
-            f"{caller}: the function changes a static field of its argument {number}, such as a module's mode, "
-            "which cannot be written back: set it before the call (model.eval())"
-        )
-    for (path, new), old in zip(flat, values, strict=True):
-        if new is not old and not (type(new) is type(old) and not isinstance(new, _ARRAYS) and new == old):
-            yield path, new
-
-
-def _arguments(structure) -> list[Any]:
-    """Returns the structures of the arguments, positional ones first."""
-    return [argument for group in structure.children() for argument in group.children()]
-
-
-def write_changes(traced: Traced, args: Any, kwargs: Any, computed: Sequence[Any], caller: str) -> None:
-    """Writes what a function changed in its arguments back into the arguments' containers.
-
-    Args:
-      traced: the traced function.
-      args: the positional arguments that it was traced on.
-      kwargs: the keyword arguments that it was traced on.
-      computed: the arrays that the jaxpr returns after the outputs, in order.
-      caller: as in `trace`.
-
-    Raises:
-      ValueError: a container does not accept a new value. The message names the argument.
-    """
-    arrays = iter(computed)
-    for path, value in traced.changed:
-        _write((args, kwargs), path, next(arrays) if value is COMPUTED else value, caller)
-
-
-def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
-    """Replaces the leaf at `path` by a value, in place, in the containers of the tree."""
-    *parents, last = path
-    try:
-        for key in parents:
-            tree = (
-                getattr(tree, key.name) if hasattr(key, "name") else tree[key.key if hasattr(key, "key") else key.idx]
-            )
-        if not hasattr(last, "name"):
-            tree[last.key if hasattr(last, "key") else last.idx] = value
-        elif hasattr(tree, "set_value"):  # an NNX Variable
-            tree.set_value(value)
-        else:
-            setattr(tree, last.name, value)
-    except (AttributeError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{caller}: the function changes {argument_name(path)} in place, which cannot be written back "
-            f"({error}); let it return the new value"
-        ) from error
-
-
-def argument_name(path: Sequence[Any]) -> str:
-    """Returns the name of a leaf of the arguments for messages: `argument 0, cache/key`."""
-    argument, *inside = path[1:]
-    name = jax.tree_util.keystr((argument,), simple=True)
-    return ", ".join(
-        [f"argument {name}", *filter(None, [jax.tree_util.keystr(tuple(inside), simple=True, separator="/")])]
-    )
-
-
 def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
     """Returns, by equation number, the variables that no later equation reads."""
     last = {}
@@ -269,107 +109,85 @@ def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
 
 def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     """Returns the equation's outputs for arrays, exactly as JAX computes them."""
-    operands = [_varying(x, _varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
+    operands = [varying(x, varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
     with eqn.ctx.manager:
         outputs = bind_primitive(eqn.primitive, operands, eqn.params)
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
-def _as_written(eqn: core.JaxprEqn):
+def _as_written(eqn: core.JaxprEqn) -> AbstractContextManager[Any]:
     """Returns a context in which bound primitives get the equation's scope, inside the current one, and source line."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
-
-
-def _varying_axes(aval: Any) -> frozenset[Any]:
-    """Returns the axes of a `jax.shard_map` over which an array of this type varies."""
-    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()) or getattr(aval, "vma", ()))
-
-
-def _varying(x: Any, axes: frozenset[Any]) -> Any:
-    """Returns `x` with a type that varies over these axes, too."""
-    missing = axes - _varying_axes(jax.typeof(x))
-    return as_varying(x, sorted(missing)) if missing else x
-
-
-def _varying_type(arrays: Sequence[Any]) -> dict[str, Any]:
-    """Returns the arguments of `jax.ShapeDtypeStruct` for an array that varies over the axes of all these arrays."""
-    axes = frozenset().union(*(_varying_axes(jax.typeof(x)) for x in arrays))
-    if not axes:
-        return {}
-    aval = jax.typeof(_varying(arrays[0], axes))
-    if not hasattr(aval, "manual_axis_type"):
-        return {"vma": aval.vma}
-    sharding = jax.sharding.NamedSharding(aval.sharding.mesh, jax.sharding.PartitionSpec())
-    return {"manual_axis_type": aval.manual_axis_type, "sharding": sharding}
 
 
 def _closed(jaxpr: Any) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
-def _jit(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    return interpreter.evaluate(_closed(eqn.params["jaxpr"]), operands, site.scope)
-
-
-def _call(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    return interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
-
-
-def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
-    """Evaluates the body of a call without the call: for lifted values that are not arrays and have no derivatives."""
+def body_of(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns the jaxpr that a call evaluates; None if the equation is no call."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    inside = next(eqn.params[name] for name in names if name in eqn.params)
-    return interpreter.evaluate(_closed(inside), operands, site.scope)
+    return next((_closed(eqn.params[name]) for name in names if name in eqn.params), None)
 
 
-def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Any]:
+    """Evaluates the body of a call without the call.
+
+    A call with derivatives of its own (`DERIVED`) loses them, so this suits lifted values that have no derivatives.
+    """
+    body = body_of(eqn)
+    assert body is not None
+    return interpreter.evaluate(body, operands, site.scope)
+
+
+def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Any:
     """Evaluates the body under `jax.checkpoint` again, so that values lowered in it are lowered again for gradients."""
     jaxpr, params = _closed(eqn.params["jaxpr"]), eqn.params
 
-    def inside(*operands):
+    def inside(*operands) -> list[Any]:
         return interpreter.lower_all(interpreter.evaluate(jaxpr, operands, site.scope))
 
     return jax.checkpoint(inside, prevent_cse=params["prevent_cse"], policy=params["policy"])(*operands)
 
 
-def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_jvp
-    def call(operands):
+    def call(operands) -> tuple[Any, ...]:
         inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
         return tuple(interpreter.lower_all(inside))
 
     @call.defjvp
-    def _(primals, tangents):
+    def _(primals, tangents) -> tuple[Any, ...]:
         return jax.jvp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), primals, tangents)
 
     return call(operands)
 
 
-def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_vjp
-    def call(operands):
+    def call(operands) -> tuple[Any, ...]:
         inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
         return tuple(interpreter.lower_all(inside))
 
-    def forward(operands):
+    def forward(operands) -> tuple[tuple[Any, ...], Callable[..., Any]]:
         return jax.vjp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), operands)
 
-    def backward(vjp, cotangents):
+    def backward(vjp, cotangents) -> Any:
         return vjp(cotangents)
 
     call.defvjp(forward, backward)
     return call(operands)
 
 
-def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands):
+def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands) -> Any:
     """Evaluates each branch with the lifted operands; the index and the outputs are lowered."""
 
-    def of(branch):
+    def of(branch) -> Callable[..., tuple[Any, ...]]:
         return lambda *operands: tuple(
             interpreter.lower_all(interpreter.evaluate(_closed(branch), operands, site.scope))
         )
@@ -379,7 +197,7 @@ def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *oper
     return lax.switch(index, [of(branch) for branch in eqn.params["branches"]], *operands)
 
 
-def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates a loop with constants that stay lifted; the carry is lowered."""
     params = eqn.params
     cond_jaxpr, body_jaxpr = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
@@ -387,17 +205,17 @@ def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     cond_consts, body_consts = operands[:first], operands[first:second]
     carry = tuple(interpreter.lower_all(operands[second:]))
 
-    def condition(carry):
+    def condition(carry) -> Any:
         [going] = interpreter.lower_all(interpreter.evaluate(cond_jaxpr, (*cond_consts, *carry), site.scope))
         return going
 
-    def body(carry):
+    def body(carry) -> tuple[Any, ...]:
         return tuple(interpreter.lower_all(interpreter.evaluate(body_jaxpr, (*body_consts, *carry), site.scope)))
 
     return lax.while_loop(condition, body, carry)
 
 
-def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
+def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
     """Evaluates a scan: constants stay lifted, lifted operands are sliced if they can be; the carry is lowered."""
     params, jaxpr = eqn.params, _closed(eqn.params["jaxpr"])
     first, second = scan_parts(params, len(operands))
@@ -405,7 +223,7 @@ def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands):
     carry = tuple(interpreter.lower_all(operands[first:second]))
     xs = [x if not interpreter.is_lifted(x) or _can_scan(x) else interpreter.lower(x, ()) for x in xs]
 
-    def body(carry, xs):
+    def body(carry, xs) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         outputs = interpreter.lower_all(interpreter.evaluate(jaxpr, (*consts, *carry, *xs), site.scope))
         return tuple(outputs[: len(carry)]), tuple(outputs[len(carry) :])
 
@@ -429,10 +247,10 @@ def _can_scan(value: Any) -> bool:
 
 
 CONTROL_FLOW: Mapping[str, Rule] = {
-    "jit": _jit,
-    "pjit": _jit,
-    "closed_call": _call,
-    "core_call": _call,
+    "jit": inline,
+    "pjit": inline,
+    "closed_call": inline,
+    "core_call": inline,
     "checkpoint": _remat,
     "remat2": _remat,
     "custom_jvp_call": _custom_jvp,

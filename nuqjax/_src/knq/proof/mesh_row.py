@@ -55,7 +55,7 @@ class Place(NamedTuple):
         """The spec of arrays whose first axis numbers the rows."""
         return PartitionSpec(self.row_axes or None)
 
-    def run(self, function, in_specs, out_specs):
+    def run(self, function, in_specs, out_specs) -> Any:
         """Returns `function` under `jax.shard_map` on the mesh."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -83,22 +83,22 @@ def held_rows(held: Held, place: Place) -> ShardedRows:
 
 
 @functools.partial(jax.jit, static_argnames=("place",))
-def _values(held: Held, row, ranks, *, place: Place):
+def _values(held: Held, row, ranks, *, place: Place) -> Any:
     """Returns `[G, m]` the values of the given ranks in each of the G rows, whatever `row` is; in the rows' dtype."""
     del row
 
-    def part(held, ranks):
+    def part(held, ranks) -> jax.Array:
         return held_rows(held, place).value_of_rank(ranks[None])
 
     return place.run(part, (place.of_devices, PartitionSpec()), place.of_rows)(held, ranks)
 
 
 @functools.partial(jax.jit, static_argnames=("place",))
-def _cuts(held: Held, row, wanted, *, place: Place):
+def _cuts(held: Held, row, wanted, *, place: Place) -> Any:
     """Returns `[G, 2, m]` how many values are below each of `wanted`, and how many are not above it."""
     del row
 
-    def part(held, wanted):
+    def part(held, wanted) -> Any:
         rows = held_rows(held, place)
         cuts = [rows.held_below(wanted[None], equal) for equal in (False, True)]
         return lax.psum(jnp.stack(cuts, axis=1), place.value_axes)
@@ -113,7 +113,7 @@ def _integers(place: Place, weighted: bool) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnames=("place", "squares"))
-def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares: bool):
+def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares: bool) -> Any:
     """Sums over the values from `first [m]` to below `end [m]` of row number `row`, as integers of decreasing units.
 
     With `squares` the result is `[G, 1, integers, m]`: the sum of weight · (t − shift)². Without it the result is
@@ -121,7 +121,7 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
     weight is the count and the others are 0. t is (value / unit − first / unit) · inverse.
     """
 
-    def part(held, row, first, end, inverse, shift):
+    def part(held, row, first, end, inverse, shift) -> Any:
         rows = held_rows(held, place)
         here = rows.part
         bits, integers = _integers(place, here.shares is not None)
@@ -132,7 +132,7 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
         reference = first.astype(jnp.float64) / here.unit[0]
         size = min(_STRETCH, here.length)
 
-        def stretch(number, sums):
+        def stretch(number, sums) -> Any:
             base = jnp.minimum(number * size, here.length - size)
             # The cells' ends in this stretch. A stretch that overlaps the one before counts only its own new values.
             begin, until = (jnp.clip(cut - base, number * size - base, size).astype(jnp.int32) for cut in (low, high))
@@ -159,8 +159,8 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
         none = jnp.zeros((kinds, integers, len(first)), jnp.int64)
         sums = lax.fori_loop(low[0] // size, -(-high[-1] // size), stretch, none)
         if here.shares is None and not squares:
-            pin = (low <= here.zero[0]) & (here.zero[0] < high)
-            count = (high - low) - pin * here.pinned
+            holds_zero = (low <= here.zero[0]) & (here.zero[0] < high)
+            count = (high - low) - holds_zero * here.added_zero
             sums = jnp.concatenate([jnp.zeros_like(sums).at[0, 0].set(count), sums])
         return lax.psum(sums, place.value_axes)[None]
 
@@ -171,13 +171,15 @@ def _sums(held: Held, row, first, end, inverse, shift, *, place: Place, squares:
 class MeshRow:
     """A `Row` that the devices of a mesh hold. It needs 64-bit types enabled."""
 
-    def __init__(self, held: Held, place: Place, row: int, size: int, unit: float, zero: int | None, moved: bool):
+    def __init__(
+        self, held: Held, place: Place, row: int, size: int, unit: float, zero: int | None, moved: bool
+    ) -> None:
         self.size, self.unit, self._moved = size, unit, moved
         self._held, self._place, self._row = held, place, row
         self._dtype = np.dtype(held.part[0].dtype)
         self._weighted = held.part[2] is not None
         self._ranks, self._values = np.zeros(0, np.int64), np.zeros(0)  # asked for so far
-        self.pin = None if zero is None else (zero, int(self.cuts_above(np.zeros(1))[0]))
+        self.held_zero = None if zero is None else (zero, int(self.cuts_above(np.zeros(1))[0]))
 
     def _ask(self, programme, *questions: np.ndarray, **options) -> np.ndarray:
         answers = []

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax._src.knq.rows.sorted import first_least, windows
+from nuqjax._src.platform.rounding import rounded_in_loop
 
 
 class Carried(NamedTuple):
@@ -40,12 +41,7 @@ def nothing_yet(rows: int, band: int) -> Carried:
     return Carried(empty, empty, empty, empty, start, np.zeros(rows, np.int32), np.ones(rows, bool))
 
 
-def _rounded(product):
-    """Rounds a product before it is added to anything: otherwise XLA contracts a·b + c in some programs only."""
-    return jnp.where(product < jnp.inf, product, jnp.inf)
-
-
-def _merged(one, two):
+def _merged(one, two) -> tuple[Any, Any, Any, Any]:
     """Merges weight, mean, its rest and squared error of two neighbouring runs (Chan, Golub and LeVeque 1983).
 
     The new mean is computed from the heavier run's, so that its rounding error is in proportion to the change.
@@ -56,14 +52,14 @@ def _merged(one, two):
     inverse = 1.0 / jnp.where(both > 0, both, 1.0)
     apart = (other - mean) + (other_rest - rest)
     left = n >= k
-    moved = _rounded(apart * jnp.where(left, k, -n) * inverse) + jnp.where(left, rest, other_rest)
+    moved = rounded_in_loop(apart * jnp.where(left, k, -n) * inverse) + jnp.where(left, rest, other_rest)
     base = jnp.where(left, mean, other)
     middle = base + moved
-    between = _rounded(apart * apart * (n * k * inverse))
+    between = rounded_in_loop(apart * apart * (n * k * inverse))
     return both, middle, moved - (middle - base), (square + other_square) + between
 
 
-def _error(one, two):
+def _error(one, two) -> Any:
     """Computes the squared error of two neighbouring runs merged into one."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
@@ -72,15 +68,15 @@ def _error(one, two):
     return (square + other_square) + jnp.where(both > 0, apart * apart * (n * k / both), 0.0)
 
 
-def _running(weight, mean, square, block: int):
+def _running(weight, mean, square, block: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Merges, for each cell, the cells of its block up to it, and those from it on: two tuples of `[R, S]` arrays."""
     count, length = weight.shape
 
-    def both_ways(array):
+    def both_ways(array) -> jax.Array:
         blocks = array.reshape(count, length // block, block)
         return jnp.moveaxis(jnp.stack([blocks, blocks[:, :, ::-1]]), 3, 0)
 
-    def more(before, cell):
+    def more(before, cell) -> tuple[tuple[Any, Any, Any, Any], tuple[Any, Any, Any, Any]]:
         now = _merged(before, (cell[0], cell[1], jnp.zeros_like(cell[0]), cell[2]))
         return now, now
 
@@ -91,8 +87,10 @@ def _running(weight, mean, square, block: int):
     return tuple(x[0].reshape(shape) for x in ran), tuple(x[1, :, :, ::-1].reshape(shape) for x in ran)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "window", "pin"))
-def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, pin: bool):
+@functools.partial(jax.jit, static_argnames=("block", "window", "keep_zero"))
+def potentials(
+    carried, weight, mean, square, leak, price, begin, size, zero, *, block: int, window: int, keep_zero: bool
+) -> tuple[Carried, Any, Any]:
     """Computes φ(b) = min over the cuts a before b of φ(a) − leak(a) + error(a, b) + price, for one stretch of cells.
 
     The cells are handled in blocks. The cut at which the best last interval begins never moves back, since the error is
@@ -108,11 +106,11 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
       price: `[R]` positive.
       begin: int32 the cut below the first cell.
       size: `[R]` int32 number of cells that count; none do if it is not positive.
-      zero: `[R]` int32, read only with `pin`: an interval from a cut up to `zero` to a cut above it has the held zero
-        as its level. It costs its error about 0 and no price.
+      zero: `[R]` int32, read only with `keep_zero`: an interval from a cut up to `zero` to a cut above it has the held
+        zero as its level. It costs its error about 0 and no price.
       block: cells handled at once.
       window: candidate cuts searched at once.
-      pin: whether there is a held zero.
+      keep_zero: whether there is a held zero.
 
     Returns:
       The state to carry on, and for the cut above each cell `[R, S]` φ and `[R, S]` the cut before it on its best path.
@@ -127,23 +125,23 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
     charge = price[:, None]
     running = _running(weight, mean, square, block)
 
-    def at(array, start, size):
+    def at(array, start, size) -> jax.Array:
         return lax.dynamic_slice_in_dim(array, start, size, axis=1)
 
-    def put(array, value, start):
+    def put(array, value, start) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(array, value, start, axis=1)
 
-    def priced(error, one, two, a, b):
+    def priced(error, one, two, a, b) -> Any:
         """Returns the cost of the interval (a, b) merged from two parts; without a held zero, the price is left out."""
-        if not pin:
+        if not keep_zero:
             return error
         total, mean, rest, _ = _merged(one, two)
         level = mean + rest
         where = zero.reshape(count, *(1,) * (a.ndim - 1))
         paid = price.reshape(where.shape)
-        return error + jnp.where((a <= where) & (b > where), _rounded(total * level * level), paid)
+        return error + jnp.where((a <= where) & (b > where), rounded_in_loop(total * level * level), paid)
 
-    def step(number, state):
+    def step(number, state) -> tuple[Any, ...]:
         *known, start, first, enough, potential, before = state
         here = number * block
         below = begin + here  # the cut below the block
@@ -156,7 +154,7 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         reached = start + priced(grown[3], known, whole, cut, below + block)
         _, last = first_least(jnp.where(cut >= first[:, None], reached, infinite), cut, 1)
 
-        def search(state):
+        def search(state) -> Any:
             step, best, chosen = state
             begins = jnp.clip(first + step - cut[0, 0], 0, band - window)
             a = (begins[:, None] + cut[:, :1] + ahead)[:, :, None]
@@ -173,14 +171,14 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
         none = jnp.int32(0), jnp.full((count, block), infinite), jnp.zeros((count, block), jnp.int32)
         _, best, chosen = lax.while_loop(lambda state: state[0] <= widest, search, none)
         free = charge
-        if pin:
+        if keep_zero:
             free = jnp.where((zero[:, None] >= below) & (zero[:, None] < below + block), 0.0, charge)
         else:
             best = best + charge
         loss = at(leak, here, block)
         inside = jnp.any(best > jnp.min(best - loss, axis=1, keepdims=True) + free)
 
-        def shorter(i, state):
+        def shorter(i, state) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
             """Updates the best of the cut above cell i with the intervals that begin at the cuts of this block."""
             ring, best, chosen = state
             cell = tuple(at(x, i, 1) for x in cells)
@@ -189,10 +187,10 @@ def potentials(carried, weight, mean, square, leak, price, begin, size, zero, *,
             ring = tuple(jnp.where(begun, new, old) for new, old in zip(_merged(ring, cell), ring, strict=True))
             a = (below + 1 + lane)[None]
             value = best - loss + ring[3]
-            if pin:
+            if keep_zero:
                 level = ring[1] + ring[2]
                 held = (a <= zero[:, None]) & (below + 1 + i > zero[:, None])
-                value = value + jnp.where(held, _rounded(ring[0] * level * level), charge)
+                value = value + jnp.where(held, rounded_in_loop(ring[0] * level * level), charge)
             else:
                 value = value + charge
             low, where = first_least(jnp.where(begun, value, infinite), a, 1)

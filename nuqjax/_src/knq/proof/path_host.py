@@ -5,6 +5,7 @@ and a block of cuts is settled at once.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def potentials(
     # `known` holds weight, mean, rest and squared error of the intervals from each cut since `first` to the block.
     first, widest, known = 0, 0, tuple(np.zeros(1) for _ in range(4))
 
-    def priced(error, one, two, a, b):
+    def priced(error, one, two, a, b) -> Any:
         """Returns the cost of intervals (a, b) merged from two parts."""
         if zero is None:
             return error + price
@@ -94,7 +95,7 @@ def _block_sizes(sizes: np.ndarray) -> np.ndarray:
     return np.clip(2 ** np.log2(share).astype(np.int64), LEAST_BLOCK, _MOST_BLOCK)
 
 
-def _nothing():
+def _nothing() -> tuple[np.ndarray, ...]:
     return (np.zeros(1),) * 4
 
 
@@ -118,7 +119,7 @@ def _settle_within(weight, mean, square, leak, price, zero, below: int, best, ch
             best[i], chosen[i] = value[at], below + 1 + at
 
 
-def _merged(one, two):
+def _merged(one, two) -> tuple[Any, Any, Any, Any]:
     """Merges weight, mean, its rest and squared error of two neighbouring runs (Chan, Golub and LeVeque 1983)."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
@@ -132,7 +133,7 @@ def _merged(one, two):
     return both, middle, moved - (middle - base), (square + other_square) + apart * apart * (n * k * inverse)
 
 
-def _error(one, two):
+def _error(one, two) -> Any:
     """Computes the squared error of two neighbouring runs merged into one."""
     n, mean, rest, square = one
     k, other, other_rest, other_square = two
@@ -144,7 +145,7 @@ def _error(one, two):
     return apart
 
 
-def _running(weight, mean, square, ends: list[int]):
+def _running(weight, mean, square, ends: list[int]) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Merges, for each cell, the cells of its block up to it, and those from it on: two tuples of `[m]` arrays."""
     starts, sizes = np.array(ends[:-1]), np.diff(ends)
     up, on = np.empty((4, len(weight))), np.empty((4, len(weight)))

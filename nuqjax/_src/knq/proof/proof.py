@@ -155,7 +155,7 @@ def better_of(row: Row, boundaries: np.ndarray, others: np.ndarray) -> np.ndarra
 
     def error(boundaries: np.ndarray) -> float:
         whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
-        return _partition_error(_measured(row, _distinct(np.append(whole, row.pin or 0))), whole)
+        return _partition_error(_measured(row, _distinct(np.append(whole, row.held_zero or 0))), whole)
 
     return boundaries if error(boundaries) <= error(others) * (1 + 2.0**-30) else others
 
@@ -173,10 +173,10 @@ def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
             band = next(band for band in _BANDS if band >= request.band)
             groups.setdefault((band, request.cells.zero is not None), []).append(r)
         wider = {}
-        for (band, pin), members in groups.items():
+        for (band, keep_zero), members in groups.items():
             for start in range(0, len(members), _TOGETHER):
                 part = members[start : start + _TOGETHER]
-                for r, answer in zip(part, _pass([requests[r] for r in part], band, pin), strict=True):
+                for r, answer in zip(part, _pass([requests[r] for r in part], band, keep_zero), strict=True):
                     if answer is None:
                         wider[r] = requests[r]._replace(band=band + 1)
                     else:
@@ -184,7 +184,7 @@ def _answers(requests: dict[int, _Request]) -> Iterator[tuple[int, _Answer]]:
         requests = wider
 
 
-def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None]:
+def _pass(requests: list[_Request], band: int, keep_zero: bool) -> list[_Answer | None]:
     """Returns the answers to the requests of a few rows; None where the band was too narrow."""
     count = 1 if len(requests) == 1 else _TOGETHER
     sizes = [len(request.cells.weight) for request in requests]
@@ -203,7 +203,7 @@ def _pass(requests: list[_Request], band: int, pin: bool) -> list[_Answer | None
         here = np.ascontiguousarray(cells[:, :, begin : begin + _STRETCH])
         here_size = np.minimum(size - begin, _STRETCH).astype(np.int32)
         carried, *found = potentials(
-            carried, *here, price, np.int32(begin), here_size, zero, block=block, window=2 * block, pin=pin
+            carried, *here, price, np.int32(begin), here_size, zero, block=block, window=2 * block, keep_zero=keep_zero
         )
         parts.append([np.asarray(x) for x in found])
     potential, before = (np.pad(np.concatenate(x, axis=1), ((0, 0), (1, 0))) for x in zip(*parts, strict=True))
@@ -223,8 +223,8 @@ def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, 
         return boundaries, 0.0
     whole = row.settled(np.concatenate([[0], boundaries, [row.size]]))
     compiled = not isinstance(row, HostRow) or row.size >= COMPILED
-    pinned = row.pin is not None
-    free = num_levels - pinned
+    keep_zero = row.held_zero is not None
+    free = num_levels - keep_zero
     cells = _measured(row, _first_cuts(row, whole))
     best = _partition_error(cells, whole)
     if best == 0:
@@ -366,7 +366,9 @@ def _next_price(tangents: dict[float, tuple[float, int]], free: int) -> float:
     return price * ((tangents[price][1] + 0.5) / (free + 0.5)) ** (3 * 2 ** min(len(tangents) - 1, 8))
 
 
-def _better(cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int):
+def _better(
+    cells: _Cells, before: np.ndarray, whole: np.ndarray, best: float, free: int
+) -> tuple[np.ndarray, float, int]:
     """Returns the better of a partition and the path to the last cut, its error, and the path's priced intervals."""
     steps, path = before.tolist(), [len(before) - 1]
     while path[-1] > 0:
@@ -386,8 +388,8 @@ def _partition_error(cells: _Cells, whole: np.ndarray) -> float:
     weight, mean, square = merged(cells.weight, cells.mean, cells.square, starts)
     error = float(square.sum())
     if cells.zero is not None:
-        pinned = np.searchsorted(starts, cells.zero, side="right") - 1
-        error += float(weight[pinned] * mean[pinned] ** 2)
+        zero_cell = np.searchsorted(starts, cells.zero, side="right") - 1
+        error += float(weight[zero_cell] * mean[zero_cell] ** 2)
     return error
 
 
@@ -403,7 +405,7 @@ def _first_cuts(row: Row, whole: np.ndarray) -> np.ndarray:
     # The cells at the row's ends hold one value each, and have no leak: a path begins at the first cut with leak 0.
     ends = row.values_at(np.array([0, last]))
     single = row.cuts_above(ends[:1]), row.cuts_below(ends[1:])
-    return _distinct(np.concatenate([ranks, by_value, *single, np.array(row.pin or (), np.int64)]))
+    return _distinct(np.concatenate([ranks, by_value, *single, np.array(row.held_zero or (), np.int64)]))
 
 
 def _distinct(array: np.ndarray) -> np.ndarray:
@@ -475,6 +477,6 @@ def _measured(row: Row, cuts: np.ndarray) -> _Cells:
 
 
 def _with_ends(row: Row, cuts: np.ndarray, weight: np.ndarray, mean: np.ndarray, square: np.ndarray) -> _Cells:
-    zero = None if row.pin is None else int(np.searchsorted(cuts, row.pin[0]))
+    zero = None if row.held_zero is None else int(np.searchsorted(cuts, row.held_zero[0]))
     least, greatest = (row.values_at(place) / row.unit - origin(row) for place in (cuts[:-1], cuts[1:] - 1))
     return _Cells(cuts, weight, mean, np.where(greatest > least, square, 0.0), least, greatest, zero)

@@ -28,7 +28,7 @@ class Row(Protocol):
         ...
 
     @property
-    def pin(self) -> tuple[int, int] | None:
+    def held_zero(self) -> tuple[int, int] | None:
         """The cuts below and above the held zero, a value 0 of the row whose weight may be 0; None without one."""
         ...
 
@@ -66,7 +66,7 @@ class Row(Protocol):
 
 def origin(row: Row) -> float:
     """Returns what means are relative to: the middle value / unit, or 0 where there is a held zero."""
-    return 0.0 if row.pin is not None else float(row.values_at(np.array([row.size // 2]))[0]) / row.unit
+    return 0.0 if row.held_zero is not None else float(row.values_at(np.array([row.size // 2]))[0]) / row.unit
 
 
 class HostRow(NamedTuple):
@@ -92,7 +92,7 @@ class HostRow(NamedTuple):
         return len(self.values)
 
     @property
-    def pin(self) -> tuple[int, int] | None:
+    def held_zero(self) -> tuple[int, int] | None:
         """The cuts below and above the held zero; None without one."""
         return None if self.zero is None else (self.zero, self.zero + 1)
 

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax._src.knq.rows.sorted import fraction_bits, places_of_rows, search, take
+from nuqjax._src.knq.rows.sorted import binary_search, fraction_bits, places_of_rows, take
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.rounding import rounded_first
 
 _BLOCK, _BLOCK_OF_LONGEST = 16, 64  # values between two running sums
 _LONGEST = 2**24  # in longer rows memory matters more than the time of the search
@@ -32,7 +34,7 @@ class LongRows(NamedTuple):
       masses: `[R, n / B + 1]` int64 weight below every B-th place, in units of 2^−frac; None where all are 1.
       moments: `[R, n / B + 1]` int64 sum of weight times value below the same places, in units of 2^−frac.
       size: `[R]` int64 number of values that count, which is the last cut.
-      pinned: 1 if the first value zero is the held zero, which was added and has weight 0; else 0.
+      added_zero: 1 if the first value zero is the held zero, which was added and has weight 0; else 0.
       zero: `[R]` int64 cut just below the value zero.
       square: `[R]` float64 Σ weight · value²; None for NumPy rows.
       slack: `[R]` float64 the most by which rounding to units may change the squared error of any partition.
@@ -45,7 +47,7 @@ class LongRows(NamedTuple):
     masses: Any
     moments: Any
     size: Any
-    pinned: Any
+    added_zero: Any
     zero: Any
     square: Any
     slack: Any
@@ -69,7 +71,7 @@ class LongRows(NamedTuple):
         values = xp.where(there, scaled, xp.inf)
         return _summed(self._replace(values=values, unit=xp.ones_like(self.unit)))
 
-    def greatest(self, moved: Callable):
+    def greatest(self, moved: Callable) -> tuple[Any, ...] | None:
         """Returns `[R]` the greatest weight · |v| and weight · v² of v = `moved(values)`; None where all weigh 1.
 
         Weights are over the row's largest.
@@ -78,7 +80,7 @@ class LongRows(NamedTuple):
             return None
         xp = namespace(self.values)
 
-        def stretch(start):
+        def stretch(start) -> tuple[Any, Any]:
             here = slice(start, start + _STRETCH if xp is np else None)
             there = self.values[:, here] < xp.inf
             scaled = xp.where(there, self.values[:, here], 0).astype(xp.float64) / self.unit[:, None]
@@ -89,39 +91,39 @@ class LongRows(NamedTuple):
         starts = range(0, self.length, _STRETCH) if xp is np else (0,)
         return tuple(xp.max(xp.stack(x), axis=0) for x in zip(*map(stretch, starts), strict=True))
 
-    def value_at(self, places):
+    def value_at(self, places) -> Any:
         """Returns the value above each cut `[R, …]`, over the unit; for the last cut, the greatest value."""
         xp = namespace(self.values)
         last = xp.maximum(_beside(self.size, places) - 1, 0)
         found = take(self.values, xp.clip(places, 0, last)).astype(xp.float64)
         return xp.where(_beside(self.size, places) > 0, found / _beside(self.unit, places) + 0.0, 0.0)
 
-    def sums_below(self, cuts):
+    def sums_below(self, cuts) -> tuple[Any, Any]:
         """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         return self.in_units(self.exact_sums_below(cuts))
 
-    def in_units(self, sums):
+    def in_units(self, sums) -> Any:
         """Converts exact sums to those of `sums_below`: floats where values have weights."""
         if self.shares is None:
             return sums
         mass, moment = (x.astype(namespace(x).float64) for x in sums)
         return mass * 2.0**-self.frac, moment
 
-    def exact_sums_below(self, cuts):
+    def exact_sums_below(self, cuts) -> tuple[Any, Any]:
         """Returns weight and moment as integers; where values have weights, the weight is in units of 2^−frac too."""
         if self.shares is None:
-            mass = cuts - (cuts > _beside(self.zero, cuts)) * self.pinned
+            mass = cuts - (cuts > _beside(self.zero, cuts)) * self.added_zero
         else:
             mass = self._running(self.masses, cuts, lambda places: _masses(take(self.shares, places), self.frac))
 
-        def moments(places):
+        def moments(places) -> Any:
             xp = namespace(self.values)
             values = take(self.values, places).astype(xp.float64) / _beside(self.unit, places)
             return _moments(values, None if self.shares is None else take(self.shares, places), self.frac)
 
         return mass, self._running(self.moments, cuts, moments)
 
-    def _running(self, sums, cuts, amounts):
+    def _running(self, sums, cuts, amounts) -> Any:
         xp = namespace(self.values)
         size = _block(self.length)
         block = cuts // size
@@ -130,27 +132,27 @@ class LongRows(NamedTuple):
         here = amounts(xp.where(counted, places, 0))
         return take(sums, block) + xp.sum(xp.where(counted, here, 0), axis=-1)
 
-    def cut_below(self, wanted):
+    def cut_below(self, wanted) -> Any:
         """Returns `[R, …]` the number of values below each of `wanted`."""
         if namespace(self.values) is np:
             return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "left")
-        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
+        return binary_search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
-    def cut_above(self, wanted):
+    def cut_above(self, wanted) -> Any:
         """Returns `[R, …]` the number of values not above each of `wanted`."""
         if namespace(self.values) is np:
             return places_of_rows(self.values, self.size, wanted * _beside(self.unit, wanted), "right")
-        return search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
+        return binary_search(lambda middle: self.value_at(middle) <= wanted, wanted.shape, self.size, self.length)
 
-    def before_ties(self, cuts):
+    def before_ties(self, cuts) -> Any:
         """Returns for each of `cuts` the last cut, not above it, between values that differ."""
         return _untied(self, cuts, self.cut_below)
 
-    def after_ties(self, cuts):
+    def after_ties(self, cuts) -> Any:
         """Returns for each of `cuts` the first cut, not below it, between values that differ."""
         return _untied(self, cuts, self.cut_above)
 
-    def every_cut(self, limit: int):
+    def every_cut(self, limit: int) -> tuple[Any, Any]:
         """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         return every_cut(self, limit)
 
@@ -198,18 +200,18 @@ class ShardedRows(NamedTuple):
         square, slack = lax.psum((part.square, part.slack), self.axes)
         return self._replace(part=part, square=square, slack=slack)
 
-    def greatest(self, moved: Callable):
+    def greatest(self, moved: Callable) -> Any:
         """Returns what `LongRows.greatest` returns of the values of all devices."""
         found = self.part.greatest(moved)
         return None if found is None else lax.pmax(found, self.axes)
 
-    def value_at(self, places):
+    def value_at(self, places) -> jax.Array:
         """Returns the value above each cut `[R, …]`, over the unit; for the last cut, the greatest value."""
         places = jnp.clip(places, 0, jnp.maximum(_beside(self.size, places) - 1, 0))
         found = self.value_of_rank(places).astype(jnp.float64)
         return jnp.where(_beside(self.size, places) > 0, found / _beside(self.part.unit, places) + 0.0, 0.0)
 
-    def value_of_rank(self, places):
+    def value_of_rank(self, places) -> jax.Array:
         """Returns the value above each cut, which is below the last, in the units and the dtype of the rows.
 
         It is the greatest float with no more than `places` values below it. Its bits are found one by one, as floats
@@ -218,10 +220,10 @@ class ShardedRows(NamedTuple):
         dtype = self.part.values.dtype
         kind, bits = (jnp.int32, 32) if dtype == jnp.float32 else (jnp.int64, 64)
 
-        def value(key):
+        def value(key) -> jax.Array:
             return lax.bitcast_convert_type(jnp.where(key < 0, key ^ kind(2 ** (bits - 1) - 1), key), dtype)
 
-        def halve(step, key):
+        def halve(step, key) -> jax.Array:
             candidate = key + lax.shift_left(kind(1), (bits - 2 - step).astype(kind))
             below = lax.psum(self.held_below(value(candidate)), self.axes)
             return jnp.where((below <= places) & ((candidate < 0) | (value(candidate) < jnp.inf)), candidate, key)
@@ -231,41 +233,41 @@ class ShardedRows(NamedTuple):
         key = jnp.where(lax.psum(self.held_below(value(some)), self.axes) <= places, some, lowest)
         return value(lax.fori_loop(jnp.int32(0), jnp.int32(bits - 1), halve, key))
 
-    def held_below(self, wanted, equal: bool = False):
+    def held_below(self, wanted, equal: bool = False) -> Any:
         """Counts this device's values below each of `wanted`, or with `equal` those not above; of the values' dtype."""
         part = self.part
         before = jnp.less_equal if equal else jnp.less
         below = lambda middle: before(take(part.values, middle), wanted)  # noqa: E731
-        return search(below, wanted.shape, part.size, part.length)
+        return binary_search(below, wanted.shape, part.size, part.length)
 
-    def sums_below(self, cuts):
+    def sums_below(self, cuts) -> Any:
         """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         inside = cuts < _beside(self.size, cuts)
         held = jnp.where(inside, self.held_below(self.value_of_rank(cuts)), _beside(self.part.size, cuts))
         return self.part.in_units(lax.psum(self.part.exact_sums_below(held), self.axes))
 
-    def cut_below(self, wanted):
+    def cut_below(self, wanted) -> Any:
         """Returns `[R, …]` the number of values below each of `wanted`."""
         return lax.psum(self.part.cut_below(wanted), self.axes)
 
-    def cut_above(self, wanted):
+    def cut_above(self, wanted) -> Any:
         """Returns `[R, …]` the number of values not above each of `wanted`."""
         return lax.psum(self.part.cut_above(wanted), self.axes)
 
-    def before_ties(self, cuts):
+    def before_ties(self, cuts) -> Any:
         """Returns for each of `cuts` the last cut, not above it, between values that differ."""
         return _untied(self, cuts, self.cut_below)
 
-    def after_ties(self, cuts):
+    def after_ties(self, cuts) -> Any:
         """Returns for each of `cuts` the first cut, not below it, between values that differ."""
         return _untied(self, cuts, self.cut_above)
 
-    def every_cut(self, limit: int):
+    def every_cut(self, limit: int) -> tuple[Any, Any]:
         """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         return every_cut(self, limit)
 
 
-def every_cut(rows, limit: int):
+def every_cut(rows, limit: int) -> tuple[Any, Any]:
     """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` whether all fit.
 
     Where a sample of 2 · `limit` values shows that they do not fit, all cuts but the first are the last.
@@ -276,7 +278,7 @@ def every_cut(rows, limit: int):
     hopeless = xp.sum(looked[:, 1:] != looked[:, :-1], axis=1, keepdims=True) >= limit
     cuts = xp.concatenate([xp.zeros_like(size), xp.broadcast_to(size, (size.shape[0], limit))], axis=1)
 
-    def next_cut(last):
+    def next_cut(last) -> Any:
         return xp.where(hopeless, size, rows.cut_above(rows.value_at(last)))
 
     last = xp.zeros_like(size)
@@ -288,11 +290,11 @@ def every_cut(rows, limit: int):
                 break
     else:
 
-        def wanted(state):
+        def wanted(state) -> Any:
             _, last, place = state
             return jnp.any(last < size) & (place <= limit)
 
-        def found(state):
+        def found(state) -> tuple[jax.Array, Any, Any]:
             cuts, last, place = state
             last = next_cut(last)
             return lax.dynamic_update_slice(cuts, last, (jnp.int32(0), place)), last, place + 1
@@ -301,7 +303,7 @@ def every_cut(rows, limit: int):
     return cuts, (last >= size)[:, 0] & ~hopeless[:, 0]
 
 
-def _untied(rows, cuts, to_value):
+def _untied(rows, cuts, to_value) -> Any:
     """Returns the cuts; where the values next to a cut are equal, `to_value` of that value instead."""
     xp = namespace(cuts)
     value = rows.value_at(cuts)
@@ -314,16 +316,16 @@ def _untied(rows, cuts, to_value):
     return xp.where(tied, to_value(value), cuts)
 
 
-def _beside(of_row, array):
+def _beside(of_row, array) -> Any:
     """Reshapes `of_row [R]` so that it broadcasts against `array [R, …]`."""
     return of_row.reshape(-1, *[1] * (array.ndim - 1))
 
 
-def _masses(shares, frac: int):
+def _masses(shares, frac: int) -> Any:
     return namespace(shares).rint(shares * 2.0**frac).astype(namespace(shares).int64)
 
 
-def _moments(values, shares, frac: int):
+def _moments(values, shares, frac: int) -> Any:
     xp = namespace(values)
     scale = 2.0**frac if shares is None else xp.rint(shares * 2.0**frac)
     return xp.rint(values * scale).astype(xp.int64)
@@ -352,14 +354,14 @@ def sort_long_rows(
         largest = lax.pmax(largest, axes) if axes else largest
         weights = weights / xp.where(largest > 0, largest, 1.0)
     keys = rows if counted is None else xp.where(counted, rows, xp.inf)
-    pinned = int(keep_zero)
+    added_zero = int(keep_zero)
     if keep_zero:
-        pin = xp.zeros((rows.shape[0], 1), keys.dtype)
+        held_zero = xp.zeros((rows.shape[0], 1), keys.dtype)
         if axes:  # the first device holds the added zero
-            pinned = (lax.axis_index(axes) == 0).astype(jnp.int64)
-            pin = jnp.where(pinned > 0, pin, jnp.inf)
-        keys = xp.concatenate([pin, keys], axis=1)  # before the zeros of the row: the sort is stable
-        weights = None if weights is None else xp.concatenate([xp.zeros((len(pin), 1)), weights], axis=1)
+            added_zero = (lax.axis_index(axes) == 0).astype(jnp.int64)
+            held_zero = jnp.where(added_zero > 0, held_zero, jnp.inf)
+        keys = xp.concatenate([held_zero, keys], axis=1)  # before the zeros of the row: the sort is stable
+        weights = None if weights is None else xp.concatenate([xp.zeros((len(held_zero), 1)), weights], axis=1)
     if xp is np:
         values, shares = _sorted_on_host(keys, weights)
         every = values.shape[1] if counted is None and weights is None else int(np.searchsorted(values[0], np.inf))
@@ -371,7 +373,7 @@ def sort_long_rows(
             values, shares = lax.sort((keys, weights), dimension=1, num_keys=1)
         size = jnp.sum(values < jnp.inf, axis=1, dtype=jnp.int64)
     nothing = xp.zeros_like(size)
-    found = _summed(LongRows(values, scale, shares, None, None, size, pinned, nothing, None, None, frac))
+    found = _summed(LongRows(values, scale, shares, None, None, size, added_zero, nothing, None, None, frac))
     found = found._replace(zero=found.cut_below(xp.zeros((rows.shape[0], 1)))[:, 0])
     if not axes:
         return found
@@ -389,17 +391,17 @@ def _summed(rows: LongRows) -> LongRows:
     scaled = jnp.where(there, values, 0).astype(jnp.float64) / unit[:, None]
     heavy = there.astype(jnp.float64) if shares is None else shares
     exact = _moments(scaled, shares, frac)
-    off = jnp.sum(lax.optimization_barrier(jnp.abs(scaled * heavy - exact.astype(jnp.float64) * 2.0**-frac)), axis=1)
+    off = jnp.sum(rounded_first(jnp.abs(scaled * heavy - exact.astype(jnp.float64) * 2.0**-frac)), axis=1)
     masses = None
     if shares is not None:
         mass = _masses(shares, frac)
         off = off + 4 * jnp.sum(jnp.abs(heavy - mass.astype(jnp.float64) * 2.0**-frac), axis=1)
         masses = _below_blocks(mass)
-    square = jnp.sum(lax.optimization_barrier(scaled * scaled * heavy), axis=1)
+    square = jnp.sum(rounded_first(scaled * scaled * heavy), axis=1)
     return rows._replace(masses=masses, moments=_below_blocks(exact), square=square, slack=4 * off)
 
 
-def _sorted_on_host(keys, weights):
+def _sorted_on_host(keys, weights) -> tuple[Any, Any]:
     if weights is not None:
         order = np.argsort(keys[0], kind="stable")
         return keys[:, order], weights[:, order]
@@ -411,7 +413,7 @@ def _sorted_on_host(keys, weights):
     return values[None], None
 
 
-def _sums_on_host(values, scale, shares, frac: int):
+def _sums_on_host(values, scale, shares, frac: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """Returns running sums of a NumPy row at every B-th place, and a bound on the rounding of their terms in all."""
     places = values.shape[1]
     block = _block(places)
@@ -419,7 +421,7 @@ def _sums_on_host(values, scale, shares, frac: int):
     masses = None if shares is None else np.zeros(places // block + 1, np.int64)
     moments = np.zeros(places // block + 1, np.int64)
 
-    def stretch(start):
+    def stretch(start) -> None:
         here = slice(start, min(start + _STRETCH, whole))
         slot = slice(start // block + 1, here.stop // block + 1)
         scaled = values[0, here].astype(np.float64) / scale[0]
@@ -438,7 +440,7 @@ def _sums_on_host(values, scale, shares, frac: int):
     return np.cumsum(masses)[None], moments[None], off
 
 
-def _below_blocks(amounts):
+def _below_blocks(amounts) -> jax.Array:
     """Returns `[R, n / B + 1]` running sums of `amounts [R, n]` at every B-th place."""
     count, places = amounts.shape
     block = _block(places)

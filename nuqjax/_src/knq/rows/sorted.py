@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.rounding import rounded_first
 
 _STRETCH = 2**20  # 16-bit values counted at once: NumPy makes them 64 bits wide
 _FAR = np.int32(2**30)  # greater than every place
@@ -25,7 +26,7 @@ _BY_ROW = 1024  # rows on the host of this length or more are sorted one after t
 LONG = 2**16  # longer rows are stored as `rows.long.LongRows`
 
 
-def take(array, index):
+def take(array, index) -> np.ndarray | jax.Array:
     """Returns `array[r, index[r, …]]` for `array [R, D]` and `index [R, …]`."""
     flat = index.reshape(index.shape[0], -1)
     if namespace(array) is np:
@@ -34,7 +35,7 @@ def take(array, index):
     return taken.reshape(index.shape)
 
 
-def windows(arrays, start, size: int):
+def windows(arrays, start, size: int) -> tuple[jax.Array, ...]:
     """Slices `[R, size]` from each of several JAX arrays `[R, m]`; row r starts at the place `start[r]`."""
     if start.shape[0] == 1:
         return tuple(lax.dynamic_slice_in_dim(x, start[0], size, axis=1) for x in arrays)
@@ -42,7 +43,7 @@ def windows(arrays, start, size: int):
     return tuple(own(x, start) for x in arrays)
 
 
-def first_least(costs, places, axis: int):
+def first_least(costs, places, axis: int) -> tuple[jax.Array, jax.Array]:
     """Returns the least of JAX `costs` along a kept axis, and the first of ascending int32 `places` that has it."""
     least = jnp.min(costs, axis=axis, keepdims=True)
     return least, jnp.min(jnp.where(costs == least, places, _FAR), axis=axis, keepdims=True)
@@ -96,7 +97,7 @@ class SortedRows(NamedTuple):
         slack = slack + 8 * self.nominal * 2.0**-self.frac  # the rounding of weights and of moved values
         return self._replace(values=values, total=total, square=square, slack=slack)
 
-    def greatest(self, moved: Callable):
+    def greatest(self, moved: Callable) -> tuple[Any, Any] | None:
         """Returns `[R]` the greatest weight · |v| and weight · v² of v = `moved(values)`; None where all weigh 1.
 
         Weights are those of distinct values, over the row's largest weight.
@@ -108,39 +109,39 @@ class SortedRows(NamedTuple):
         moment = self.mass.astype(xp.float64) * 2.0**-self.frac * size
         return xp.max(moment, axis=1), xp.max(moment * size, axis=1)
 
-    def value_at(self, places):
+    def value_at(self, places) -> np.ndarray | jax.Array:
         """Returns the value above each cut `[R, …]`; for the last cut, the greatest value."""
         xp = namespace(self.values)
         last = (self.size - 1).reshape(-1, *[1] * (places.ndim - 1))
         return take(self.values, xp.clip(places, 0, xp.maximum(last, 0)))
 
-    def sums_below(self, cuts):
+    def sums_below(self, cuts) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
         """Returns, for the values below each cut `[R, …]`, their weight and Σ weight · value in units of 2^−frac."""
         return take(self.count, cuts), take(self.total, cuts)
 
-    def cut_below(self, wanted):
+    def cut_below(self, wanted) -> Any:
         """Returns `[R, m]` the number of distinct values below each of `wanted [R, m]`."""
         xp = namespace(self.values)
         if xp is np:
             return places_of_rows(self.values, self.size, wanted, "left")
-        return search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
+        return binary_search(lambda middle: self.value_at(middle) < wanted, wanted.shape, self.size, self.length)
 
-    def before_ties(self, cuts):
+    def before_ties(self, cuts) -> Any:
         """Returns `cuts`: values are distinct here, so no cut separates equal values."""
         return cuts
 
-    def after_ties(self, cuts):
+    def after_ties(self, cuts) -> Any:
         """Returns `cuts`, for the same reason."""
         return cuts
 
-    def every_cut(self, limit: int):
+    def every_cut(self, limit: int) -> tuple[Any, Any]:
         """Returns `[R, limit + 1]` ascending cuts between different values, the last repeated, and `[R]` if all fit."""
         xp = namespace(self.values)
         every = xp.minimum(xp.arange(limit + 1, dtype=xp.int64), self.size[:, None])
         return every, self.size <= limit
 
 
-def search(below, shape, size, length: int):
+def binary_search(below, shape, size, length: int) -> Any:
     """Counts, by halving, the places among the first `size [R]` at which `below(places)` holds for ascending JAX rows.
 
     The result has the given `shape`, `[R, …]`.
@@ -148,7 +149,7 @@ def search(below, shape, size, length: int):
     low = jnp.zeros(shape, jnp.int64)
     high = jnp.broadcast_to(size.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
-    def halve(_, ends):
+    def halve(_, ends) -> tuple[jax.Array, jax.Array]:
         low, high = ends
         middle = (low + high) >> 1
         more = below(middle) & (low < high)
@@ -170,7 +171,9 @@ def places_of(row: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"
     return np.searchsorted(row, near, side)
 
 
-def places_of_rows(values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]):
+def places_of_rows(
+    values: np.ndarray, size: np.ndarray, wanted: np.ndarray, side: Literal["left", "right"]
+) -> np.ndarray:
     """Returns `places_of` each of `wanted [R, …]` in the first `size [R]` values of each row of `values [R, n]`."""
     rows = zip(values, size, wanted, strict=True)
     return np.stack([places_of(row[:held], here, side) for row, held, here in rows]).astype(np.int64)
@@ -207,8 +210,11 @@ def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep
     elif keep_zero:
         shares = xp.ones(rows.shape) if counted is None else counted.astype(xp.float64)
     if keep_zero:
-        pin = xp.zeros((count, 1), keys.dtype)
-        keys, shares = xp.concatenate([keys, pin], axis=1), xp.concatenate([shares, pin.astype(xp.float64)], axis=1)
+        held_zero = xp.zeros((count, 1), keys.dtype)
+        keys, shares = (
+            xp.concatenate([keys, held_zero], axis=1),
+            xp.concatenate([shares, held_zero.astype(xp.float64)], axis=1),
+        )
     keys, shares = _sorted(keys, shares)
     there = keys < xp.inf
     values = xp.where(there, keys, 0).astype(xp.float64) / scale[:, None] + 0.0  # −0 is 0
@@ -297,7 +303,7 @@ def _ordered_patterns(dtype) -> tuple[np.ndarray, np.ndarray]:
     return patterns[keep][order].astype(np.int32), values[keep][order]
 
 
-def pattern_counts(rows, mask):
+def pattern_counts(rows, mask) -> np.ndarray | jax.Array:
     """Returns `[R, 2¹⁶]` how many values have each bit pattern; −0 is counted as 0."""
     if isinstance(rows, np.ndarray):
         patterns = rows.view(np.uint16)
@@ -333,7 +339,7 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
         end = xp.full_like(end, values.shape[1])
     first = _first_places(new, end, most)
 
-    def below(amounts):  # running sums at the first of each distinct value
+    def below(amounts) -> np.ndarray | jax.Array:  # running sums at the first of each distinct value
         return take(_from_nothing(xp.cumsum(amounts, axis=1)), xp.minimum(first, values.shape[1]))
 
     last = xp.maximum(size[:, None] - 1, 0)
@@ -353,20 +359,20 @@ def _joined(values, new, there, masses, moments, heavy, off, shares, frac: int, 
     return SortedRows(distinct, counts, totals, run_weight, run_mass, size, zero, square, slack, frac, nominal)
 
 
-def _from_nothing(sums):
+def _from_nothing(sums) -> Any:
     """Returns `[R, n + 1]`: running sums with a 0 in front."""
     xp = namespace(sums)
     return xp.concatenate([xp.zeros_like(sums[:, :1]), sums], axis=1)
 
 
-def _square_and_slack(values, heavy, off):
+def _square_and_slack(values, heavy, off) -> tuple[Any, Any]:
     """Returns `[R]` Σ weight · value², and the most by which the rounding `off` may change any partition's error."""
     xp = namespace(values)
-    square = xp.sum(_rounded(values * values * heavy), axis=1)
-    return square, 4 * xp.sum(_rounded(off), axis=1)  # magnitudes are below 2, squares below 4
+    square = xp.sum(rounded_first(values * values * heavy), axis=1)
+    return square, 4 * xp.sum(rounded_first(off), axis=1)  # magnitudes are below 2, squares below 4
 
 
-def _in_units(values, masses, weighted: bool, frac: int):
+def _in_units(values, masses, weighted: bool, frac: int) -> tuple[Any, Any, Any]:
     """Returns moments in units of 2^−frac, the weights of the integer masses, and how far each moment was rounded."""
     xp = namespace(values)
     if weighted:  # masses are in units of 2^−frac too
@@ -378,12 +384,7 @@ def _in_units(values, masses, weighted: bool, frac: int):
     return single.astype(xp.int64) * masses, heavy, xp.abs(values - single * 2.0**-frac) * heavy
 
 
-def _rounded(terms):
-    """Returns terms that are rounded before they are added up: XLA cannot contract a product and a sum."""
-    return terms if isinstance(terms, np.ndarray) else lax.optimization_barrier(terms)
-
-
-def _sorted(keys, shares):
+def _sorted(keys, shares) -> tuple[Any, ...]:
     """Returns the keys in ascending order, and the shares in the same order."""
     if isinstance(keys, np.ndarray):
         if shares is None:
@@ -395,7 +396,7 @@ def _sorted(keys, shares):
     return lax.sort((keys, shares), dimension=1, num_keys=1)
 
 
-def _first_places(new, end, most: int):
+def _first_places(new, end, most: int) -> np.ndarray | jax.Array:
     """Returns `[R, most + 1]` the places at which distinct values begin, then the end of the row."""
     if isinstance(new, np.ndarray):
         places = np.broadcast_to(end[:, None], (len(end), most + 1)).copy()
@@ -411,7 +412,7 @@ def _first_places(new, end, most: int):
     return places.at[row, slot].set(place, mode="drop")
 
 
-def _run_sums(amounts, new, most: int):
+def _run_sums(amounts, new, most: int) -> np.ndarray:
     """Returns `[R, most]` sums over runs of equal values."""
     sums = np.zeros((len(new), most))
     row, place = np.nonzero(new)

@@ -25,7 +25,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
     scale = _host_scale(rows, mask, dtype)
     chunk = _chunk(rows.shape[0], rows.shape[1])
 
-    def fit_from(start):
+    def fit_from(start) -> tuple[np.ndarray, Any, Any]:
         here = slice(start, start + chunk)
         some, heavy, counted = (None if x is None else x[here] for x in (rows, weights, mask))
         values: Any = _flushed(some)
@@ -69,7 +69,7 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
     return rounded_fit(levels, error, bound, np.concatenate(units), dtype)
 
 
-def _flushed(rows):
+def _flushed(rows) -> Any:
     """Replaces values that are subnormal in float32 or float64 by 0, as XLA does; float16 rows come back unchanged."""
     if rows.dtype == np.float16:
         return rows
@@ -77,7 +77,7 @@ def _flushed(rows):
     if rows.dtype.itemsize == 2:  # NumPy is slow at bfloat16, but its bit patterns ascend with the magnitude
         magnitude, tiny = lambda values: values.view(np.uint16) & np.uint16(0x7FFF), 0x80
 
-    def any_subnormal(some, columns):
+    def any_subnormal(some, columns) -> bool:
         size = magnitude(rows[some, columns])
         return bool(((size < tiny) & (size > 0)).any())
 
@@ -107,7 +107,7 @@ def rounded_fit(levels: np.ndarray, error: np.ndarray, bound: np.ndarray, unit: 
     return Fit(*map(jax.device_put, rounded))  # device_put compiles nothing
 
 
-def _heaviest(weights, mask):
+def _heaviest(weights, mask) -> Any:
     """Returns `[R]` the largest weight of each row."""
     counted = weights if mask is None else np.where(mask, weights, 0)
     return counted.astype(np.float64).max(axis=1)
@@ -144,7 +144,7 @@ def _host_error(rows: Rows, levels: np.ndarray, keep_zero: bool) -> np.ndarray:
             errors[r] = (away * away if row.weight is None else away * away * row.weight).sum()
             continue
 
-        def error(start, row=row, size=size, ends=ends, row_levels=row_levels):
+        def error(start, row=row, size=size, ends=ends, row_levels=row_levels) -> float:
             end = min(start + _STRETCH, size)
             first, last = np.searchsorted(ends[1:-1], [start, end - 1], side="right")
             away = row.values[start:end].astype(np.float64)

@@ -1,7 +1,7 @@
 """Sorts rows, and fits levels and a bound to sorted rows: on the host, traced, and on a mesh."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import lax
@@ -64,7 +64,7 @@ def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> 
     return sort_rows(rows, unit, weights, mask, keep_zero)
 
 
-def fit_sorted(rows: Rows, task: Task):
+def fit_sorted(rows: Rows, task: Task) -> tuple[Any, Any]:
     """Returns float64 levels `[R, K]` over the rows' scale, and bounds `[R]` for weights relative to the largest."""
     num_levels, keep_zero, tolerance, dense_cuts = task
     xp = namespace(rows.size)
@@ -80,7 +80,7 @@ def fit_sorted(rows: Rows, task: Task):
     return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
-def _proven(rows: Rows, found: Partition, task: Task, moved: np.ndarray):
+def _proven(rows: Rows, found: Partition, task: Task, moved: np.ndarray) -> tuple[Any, Any]:
     """Returns the cuts, improved where a proof finds better ones, and the bounds; for rows on the host.
 
     `moved [R]` is whether `search.gaps` moved values.
@@ -136,13 +136,13 @@ def host_row(rows: Rows, r: int, keep_zero: bool) -> HostRow:
         return HostRow(rows.values[r, :size], 1.0, weight, zero)
     assert isinstance(rows, LongRows)  # rows of other types are never on the host
     weight = None if rows.shares is None else rows.shares[r, :size]
-    if rows.shares is None and rows.pinned:
+    if rows.shares is None and rows.added_zero:
         weight = np.ones(size)
         weight[zero] = 0.0
     return HostRow(rows.values[r, :size], float(rows.unit[r]), weight, zero)
 
 
-def interval_means(rows: Rows, cuts, keep_zero: bool):
+def interval_means(rows: Rows, cuts, keep_zero: bool) -> Any:
     """Returns the ascending means of the intervals; empty intervals repeat the last mean."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -153,8 +153,8 @@ def interval_means(rows: Rows, cuts, keep_zero: bool):
     mean = xp.clip(s / xp.where(n > 0, n, 1.0) * 2.0**-rows.frac, least, most)
     there = whole[:, 1:] > whole[:, :-1]
     if keep_zero:
-        pinned = whole > rows.zero[:, None]
-        first, end = pinned[:, :-1], xp.concatenate([pinned[:, 1:-1], xp.ones_like(pinned[:, :1])], axis=1)
+        above_zero = whole > rows.zero[:, None]
+        first, end = above_zero[:, :-1], xp.concatenate([above_zero[:, 1:-1], xp.ones_like(above_zero[:, :1])], axis=1)
         mean, there = xp.where(~first & end, 0.0, mean), there | (~first & end)
     levels = xp.sort(xp.where(there, mean, xp.inf), axis=1)
     highest = xp.max(xp.where(xp.isfinite(levels), levels, -xp.inf), axis=1, keepdims=True)

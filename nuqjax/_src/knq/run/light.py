@@ -20,7 +20,12 @@ _LIGHT = 2.0**-16  # of the heaviest value's weight
 
 
 def settled_on_host(
-    rows: np.ndarray, levels: np.ndarray, weights: np.ndarray, mask: np.ndarray | None, unit: np.ndarray, pin: bool
+    rows: np.ndarray,
+    levels: np.ndarray,
+    weights: np.ndarray,
+    mask: np.ndarray | None,
+    unit: np.ndarray,
+    keep_zero: bool,
 ) -> np.ndarray:
     """Computes `settled` for NumPy rows; rows with a light value are summed in a fixed order, by value and weight."""
     counted = weights > 0 if mask is None else mask & (weights > 0)
@@ -34,12 +39,18 @@ def settled_on_host(
         own = levels[r].astype(np.float64) / unit[r]
         away = (values.astype(np.float64) / unit[r] - own[level]) * weight
         total, moment = (np.bincount(level, amount, levels.shape[1]) for amount in (weight, away))
-        levels[r] = _moved(levels[r], own, total, moment, heaviest[r], pin, unit[r])
+        levels[r] = _moved(levels[r], own, total, moment, heaviest[r], keep_zero, unit[r])
     return levels
 
 
 def settled(
-    rows: jax.Array, levels: jax.Array, weights: jax.Array, mask: jax.Array | None, unit: jax.Array, pin: bool, axes=()
+    rows: jax.Array,
+    levels: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array | None,
+    unit: jax.Array,
+    keep_zero: bool,
+    axes=(),
 ) -> jax.Array:
     """Returns the levels, with each light level moved to the mean of the values nearest to it.
 
@@ -49,7 +60,7 @@ def settled(
       weights: `[R, N]` non-negative.
       mask: `[R, N]` bool, or None.
       unit: `[R]` powers of two near the rows' largest magnitudes.
-      pin: whether there is a held zero, which stays where it is.
+      keep_zero: whether there is a held zero, which stays where it is.
       axes: names of the mesh axes over which the values of a row are distributed.
     """
     rows = rows.astype(levels.dtype)
@@ -65,12 +76,12 @@ def settled(
         total, moment = sums(level, weight), sums(level, jnp.where(counted, away * weight, 0))
         if axes:
             total, moment, heaviest = lax.psum(total, axes), lax.psum(moment, axes), lax.pmax(heaviest, axes)
-        return _moved(levels, own, total, moment, heaviest, pin, unit)
+        return _moved(levels, own, total, moment, heaviest, keep_zero, unit)
 
 
-def _moved(levels: Any, own: Any, total: Any, moment: Any, heaviest: Any, pin: bool, unit: Any) -> Any:
+def _moved(levels: Any, own: Any, total: Any, moment: Any, heaviest: Any, keep_zero: bool, unit: Any) -> Any:
     xp = np if isinstance(levels, np.ndarray) else jnp
     light = (total > 0) & (total < heaviest * _LIGHT)
-    light = light & (levels != 0) if pin else light
+    light = light & (levels != 0) if keep_zero else light
     mean = own + moment / xp.where(total > 0, total, 1)
     return xp.where(light, (mean * unit).astype(levels.dtype), levels)

@@ -31,7 +31,7 @@ from nuqjax._src.knq.run.levels import SHORT, Task, dense_cuts, interval_means
 from nuqjax._src.knq.run.light import settled
 from nuqjax._src.knq.run.traced import fit_knq_part
 from nuqjax._src.knq.search.gaps import SEARCHES, Gaps, chosen, next_gaps, no_gaps
-from nuqjax._src.knq.search.search import partition, polish
+from nuqjax._src.knq.search.search import Partition, partition, polish
 from nuqjax._src.leaf.assign import Fit, assign, row_scale, working_dtype
 from nuqjax._src.platform.host import x64
 
@@ -165,10 +165,12 @@ def _is_proven(fitted: Fit, tolerance: float) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "num_levels", "keep_zero", "tolerance"))
-def fit_at_once(array, weights, mask, *, layout: Layout, num_levels: int, keep_zero: bool, tolerance: float | None):
+def fit_at_once(
+    array, weights, mask, *, layout: Layout, num_levels: int, keep_zero: bool, tolerance: float | None
+) -> Any:
     """Fits levels as `fit_on_mesh` does, in one compiled program."""
 
-    def part(*blocks):
+    def part(*blocks) -> Fit:
         shape = [blocks[0].shape[axis] for axis in layout.of_rows]
         rows, heavy, counted = (layout.rows(block) for block in blocks)
         fitted = fit_knq_part(
@@ -202,10 +204,10 @@ def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "number"))
-def _some_rows(arrays, start, *, layout: Layout, number: int):
+def _some_rows(arrays, start, *, layout: Layout, number: int) -> Any:
     """Returns `[G · number, N]` of each array: `number` rows of each group from its row `start` on, left in place."""
 
-    def part(*blocks):
+    def part(*blocks) -> tuple[Any, ...]:
         *blocks, start = blocks
         return tuple(layout.some_rows(block, start, number) for block in blocks)
 
@@ -253,10 +255,10 @@ def _fit_brought(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "number"))
-def _some_counts(array, mask, start, *, layout: Layout, number: int):
+def _some_counts(array, mask, start, *, layout: Layout, number: int) -> Any:
     """Returns `[G · number, 2¹⁶]` how many values of a row have each bit pattern."""
 
-    def part(block, counted, start):
+    def part(block, counted, start) -> Any:
         rows, counted = (layout.some_rows(x, start, number) for x in (block, counted))
         counts = pattern_counts(rows, counted)
         return lax.psum(counts, layout.place.value_axes) if layout.place.value_axes else counts
@@ -292,7 +294,7 @@ class Known(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "task"))
-def _searched(arrays, number, *, layout: Layout, task: Task):
+def _searched(arrays, number, *, layout: Layout, task: Task) -> Any:
     """Sorts and searches row `number` of each group.
 
     Returns what the devices hold of it (`Held`), what the host knows of it (`Known`), no gaps, its partition, and the
@@ -300,7 +302,7 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
     """
     place, dtype = layout.place, working_dtype(arrays[0].dtype)
 
-    def part(*blocks):
+    def part(*blocks) -> tuple[Held, Known, Gaps, Partition, tuple[Gaps, Any]]:
         *blocks, number = blocks
         rows, weights, mask = (layout.some_rows(block, number, 1) for block in blocks)
         unit = lax.pmax(row_scale(rows, mask), place.value_axes).astype(jnp.float64)
@@ -321,10 +323,10 @@ def _searched(arrays, number, *, layout: Layout, task: Task):
 
 
 @functools.partial(jax.jit, static_argnames=("place", "task"))
-def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task):
+def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task) -> Any:
     """Searches rows with narrower gaps; returns their `Held`, their partition, and the gaps to narrow next."""
 
-    def part(held, gaps):
+    def part(held, gaps) -> tuple[Held, Partition, tuple[Gaps, Any]]:
         rows = held_rows(held, place)
         narrowed = rows.with_values(gaps.narrow)
         found = partition(narrowed, task.num_levels, task.keep_zero, task.dense_cuts)
@@ -335,21 +337,23 @@ def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task):
 
 
 @functools.partial(jax.jit, static_argnames=("place", "keep_zero"))
-def _polished(held: Held, cuts, *, place: Place, keep_zero: bool):
+def _polished(held: Held, cuts, *, place: Place, keep_zero: bool) -> Any:
     """Moves cuts `[G, K − 1]` by single values until no combination of small moves is better."""
 
-    def part(held, cuts):
+    def part(held, cuts) -> Any:
         return polish(held_rows(held, place), cuts, keep_zero)
 
     return place.run(part, (place.of_devices, place.of_rows), place.of_rows)(held, cuts)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "keep_zero"))
-def _levels(arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: Layout, keep_zero: bool):
+def _levels(
+    arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: Layout, keep_zero: bool
+) -> Any:
     """Computes the levels `[G, K]` between cuts of row `number` of each group, and their float64 error `[G]`."""
     place = layout.place
 
-    def part(arrays, number, held, narrowed, gaps, cuts, heaviest):
+    def part(arrays, number, held, narrowed, gaps, cuts, heaviest) -> tuple[Any, Any]:
         here = held_rows(held, place).part
         levels = gaps.widen(interval_means(held_rows(narrowed, place), cuts, keep_zero))
         levels = (levels * here.unit[:, None]).astype(here.values.dtype)

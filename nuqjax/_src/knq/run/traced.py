@@ -1,5 +1,7 @@
 """Rows fitted by XLA: traced rows, rows on devices other than a CPU, and parts of rows on a mesh."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -46,7 +48,7 @@ def fit_traced(rows, weights, mask, task: Task, dtype, axes=()) -> Fit:
     rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows)
     inputs = [x for x in (rows, scale, weights, mask) if x is not None]
 
-    def one(inputs):
+    def one(inputs) -> tuple[Any, Any]:
         given = iter(inputs)
         values, unit = next(given), lax.convert_element_type(next(given), jnp.float64)
         heavy = None if weights is None else next(given)

@@ -72,7 +72,7 @@ def dense_rows(
     return cuts[:number], best.reshape(-1)[:number]
 
 
-def _extended(array, size: int, axis: int):
+def _extended(array, size: int, axis: int) -> jax.Array:
     """Returns an array extended to `size` along an axis by repeating its last entry."""
     array = jnp.asarray(array)
     missing = size - array.shape[axis]
@@ -82,24 +82,24 @@ def _extended(array, size: int, axis: int):
     return jnp.concatenate([array, *[last] * missing], axis=axis)
 
 
-def _lesser(a, b):
+def _lesser(a, b) -> jax.Array:
     """Returns the minimum of two numbers in one instruction; `minimum` propagates NaN and takes several."""
     return jnp.where(a < b, a, b)
 
 
-def _cost(begin, end):
+def _cost(begin, end) -> jax.Array:
     """Returns minus the gain of intervals from the cuts `begin` to the cuts `end`."""
     weight, moment = (end[0] - begin[0]).astype(jnp.float64), (end[1] - begin[1]).astype(jnp.float64)
-    pinned = ~begin[2] & end[2]
-    gain = jnp.where(pinned, 0.0, moment * moment / jnp.where(weight > 0, weight, 1.0))
+    holds_zero = ~begin[2] & end[2]
+    gain = jnp.where(holds_zero, 0.0, moment * moment / jnp.where(weight > 0, weight, 1.0))
     if len(begin) > 3:
         least, most = begin[5], end[4]
-        extent = jnp.where(pinned, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
+        extent = jnp.where(holds_zero, jnp.maximum(most, 0.0) - jnp.minimum(least, 0.0), most - least)
         gain = gain + jnp.where(extent > 0, extent * (begin[3] + end[3]), 0.0)  # a select separates product and sum
     return -gain
 
 
-def _partition(arrays, num_levels: int):
+def _partition(arrays, num_levels: int) -> tuple[Any, jax.Array]:
     """Computes `dense_rows` for one group of rows: arrays `[M + 1, N]`, cuts `[K − 1, N]` and costs `[N]`."""
     size, lanes = arrays[0].shape
     if num_levels == 1:
@@ -112,7 +112,9 @@ def _partition(arrays, num_levels: int):
         layers = _in_tiles(arrays, num_levels - 1, window)
     place = jnp.arange(window, dtype=jnp.int32)[:, None]
 
-    def back(end_place, layer):  # finds the boundary before `end_place`, in a window from `start` on
+    def back(
+        end_place, layer
+    ) -> tuple[Any, tuple[Any, jax.Array]]:  # finds the boundary before `end_place`, in a window from `start` on
         start = jnp.int32(0) if empty else layer + 1
         end = [jnp.take_along_axis(x, end_place[None], axis=0) for x in arrays]
         begin = [lax.dynamic_slice_in_dim(x, start, window) for x in arrays]
@@ -127,7 +129,7 @@ def _partition(arrays, num_levels: int):
     return cuts, best[-1]
 
 
-def _in_tiles(arrays, number: int, window: int):
+def _in_tiles(arrays, number: int, window: int) -> jax.Array:
     """Returns `[M − 1, number, N]` the least costs of 1 … `number` non-empty intervals up to the cuts 1 … M − 1.
 
     Each tile of cuts is unrolled with all begins before it, so that nothing is stored between the terms.
@@ -143,7 +145,7 @@ def _in_tiles(arrays, number: int, window: int):
         before = jnp.arange(oldest, high - 1, dtype=jnp.int32) < jnp.arange(low, high, dtype=jnp.int32)[:, None]
         costs = lax.optimization_barrier(jnp.where(before[:, :, None], costs, jnp.inf))
 
-        def layer(here, earlier, oldest=oldest, low=low, high=high, costs=costs):
+        def layer(here, earlier, oldest=oldest, low=low, high=high, costs=costs) -> tuple[jax.Array, jax.Array]:
             best = jnp.full_like(here, jnp.inf)
             for a in range(oldest, high - 1):
                 best = _lesser((earlier[a - 1] if a < low else here[a - low]) + costs[:, a - oldest], best)
@@ -155,7 +157,7 @@ def _in_tiles(arrays, number: int, window: int):
     return layers.swapaxes(0, 1)
 
 
-def _in_blocks(arrays, number: int, window: int, empty: bool):
+def _in_blocks(arrays, number: int, window: int, empty: bool) -> jax.Array:
     """Returns what `_in_tiles` returns; with `empty` intervals may be empty, and cuts run from 0 to M.
 
     The begins of a block are settled one after the other; then they are added to all later cuts and layers at once.
@@ -186,7 +188,7 @@ def _in_blocks(arrays, number: int, window: int, empty: bool):
     return jnp.concatenate([first[:, None], jnp.concatenate([*done, rest])], axis=1)
 
 
-def _stage(ends, below, targets, blocks: int, empty: bool):
+def _stage(ends, below, targets, blocks: int, empty: bool) -> Any:
     """Returns `targets [P, n, N]` lowered by intervals that begin in the first `blocks` blocks.
 
     `below [P, N]` is the layer before the targets.
@@ -194,18 +196,18 @@ def _stage(ends, below, targets, blocks: int, empty: bool):
     place = jnp.arange(len(below), dtype=jnp.int32)
     starts = jnp.arange(blocks, dtype=jnp.int32) * _BLOCK
 
-    def tabulate(start):
+    def tabulate(start) -> jax.Array:
         begins = [lax.dynamic_slice_in_dim(x, start, _BLOCK)[None] for x in ends]
         later = place[:, None] > start + place[:_BLOCK]
         return jnp.where(later[:, :, None], _cost(begins, [x[:, None] for x in ends]), jnp.inf)
 
-    def block(targets, inputs):
+    def block(targets, inputs) -> tuple[Any, None]:
         start, costs = inputs  # costs [P, B, N]
         inner, firsts, own = (lax.dynamic_slice_in_dim(x, start, _BLOCK) for x in (costs, below, targets))
         begins = [lax.dynamic_slice_in_dim(x, start, _BLOCK) for x in ends]
         nothing = _cost(begins, begins)
 
-        def settle(before, inputs):  # the block's own cuts, one after the other
+        def settle(before, inputs) -> tuple[Any, Any]:  # the block's own cuts, one after the other
             at, first, best, costs, alone = inputs
             for a in range(_BLOCK):
                 best = _lesser(before[a] + costs[a], best)
@@ -225,7 +227,7 @@ def _stage(ends, below, targets, blocks: int, empty: bool):
     return lax.scan(block, targets, (starts, lax.map(tabulate, starts)))[0]
 
 
-def _with_empty(best, alone):
+def _with_empty(best, alone) -> Any:
     """Returns layers of costs `[n, N]` that may end in empty intervals of cost `alone [N]`: 1, 2, 4 … at a time."""
     step = 1
     while step < len(best):

@@ -6,6 +6,8 @@ programme with a layer for each boundary runs over those few cuts. No interval i
 cells needs empty ones.
 """
 
+from typing import Any
+
 import numpy as np
 
 from nuqjax._src.knq.search.priced_host import priced_paths
@@ -44,7 +46,7 @@ def dense_rows(count, total, size, zero, price, *, num_levels: int) -> tuple[np.
         n, s = count[several], total[several]
         pins = None if zero is None else zero[several]
         found, price, exact, excess, cost = priced_paths(
-            n, s, last, pins, price[several], _TRIALS, True, num_levels=num_levels, pin=zero is not None
+            n, s, last, pins, price[several], _TRIALS, True, num_levels=num_levels, keep_zero=zero is not None
         )
         found = np.minimum(found, size[several, None])
         # Every addition is rounded in proportion to its sum.
@@ -100,7 +102,7 @@ def _partition(count, total, above, num_levels: int) -> np.ndarray:
         total = total.astype(np.float64)
     held = above.any()
 
-    def cost(begin, end):
+    def cost(begin, end) -> Any:
         n, s = count[end] - count[begin], (total[end] - total[begin]).astype(np.float64, copy=False)
         np.multiply(s, s, out=s)
         np.copyto(n, 1.0, where=n <= 0)

@@ -55,17 +55,17 @@ class Gaps(NamedTuple):
     place: Any
     factor: Any
 
-    def narrow(self, values):
+    def narrow(self, values) -> Any:
         """Returns `[R, m]` the places to which values of the row move."""
         piece = _last_not_above(self.first, values)
         return ((values - take(self.origin, piece)) + take(self.place, piece)) * self.factor[:, None]
 
-    def widen(self, levels):
+    def widen(self, levels) -> Any:
         """Returns `[R, m]` levels of the narrowed row moved back to the row: the inverse of `narrow`."""
         piece = _last_not_above(self.narrow(self.first), levels)
         return (levels / self.factor[:, None] - take(self.place, piece)) + take(self.origin, piece)
 
-    def moves(self):
+    def moves(self) -> Any:
         """Returns `[R]` whether values move; where none does, they are only multiplied, which rounds nothing."""
         return (self.place != self.origin).any(axis=1)
 
@@ -100,23 +100,23 @@ def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Sea
             found = chosen(worth, searched(gaps), found)
         return Searched(_moved(rows, gaps), gaps, found) if narrowed else Searched(rows, None, found)
 
-    def again(state):
+    def again(state) -> Any:
         *_, worth, number = state
         return jnp.any(worth) & (number < SEARCHES)
 
-    def once(state):
+    def once(state) -> tuple[Any, ...]:
         gaps, found, narrower, worth, number = state
         gaps = chosen(worth, narrower, gaps)
         found = chosen(worth, searched(gaps), found)
         return gaps, found, *next_gaps(rows, found, gaps, keep_zero), number + 1
 
-    def until_settled():
+    def until_settled() -> tuple[Any, Any]:
         shapes = jax.eval_shape(searched, gaps)
         nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         begin = gaps, nothing, gaps, jnp.ones(rows.size.shape, bool), jnp.int32(0)
         return lax.while_loop(again, once, begin)[:2]
 
-    def at_once():  # XLA's compiler for TPUs does not take this loop
+    def at_once() -> tuple[Any, Partition]:  # XLA's compiler for TPUs does not take this loop
         return gaps, partition(rows, num_levels, keep_zero, dense_cuts)
 
     gaps, found = lax.platform_dependent(tpu=at_once, default=until_settled)
@@ -140,13 +140,13 @@ def no_gaps(rows: Rows, num_levels: int) -> Gaps:
     return Gaps(nothing, nothing, nothing, xp.ones(rows.size.shape[0]))
 
 
-def chosen(which, one, other):
+def chosen(which, one, other) -> Any:
     """Returns a tree of arrays with the rows of `one` where `which [R]` is true, and those of `other` elsewhere."""
     xp = namespace(which)
     return jax.tree.map(lambda a, b: xp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
 
 
-def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool):
+def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool) -> tuple[Any, Any]:
     """Returns the gaps to narrow or to multiply by more, and `[R]` whether another search with them is worth it.
 
     They are the gaps at the boundaries of the partition found. Where its price may be rounding alone, a partition at
@@ -172,7 +172,7 @@ def next_gaps(rows: Rows, found: Partition, known: Gaps, keep_zero: bool):
     return chosen(coarse, finer, gaps), coarse | worth
 
 
-def _in_units(rows: Rows, gaps: Gaps):
+def _in_units(rows: Rows, gaps: Gaps) -> tuple[Gaps, Any]:
     """Returns the gaps, with a greater factor where weights allow a much greater one, and the extent of moved values.
 
     The extent `[R]` is a power of two near the greatest √weight · |value|, before values are multiplied by the factor.
@@ -195,7 +195,7 @@ def _count(rows: Rows, keep_zero: bool) -> int:
     return rows.nominal - (lax.axis_size(rows.axes) if isinstance(rows, ShardedRows) else 1)
 
 
-def _cuts_at_wide_gaps(rows: Rows, count: int):
+def _cuts_at_wide_gaps(rows: Rows, count: int) -> Any:
     """Returns `[R, count]` ascending cuts: those with the widest gaps among cuts spread over the row."""
     xp = namespace(rows.size)
     cuts = coarse_cuts(rows, _SPREAD * (count + 1))
@@ -205,7 +205,7 @@ def _cuts_at_wide_gaps(rows: Rows, count: int):
     return xp.sort(take(cuts, widest[:, :count]), axis=1)
 
 
-def _intervals(rows: Rows, cuts):
+def _intervals(rows: Rows, cuts) -> tuple[Any, Any, Any, Any]:
     """Returns the first and the last cut of each interval, and its first and last value; each `[R, K]`."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -215,15 +215,15 @@ def _intervals(rows: Rows, cuts):
     return begin, end, values[:, : begin.shape[1]], values[:, begin.shape[1] :]
 
 
-def _most(rows: Rows, cuts, keep_zero: bool):
+def _most(rows: Rows, cuts, keep_zero: bool) -> Any:
     """Returns `[R]` the greatest weight · width² of the intervals between cuts: at least four times the cost of any."""
     xp = namespace(rows.size)
     begin, end, first, last = _intervals(rows, cuts)
     width = xp.where(end > begin, last - first, 0.0)
     if keep_zero:
         zero = rows.zero[:, None]
-        pinned = (begin <= zero) & (end > zero)
-        width = xp.where(pinned, 2 * xp.maximum(xp.abs(first), xp.abs(last)), width)
+        holds_zero = (begin <= zero) & (end > zero)
+        width = xp.where(holds_zero, 2 * xp.maximum(xp.abs(first), xp.abs(last)), width)
     below, through = (rows.sums_below(cuts)[0] for cuts in (begin, end))
     weight = (through - below).astype(xp.float64)
     if below.dtype != xp.int64:
@@ -244,7 +244,7 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
     wide = xp.sqrt(error[:, None] / xp.where(beside > 0, beside, 1.0))
     every = xp.broadcast_to(xp.arange(begin.shape[1], dtype=xp.int64), begin.shape)
 
-    def stretches(wide):
+    def stretches(wide) -> tuple[np.ndarray | jax.Array, Any]:
         """Returns the first value of the stretch to which each interval belongs, and the steps between stretches."""
         starts = (beside > 0) & (gap > wide) & (end > begin)
         origin = take(first, _running_max(xp.where(starts, every, 0)))
@@ -259,8 +259,8 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
     unit = xp.where(unit > 0, unit, 1.0)[:, None]
     steps = xp.cumsum(xp.ceil(step / unit).astype(xp.int64), axis=1)
     if keep_zero:
-        pin = xp.sum(cuts <= rows.zero[:, None], axis=1, keepdims=True)
-        place = (steps - take(steps, pin)).astype(xp.float64) * unit + take(origin, pin)
+        held_zero = xp.sum(cuts <= rows.zero[:, None], axis=1, keepdims=True)
+        place = (steps - take(steps, held_zero)).astype(xp.float64) * unit + take(origin, held_zero)
     else:
         place = (steps - steps[:, -1:] // 2).astype(xp.float64) * unit
     gaps = Gaps(first, origin, place, xp.ones_like(error))
@@ -268,7 +268,7 @@ def _narrowed(rows: Rows, cuts, error, keep_zero: bool) -> Gaps:
     return gaps._replace(factor=1 / _power_of_two_or_one(extent))
 
 
-def _weights_beside(rows: Rows, cuts, keep_zero: bool):
+def _weights_beside(rows: Rows, cuts, keep_zero: bool) -> Any:
     """Returns a lower bound on v w/(v + w) of the weights v and w next to each cut; a held zero is infinitely heavy."""
     xp = namespace(rows.size)
     here = rows.sums_below(cuts)[0]
@@ -287,25 +287,25 @@ def _weights_beside(rows: Rows, cuts, keep_zero: bool):
     return xp.where(cuts == zero, below, xp.where(cuts == zero + 1, above, harmonic))
 
 
-def _power_of_two(x):
+def _power_of_two(x) -> Any:
     """Returns the largest power of two not above x, 0 for 0; by comparisons, as TPUs do not expose float64's bits."""
     xp = namespace(x)
     place = xp.searchsorted(xp.asarray(_POWERS), x, side="right")
     return xp.where(x > 0, xp.asarray(_POWERS)[xp.maximum(place - 1, 0)], 0.0)
 
 
-def _power_of_two_or_one(x):
+def _power_of_two_or_one(x) -> Any:
     """Returns `_power_of_two(x)`, and 1 for 0."""
     return namespace(x).where(x > 0, _power_of_two(x), 1.0)
 
 
-def _running_max(array):
+def _running_max(array) -> np.ndarray | jax.Array:
     if isinstance(array, np.ndarray):
         return np.maximum.accumulate(array, axis=1)
     return lax.cummax(array, axis=1)
 
 
-def _last_not_above(ascending, wanted):
+def _last_not_above(ascending, wanted) -> np.ndarray | jax.Array:
     """Returns `[R, m]` the place of the last of `ascending [R, K]` not above each of `wanted [R, m]`, else 0."""
     inner = ascending[:, 1:]
     if isinstance(ascending, np.ndarray):

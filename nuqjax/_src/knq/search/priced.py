@@ -12,7 +12,7 @@ if one of them is better for its last cut: if one is better for any cut of the b
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +27,23 @@ _WIDTH = 32  # beginnings compared at once for one end
 _NEAR = 8  # and for a block of ends
 
 
-@functools.partial(jax.jit, static_argnames=("num_levels", "pin"))
-def priced_paths(count, total, size, zero, price, trials, through, *, num_levels: int, pin: bool):
+@functools.partial(jax.jit, static_argnames=("num_levels", "keep_zero"))
+def priced_paths(
+    count, total, size, zero, price, trials, through, *, num_levels: int, keep_zero: bool
+) -> tuple[Any, ...]:
     """Searches the shortest paths with `num_levels` intervals through cuts.
 
     Args:
       count: `[R, M + 1]` weight below each cut; entries after cut number `size` do not count.
       total: `[R, M + 1]` weighted sum below each cut, of the same dtype.
       size: int32 number of the last cut.
-      zero: `[R]` int32, read with `pin`: an interval from a cut not above it to one above it has level 0 and no price.
+      zero: `[R]` int32, read with `keep_zero`: an interval from a cut not above it to one above it has
+        level 0 and no price.
       price: `[R]` float64, the first price to try.
       trials: int32, the most prices to try. If none has a path of K intervals, K − 1 cuts are taken from the last path.
       through: bool, whether to compute paths through each cut.
       num_levels: K.
-      pin: whether there is a held zero.
+      keep_zero: whether there is a held zero.
 
     Returns:
       `[R, K − 1]` int32 places of the boundaries among the cuts, `[R]` the price, `[R]` whether a path at this price
@@ -50,15 +53,15 @@ def priced_paths(count, total, size, zero, price, trials, through, *, num_levels
     lanes = min(_LANES, number)
     missing = -number % lanes
 
-    def grouped(x):
+    def grouped(x) -> Any:
         padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
         return padded.reshape(-1, lanes, *x.shape[1:])
 
-    def run(group):
+    def run(group) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         count, total, zero, price = group
         cuts = count.shape[1]
         count, total = (jnp.pad(x, ((0, 0), (0, _WIDTH)), mode="edge") for x in (count, total))
-        problem = _Problem(count, total, size, zero if pin else None)
+        problem = _Problem(count, total, size, zero if keep_zero else None)
         places, found, exact, excess = _search(problem, price, trials, through, num_levels)
         return places, found, exact, excess[:, :cuts]
 
@@ -75,7 +78,7 @@ class _Problem(NamedTuple):
     zero: jax.Array | None
 
 
-def _to_size(x, size):
+def _to_size(x, size) -> jax.Array:
     """Returns `x [R, M + 1]` with its entries up to `size` in reverse order."""
     last = x.shape[1] - 1
     return lax.dynamic_slice_in_dim(jnp.pad(x[:, ::-1], ((0, 0), (0, last))), last - size, last + 1, 1)
@@ -114,7 +117,7 @@ class _Tried(NamedTuple):
     passed: jax.Array
 
 
-def _search(problem: _Problem, price, trials, through, num_levels: int):
+def _search(problem: _Problem, price, trials, through, num_levels: int) -> tuple[jax.Array, ...]:
     """Returns what `priced_paths` does, for one group of rows.
 
     All passes over the cuts are turns of one loop, so that the program of a pass is compiled once: a pass for each
@@ -127,10 +130,10 @@ def _search(problem: _Problem, price, trials, through, num_levels: int):
     ratios = jnp.asarray((np.maximum(np.arange(steps + 2), 0.5) / free) ** 3)
     reverse = _backwards(problem)
 
-    def searching(tried):
+    def searching(tried: _Tried) -> jax.Array:
         return (tried.number == 0) | (jnp.any(tried.intervals != free) & (tried.number < trials))
 
-    def next_price(tried):
+    def next_price(tried: _Tried) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         price, intervals = tried.price, tried.intervals
         paid = jnp.where(intervals > 0, price * intervals, 0.0)  # a select separates product and sum
         error = lax.dynamic_index_in_dim(tried.potential, problem.size, axis=1, keepdims=False) - paid
@@ -146,14 +149,14 @@ def _search(problem: _Problem, price, trials, through, num_levels: int):
         between = jnp.where(known, equal, jnp.sqrt(low[0]) * jnp.sqrt(high[0]))
         return jnp.where(intervals == free, price, jnp.where(bracketed, between, guess)), low, high
 
-    def turn(tried):
+    def turn(tried: _Tried) -> _Tried:
         forth = searching(tried)
         price, low, high = next_price(tried)
         price = jnp.where(forth, price, tried.price)
         here = jax.tree.map(lambda there, back: jnp.where(forth, there, back), problem, reverse)
         potential, firsts = _potentials(here, price)
 
-        def traced():
+        def traced() -> tuple[jax.Array, jax.Array]:
             return _traced_back(problem, price, potential, firsts, steps)
 
         chain, intervals = lax.cond(forth, traced, lambda: (tried.chain, tried.intervals))
@@ -176,21 +179,21 @@ def _search(problem: _Problem, price, trials, through, num_levels: int):
     return places, end.price, end.intervals == free, excess
 
 
-def _steeper(ratio, times):
+def _steeper(ratio, times) -> Any:
     """Returns the ratio squared `times` times, at most 4: in sparse values the price changes faster than the cube."""
     for time in range(4):
         ratio = jnp.where(time < times, ratio * ratio, ratio)
     return ratio
 
 
-def _cost(potential, n, s, price, pinned):
+def _cost(potential, n, s, price, holds_zero) -> Any:
     """Returns the cost of a path of cost `potential` that is continued by an interval of weight n and sum s."""
     n, s = n.astype(jnp.float64), s.astype(jnp.float64)
     reached = potential - s * s / jnp.where(n > 0, n, 1.0) + price
-    return reached if pinned is None else jnp.where(pinned, potential, reached)
+    return reached if holds_zero is None else jnp.where(holds_zero, potential, reached)
 
 
-def _pinned(problem: _Problem, begin, end):
+def _holds_zero(problem: _Problem, begin, end) -> Any:
     """Returns whether intervals `[R, …]` contain the held zero; None if there is none."""
     if problem.zero is None:
         return None
@@ -198,19 +201,19 @@ def _pinned(problem: _Problem, begin, end):
     return (begin <= zero) & (end > zero)
 
 
-def _best_beginning(problem: _Problem, price, potential, first, end, last):
+def _best_beginning(problem: _Problem, price, potential, first, end, last) -> Any:
     """Returns where the best last interval to the cuts `end` begins, from `first` to `last`; all are `[R, 1]`.
 
     Of equal beginnings it is the first, as beginnings for the next block are not sought before it.
     """
     n_end, s_end = (jnp.take_along_axis(x, end, axis=1) for x in problem[:2])
 
-    def compare(piece, found):
+    def compare(piece, found) -> tuple[jax.Array, jax.Array]:
         least, where = found
         start = jnp.minimum(first + piece * _WIDTH, potential.shape[1] - _WIDTH)
         n, s, begun = windows((*problem[:2], potential), start[:, 0], _WIDTH)
         begin = start + jnp.arange(_WIDTH, dtype=jnp.int32)
-        reached = _cost(begun, n_end - n, s_end - s, price[:, None], _pinned(problem, begin, end))
+        reached = _cost(begun, n_end - n, s_end - s, price[:, None], _holds_zero(problem, begin, end))
         here, at = first_least(jnp.where(begin <= last, reached, jnp.inf), begin, 1)
         return jnp.minimum(here, least), jnp.where(here < least, at, where)
 
@@ -218,13 +221,13 @@ def _best_beginning(problem: _Problem, price, potential, first, end, last):
     return lax.fori_loop(0, pieces, compare, (jnp.full(end.shape, jnp.inf), end))[1]
 
 
-def _potentials(problem: _Problem, price):
+def _potentials(problem: _Problem, price) -> Any:
     """Returns the cost `[R, m]` of the shortest path to each cut, and `[R, blocks + 1]` the first begin per block."""
     count, total, size, _ = problem
     lane = jnp.arange(_BLOCK, dtype=jnp.int32)[None]
     paid = price[:, None]
 
-    def settle(block, state):
+    def settle(block, state) -> tuple[jax.Array, jax.Array]:
         potential, firsts = state
         below = block * _BLOCK  # the cut before the block
         first = lax.dynamic_slice_in_dim(firsts, block, 1, axis=1)
@@ -233,28 +236,28 @@ def _potentials(problem: _Problem, price):
         last = jnp.full_like(first, below + _BLOCK)
         begun_last = _best_beginning(problem, price, potential, first, last, jnp.full_like(first, below))
 
-        def compare(piece, best):
+        def compare(piece, best) -> jax.Array:
             start = jnp.minimum(first + piece * _NEAR, potential.shape[1] - _NEAR)
             n, s, begun = (x[:, :, None] for x in windows((count, total, potential), start[:, 0], _NEAR))
             begin = (start + jnp.arange(_NEAR, dtype=jnp.int32))[:, :, None]
             begun = jnp.where(begin <= begun_last[:, :, None], begun, jnp.inf)
-            pinned = _pinned(problem, begin, end[:, None])
-            reached = _cost(begun, n_end[:, None] - n, s_end[:, None] - s, paid[:, None], pinned)
+            holds_zero = _holds_zero(problem, begin, end[:, None])
+            reached = _cost(begun, n_end[:, None] - n, s_end[:, None] - s, paid[:, None], holds_zero)
             return jnp.minimum(best, jnp.min(reached, axis=1))
 
         pieces = jnp.max(begun_last - first) // _NEAR + 1
         best = lax.fori_loop(0, pieces, compare, jnp.full(n_end.shape, jnp.inf))
 
-        def to_last(best):
-            return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _pinned(problem, end, last))
+        def to_last(best) -> Any:
+            return _cost(best, n_end[:, -1:] - n_end, s_end[:, -1:] - s_end, paid, _holds_zero(problem, end, last))
 
         # If a beginning inside the block is better for any cut in it than all before, it is better for the last too.
         within = jnp.any(to_last(best) < best[:, -1:], axis=1, keepdims=True)
 
-        def from_within():
-            def one(place, best):
+        def from_within() -> tuple[Any, jax.Array]:
+            def one(place, best) -> jax.Array:
                 n, s = (lax.dynamic_slice_in_dim(x, place, 1, axis=1) for x in (n_end, s_end))
-                reached = _cost(best, n - n_end, s - s_end, paid, _pinned(problem, end, below + 1 + place))
+                reached = _cost(best, n - n_end, s - s_end, paid, _holds_zero(problem, end, below + 1 + place))
                 least = jnp.min(jnp.where(lane < place, reached, jnp.inf), axis=1, keepdims=True)
                 return jnp.where((lane == place) & within, jnp.minimum(best, least), best)
 
@@ -271,16 +274,16 @@ def _potentials(problem: _Problem, price):
     return lax.fori_loop(jnp.int32(0), blocks, settle, (unsettled, firsts))
 
 
-def _traced_back(problem: _Problem, price, potential, firsts, steps: int):
+def _traced_back(problem: _Problem, price, potential, firsts, steps: int) -> tuple[jax.Array, jax.Array]:
     """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
 
-    def back(end, _):
+    def back(end, _) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         last = jnp.maximum(end - 1, 0)
         first = jnp.take_along_axis(firsts, last // _BLOCK, axis=1)
         there = end > 0
         before = jnp.where(there, _best_beginning(problem, price, potential, first, end, last), 0)
-        pinned = _pinned(problem, before, end)
-        return before, (before[:, 0], (there if pinned is None else there & ~pinned)[:, 0])
+        holds_zero = _holds_zero(problem, before, end)
+        return before, (before[:, 0], (there if holds_zero is None else there & ~holds_zero)[:, 0])
 
     end = jnp.full((price.shape[0], 1), problem.size, jnp.int32)
     at, (chain, free) = lax.scan(back, end, length=steps)

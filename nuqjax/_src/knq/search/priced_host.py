@@ -23,19 +23,21 @@ _STEP = 2**13  # going back an interval costs as much as comparing so many gains
 _EXACT = 2.0**52  # sums and differences of integers below this are exact in float64
 
 
-def priced_paths(count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, pin: bool):
+def priced_paths(
+    count, total, size: int, zero, price, trials: int, through: bool, *, num_levels: int, keep_zero: bool
+) -> tuple[np.ndarray, ...]:
     """Searches the shortest paths with `num_levels` intervals through cuts, like `search.priced.priced_paths`.
 
     Args:
       count: `[R, M + 1]` weight below each cut; entries after cut number `size` do not count.
       total: `[R, M + 1]` weighted sum below each cut, of the same dtype.
       size: number of the last cut.
-      zero: `[R]`, read with `pin`: an interval from a cut not above it to one above it has level 0 and no price.
+      zero: `[R]`, read with `keep_zero`: an interval from a cut not above it to one above it has level 0 and no price.
       price: `[R]` float64, the first price to try.
       trials: the most prices to try. If none has a path of K intervals, K − 1 cuts are taken from the last path.
       through: whether to compute paths through each cut.
       num_levels: K.
-      pin: whether there is a held zero.
+      keep_zero: whether there is a held zero.
 
     Returns:
       `[R, K − 1]` places of the boundaries among the cuts, `[R]` the price, `[R]` whether a path at this price has K
@@ -49,7 +51,7 @@ def priced_paths(count, total, size: int, zero, price, trials: int, through: boo
     parts = []
     for start in range(0, len(count), lanes):
         here = slice(start, start + lanes)
-        problem = _problem(count[here], total[here], size, zero[here] if pin else None, width, num_levels)
+        problem = _problem(count[here], total[here], size, zero[here] if keep_zero else None, width, num_levels)
         problem, found, exact, potential, places = _search(problem, price[here], trials, num_levels)
         if through:
             backwards = _path(_backwards(problem), found)[1]
@@ -122,7 +124,9 @@ def _backwards(problem: _Problem) -> _Problem:
     return _Problem(count, total, None if zero is None else len(count) - 2 - zero, gains, weighty, block)
 
 
-def _search(problem: _Problem, price, trials: int, num_levels: int):
+def _search(
+    problem: _Problem, price, trials: int, num_levels: int
+) -> tuple[_Problem, Any, Any, np.ndarray, np.ndarray]:
     """Returns the problem, prices, whether their paths have K intervals, potentials, and places of the boundaries.
 
     A row is no longer searched once it has K intervals. The problem returned may store the gains of wider intervals.
@@ -187,14 +191,14 @@ def _path(problem: _Problem, price) -> tuple[_Problem, _Path]:
         problem = _with_gains(problem, min(2 * len(problem.gains), len(problem.count) - 1))
 
 
-def _steeper(ratio, times: int):
+def _steeper(ratio, times: int) -> Any:
     """Returns the ratio squared `times` times, at most 4: in sparse values the price changes faster than the cube."""
     for _ in range(max(min(times, 4), 0)):
         ratio = ratio * ratio
     return ratio
 
 
-def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
+def _gain(begin_count, begin_total, end_count, end_total, weighty: bool) -> Any:
     """Returns S²/n of intervals, 0 for those of weight 0."""
     n, s = end_count - begin_count, end_total - begin_total
     s = s.astype(np.float64, copy=False)
@@ -204,19 +208,19 @@ def _gain(begin_count, begin_total, end_count, end_total, weighty: bool):
     return np.divide(s, n, out=s)
 
 
-def _reached(begun, gain, price, pinned):
+def _reached(begun, gain, price, holds_zero) -> Any:
     """Returns the costs of paths of cost `begun` continued by intervals of these gains; `gain` is overwritten."""
     np.subtract(begun, gain, out=gain)
     np.add(gain, price, out=gain)
-    if pinned is not None:
-        np.copyto(gain, np.broadcast_to(begun, gain.shape), where=pinned)
+    if holds_zero is not None:
+        np.copyto(gain, np.broadcast_to(begun, gain.shape), where=holds_zero)
     return gain
 
 
-def _least(begun, gain, price, pinned):
+def _least(begun, gain, price, holds_zero) -> Any:
     """Returns the least costs of `_reached` over the first axis; adding the price after the minimum changes no bit."""
-    if pinned is not None:
-        return _reached(begun, gain, price, pinned).min(axis=0)
+    if holds_zero is not None:
+        return _reached(begun, gain, price, holds_zero).min(axis=0)
     return np.subtract(begun, gain, out=gain).min(axis=0) + price
 
 
@@ -250,12 +254,12 @@ def _settle_each(potential, gains, price, zero) -> None:
     width, length, number = gains.shape
     lag = np.arange(width, 0, -1)[:, None]
     zero = np.zeros(0, np.int64) if zero is None else zero
-    pinned_from, pinned_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
+    holds_zero_from, holds_zero_to = int(zero.min(initial=length)) + 1, int(zero.max(initial=-1)) + 1 + width
     reached, least = np.empty((width, number)), np.empty(number)
     for end in range(1, length):
         begun = potential[end : end + width]
         np.subtract(begun, gains[:, end], out=reached)
-        if pinned_from <= end < pinned_to:
+        if holds_zero_from <= end < holds_zero_to:
             reached += price
             np.copyto(reached, begun, where=(end - lag <= zero) & (end > zero))
             np.minimum.reduce(reached, axis=0, out=potential[end + width])
@@ -325,7 +329,7 @@ class _Sums(NamedTuple):
         return _Window(self.potential.take(place), self.count.take(place), total)
 
 
-def _floats(*totals):
+def _floats(*totals) -> tuple[Any, ...]:
     """Returns integers as float64 if their differences stay exact, else unchanged."""
     if totals[0].dtype == np.float64 or any(max(int(x.max()), -int(x.min())) >= _EXACT for x in totals):
         return totals
@@ -344,7 +348,7 @@ def _wide_path(problem: _Problem, price) -> _Path:
     sums = _Sums(potential.reshape(-1), count.reshape(-1), total.reshape(-1), number)
     steps = np.arange(length)[:, None]
 
-    def held(begin, end):
+    def held(begin, end) -> Any:
         return None if zero is None else (begin <= zero) & (end > zero)
 
     for block, (below, last) in enumerate(itertools.pairwise(ends)):
@@ -402,11 +406,11 @@ def _settle(problem: _Problem, price, window, begin, low, high, start, stop, bel
         at = place * number + lanes
         begun, n, s = (x.take(at)[:, None] for x in flat)
         gain = _gain(n, s, n_end[ends, lanes], here[ends, lanes], problem.weighty)
-        pinned = None
+        holds_zero = None
         if zero is not None:
             of_cuts = np.arange(start + 1, stop + 1)[:, None]
-            pinned = (begin.reshape(-1).take(at)[:, None] <= zero[lanes]) & (of_cuts > zero[lanes])
-        potential[start + 1 : stop + 1, lanes] = _least(begun, gain, price[lanes], pinned)
+            holds_zero = (begin.reshape(-1).take(at)[:, None] <= zero[lanes]) & (of_cuts > zero[lanes])
+        potential[start + 1 : stop + 1, lanes] = _least(begun, gain, price[lanes], holds_zero)
 
 
 def _path_of_one(problem: _Problem, price) -> _Path:
@@ -447,15 +451,15 @@ def _path_of_one(problem: _Problem, price) -> _Path:
     return _Path(potential[:, None], blocks, firsts[:, None])
 
 
-def _on_to(problem: _Problem, price, below: int, last: int, best, lanes):
+def _on_to(problem: _Problem, price, below: int, last: int, best, lanes) -> Any:
     """Returns the costs of paths to `last` whose last interval begins at a cut between `below` and `last`."""
     count, total, zero, _, weighty, _ = problem
     begin = slice(below + 1, last)
-    pinned = None
+    holds_zero = None
     if zero is not None:
-        pinned = (np.arange(below + 1, last)[:, None] <= zero[lanes]) & (last > zero[lanes])
+        holds_zero = (np.arange(below + 1, last)[:, None] <= zero[lanes]) & (last > zero[lanes])
     gain = _gain(count[begin, lanes], total[begin, lanes], count[last, lanes], total[last, lanes], weighty)
-    return _reached(best[:-1], gain, price[lanes], pinned)
+    return _reached(best[:-1], gain, price[lanes], holds_zero)
 
 
 def _settle_within(problem: _Problem, price, below: int, last: int, potential, first, lanes) -> None:
@@ -465,15 +469,15 @@ def _settle_within(problem: _Problem, price, below: int, last: int, potential, f
     n, s, best, paid = count[rows, lanes], total[rows, lanes], potential[rows, lanes], price[lanes]
     held = None if zero is None else np.arange(below + 1, last + 1)[:, None] <= zero[lanes]
     for place in range(1, last - below):
-        pinned = None if held is None else held[:place] & ~held[place]
+        holds_zero = None if held is None else held[:place] & ~held[place]
         gain = _gain(n[:place], s[:place], n[place], s[place], weighty)
-        reached = _least(best[:place], gain, paid, pinned)
+        reached = _least(best[:place], gain, paid, holds_zero)
         np.minimum(best[place], reached, out=best[place])
     potential[rows, lanes] = best
     first[lanes] = below + 1 + np.argmin(_on_to(problem, price, below, last, best, lanes), axis=0)
 
 
-def _traced_back(problem: _Problem, price, path: _Path, steps: int):
+def _traced_back(problem: _Problem, price, path: _Path, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cuts of each path, from its end, and how many of its intervals have a price."""
     zero, gains = problem.zero, problem.gains
     number = problem.count.shape[1]
@@ -513,11 +517,11 @@ def _chain(problem: _Problem, price, path: _Path, steps: int) -> np.ndarray:
             place = begin * number + lane
             begun, n, s = potential.take(place), *(x.take(place) for x in sums)
             gain = _gain(n, s, count[last + 1, lane], total[last + 1, lane], weighty)
-        pinned = None
+        holds_zero = None
         if zero is not None:
             begin = np.minimum(first + np.arange(len(gain))[:, None], last)
-            pinned = (begin <= zero) & (end > zero)
-        at = np.argmin(_reached(begun, gain, price, pinned), axis=0)
+            holds_zero = (begin <= zero) & (end > zero)
+        at = np.argmin(_reached(begun, gain, price, holds_zero), axis=0)
         chain[step] = end = np.where(end > 0, np.minimum(first + at, last), 0)
         if not end.any():
             break
@@ -534,8 +538,8 @@ def _chain_of_one(problem: _Problem, price, path: _Path, steps: int) -> np.ndarr
     for step in range(1, steps + 1):
         first = min(firsts[blocks[end]], end - 1)
         gain = _gain(count[first:end], total[first:end], count[end], total[end], problem.weighty)
-        pinned = np.arange(first, end) <= zero if first <= zero < end else None
-        end = first + int(np.argmin(_reached(potential[first:end], gain, paid, pinned)))
+        holds_zero = np.arange(first, end) <= zero if first <= zero < end else None
+        end = first + int(np.argmin(_reached(potential[first:end], gain, paid, holds_zero)))
         chain[0, step] = end
         if not end:
             break
@@ -554,8 +558,8 @@ def _through_every_cut(problem: _Problem, price, path: _Path, steps: int) -> np.
         end = np.arange(start, min(start + cuts, length))[:, None]
         begun = np.lib.stride_tricks.sliding_window_view(padded[start : start + len(end) + width - 1], len(end), axis=0)
         begun = begun.transpose(0, 2, 1)
-        pinned = None if zero is None else (end - lag <= zero) & (end > zero)
-        reached = _reached(begun, gains[:, start : start + len(end)].copy(), price, pinned)
+        holds_zero = None if zero is None else (end - lag <= zero) & (end > zero)
+        reached = _reached(begun, gains[:, start : start + len(end)].copy(), price, holds_zero)
         before[start : start + len(end)] = end - width + np.argmin(reached, axis=0)
     chain = np.empty((steps + 1, number), np.int64)
     chain[0] = length - 1

@@ -29,6 +29,7 @@ from nuqjax._src.knq.search.dense import dense_rows
 from nuqjax._src.knq.search.priced import priced_paths
 from nuqjax._src.knq.search.windows_host import windows_rows
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.rounding import rounded_first
 
 _FEW_LEVELS = 12  # for fewer levels there are as many cells as for these
 _SPREAD = 12  # cells per interval, on average, before a partition is known
@@ -49,12 +50,7 @@ _LANES = 16  # rows handled at once
 Rows = SortedRows | LongRows | ShardedRows
 
 
-def _rounded(product):
-    """Returns a product that is rounded before anything is added to it: XLA cannot contract the two."""
-    return product if isinstance(product, np.ndarray) else lax.optimization_barrier(product)
-
-
-def coarse_cuts(rows: Rows, count: int):
+def coarse_cuts(rows: Rows, count: int) -> Any:
     """Returns `[R, count + 1]` ascending cuts from 0 to the last: all if they are few, else spread in four ways.
 
     A quarter is even in rank, a quarter is even in value, a quarter follows the cube root of the density (Panter and
@@ -68,12 +64,12 @@ def coarse_cuts(rows: Rows, count: int):
     share = xp.arange(1, quarter, dtype=xp.int64)
     even = share * size // quarter
     low, high = rows.value_at(xp.zeros_like(size)), rows.value_at(size)
-    grid = rows.cut_below(low + _rounded((high - low) * (share / quarter)))
+    grid = rows.cut_below(low + rounded_first((high - low) * (share / quarter)))
     edges = xp.arange(4 * count + 1, dtype=xp.int64) * size // (4 * count)
     ends = rows.value_at(edges)
     gaps = xp.minimum(ends[:, 1:] - ends[:, :-1], 4.0)  # wider ones lie beside values of next to no weight
     root = xp.sqrt(gaps)
-    pull = _rounded(root * xp.sqrt(xp.sqrt(xp.sqrt(gaps))))  # gap^(5/8), by correctly rounded steps
+    pull = rounded_first(root * xp.sqrt(xp.sqrt(xp.sqrt(gaps))))  # gap^(5/8), by correctly rounded steps
     pull = (pull * 2.0**30).astype(xp.int64) + 1
     running = xp.cumsum(pull, axis=1)
     place = xp.sum(running[:, None, :] <= (share * running[:, -1:] // quarter)[:, :, None], axis=2)
@@ -94,7 +90,7 @@ def coarse_cuts(rows: Rows, count: int):
     return xp.where(few[:, None], every, spread)
 
 
-def even_cuts(rows: Rows, cuts, cells: int):
+def even_cuts(rows: Rows, cuts, cells: int) -> Any:
     """Splits each interval between `cuts [R, K − 1]` into `cells` cells, half even in rank and half even in value."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -103,7 +99,7 @@ def even_cuts(rows: Rows, cuts, cells: int):
     half = xp.arange(cells // 2, dtype=xp.int64)
     ranks = low + (high - low) * half // (cells // 2)
     least, most = rows.value_at(low), rows.value_at(xp.maximum(high - 1, 0))
-    wanted = least + _rounded((most - least) * ((half + 0.5) / (cells // 2)))
+    wanted = least + rounded_first((most - least) * ((half + 0.5) / (cells // 2)))
     count = wanted.shape[0]
     by_value = rows.cut_below(wanted.reshape(count, -1))
     chosen = xp.concatenate([rows.before_ties(ranks.reshape(count, -1)), by_value, size], axis=1)
@@ -111,13 +107,13 @@ def even_cuts(rows: Rows, cuts, cells: int):
     return xp.where(few[:, None], every, xp.sort(chosen, axis=1))
 
 
-def _gain(n, s):
+def _gain(n, s) -> Any:
     """Returns S²/n, and 0 for an empty interval."""
     return s * s / jnp.where(n > 0, n, 1.0)
 
 
 @jax.jit
-def _windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing):
+def _windows_rows(count, total, above, end_count, end_total, end_above, reference, spacing) -> jax.Array:
     """Returns the best combination of one place in each boundary's window, as places `[R, K − 1]`.
 
     Costs are relative to a reference, so that no large terms cancel: levels a, and every boundary in the middle of its
@@ -131,7 +127,7 @@ def _windows_rows(count, total, above, end_count, end_total, end_above, referenc
     lanes = min(_LANES, number)
     missing = -number % lanes
 
-    def grouped(x):
+    def grouped(x) -> jax.Array:
         padded = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
         return jnp.moveaxis(padded.reshape(-1, lanes, *x.shape[1:]), 1, -1)
 
@@ -140,19 +136,19 @@ def _windows_rows(count, total, above, end_count, end_total, end_above, referenc
     return jnp.moveaxis(chosen, -1, 1).reshape(number + missing, -1)[:number]
 
 
-def _windows(count, total, above, end_count, end_total, end_above, reference, spacing):
+def _windows(count, total, above, end_count, end_total, end_above, reference, spacing) -> jax.Array:
     """Computes `_windows_rows` with the rows on the last axis, where they fill the processor's lanes."""
     size = count.shape[1]
     middle = size // 2
     both = reference[1:] + reference[:-1]
     moved = 2 * (total - total[:, middle : middle + 1]) - (count - count[:, middle : middle + 1]) * both[:, None]
-    shift = _rounded(spacing[:, None] * moved.astype(jnp.float64))
+    shift = rounded_first(spacing[:, None] * moved.astype(jnp.float64))
     place = jnp.arange(size, dtype=jnp.int32)[:, None]
 
-    def cost(left, right, level):
+    def cost(left, right, level) -> jax.Array:
         n, s = right[0] - left[0], right[1] - left[1]
         rest = (s - n * level).astype(jnp.float64)
-        to_zero = _rounded(level.astype(jnp.float64) * (s + rest.astype(s.dtype)).astype(jnp.float64))
+        to_zero = rounded_first(level.astype(jnp.float64) * (s + rest.astype(s.dtype)).astype(jnp.float64))
         gain = jnp.where(~left[2] & right[2], -to_zero, _gain(n.astype(jnp.float64), rest))
         return jnp.where(n < 0, jnp.inf, -gain)
 
@@ -161,7 +157,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     first = cost(begin, tuple(x[0] for x in here), reference[0]) + shift[0]
     lefts, rights = tuple(x[:-1] for x in here), tuple(x[1:] for x in here)
 
-    def step(best, inputs):
+    def step(best, inputs) -> tuple[Any, Any]:
         left, right, level, move = inputs
         left, right = tuple(x[:, None] for x in left), tuple(x[None, :] for x in right)
         return jnp.min(best[:, None] + cost(left, right, level), axis=0) + move, best
@@ -170,7 +166,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     end = end_count, end_total, end_above
     chosen = first_least(last + cost(tuple(x[-1] for x in here), end, reference[-1]), place, 0)[1][0]
 
-    def back(chosen, inputs):
+    def back(chosen, inputs) -> tuple[jax.Array, jax.Array]:
         best, left, right, level = inputs
         right = tuple(jnp.take_along_axis(x, chosen[None], axis=0) for x in right)
         before = first_least(best + cost(left, right, level), place, 0)[1][0]
@@ -180,7 +176,7 @@ def _windows(count, total, above, end_count, end_total, end_above, reference, sp
     return jnp.concatenate([before, chosen[None]])
 
 
-def _above(rows: Rows, cuts, keep_zero: bool):
+def _above(rows: Rows, cuts, keep_zero: bool) -> Any:
     """Returns whether cuts `[R, …]` lie above the held zero; False everywhere if there is none."""
     xp = namespace(rows.size)
     if not keep_zero:
@@ -295,14 +291,16 @@ def _in_stages(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, cells:
     return _path(rows, cuts, path.price, num_levels, keep_zero)
 
 
-def _in_one_loop(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, cells: int, stages: tuple[int, ...]):
+def _in_one_loop(
+    rows: Rows, cuts, price, num_levels: int, keep_zero: bool, cells: int, stages: tuple[int, ...]
+) -> _Path:
     """Does what `_in_stages` does, for JAX rows, with one program for all stages, which is compiled once."""
     kept, last = _kept(num_levels), len(stages) + 1
     sizes = cuts.shape[1] - 1, cells * num_levels, *[kept + 1] * len(stages)
     room = _room(max(sizes), num_levels)
     parts = jnp.asarray([0, *stages, 0])
 
-    def turn(stage, state):
+    def turn(stage, state) -> tuple[Any, _Path]:
         cuts, path = state
         size = jnp.asarray(sizes)[stage]
         path = _path(rows, cuts, path.price, num_levels, keep_zero, (stage > 0) & (stage < last), size)
@@ -330,7 +328,7 @@ def _room(size: int, num_levels: int) -> int:
     return next(room for room in _ROOMS if room >= max(size, _kept(num_levels) + 2))
 
 
-def _extended(cuts, room: int):
+def _extended(cuts, room: int) -> Any:
     return namespace(cuts).pad(cuts, ((0, 0), (0, room - cuts.shape[1] + 1)), mode="edge")
 
 
@@ -343,7 +341,7 @@ def _narrowings(values: float) -> tuple[int, ...]:
     return (_PARTS,) * _NARROWINGS if few is None else (_PARTS,) * few + (_FINEST_PARTS,)
 
 
-def _narrower(rows: Rows, cuts, excess, most_parts, room: int, size=None):
+def _narrower(rows: Rows, cuts, excess, most_parts, room: int, size=None) -> Any:
     """Returns `room + 2` cuts, some maybe equal: cells nearest to the best paths are split, the others joined.
 
     Only the cuts up to number `size` count, if it is given.
@@ -368,7 +366,7 @@ def _narrower(rows: Rows, cuts, excess, most_parts, room: int, size=None):
     return xp.sort(xp.concatenate([xp.zeros_like(cuts[:, :1]), inner, rows.size[:, None]], axis=1), axis=1)
 
 
-def _marked(places, room: int):
+def _marked(places, room: int) -> np.ndarray | jax.Array:
     """Returns `[R, room]`, 1 at the given places and 0 elsewhere; places from `room` on are ignored."""
     if isinstance(places, np.ndarray):
         marks = np.zeros((len(places), room + 1), np.int64)
@@ -378,7 +376,7 @@ def _marked(places, room: int):
     return jnp.zeros((places.shape[0], room), jnp.int64).at[row, places.astype(jnp.int32)].set(1, mode="drop")
 
 
-def _first_price(rows: Rows, cuts, num_levels: int):
+def _first_price(rows: Rows, cuts, num_levels: int) -> Any:
     """Returns `[R]` twice an interval's error: the row's is (Σ (weight · width²)^⅓)³ / 12 K² (Panter and Dite 1951)."""
     xp = namespace(rows.size)
     edge, n = rows.value_at(cuts), rows.sums_below(cuts)[0].astype(xp.float64)
@@ -402,14 +400,22 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, through: An
     if xp is np and rows.length < COMPILED:
         count, total = rows.sums_below(cuts)
         places, found, exact, excess, bound = fit_knq_priced_host.priced_paths(
-            count, total, size, zero, price * unit, _TRIALS, through, num_levels=num_levels, pin=keep_zero
+            count, total, size, zero, price * unit, _TRIALS, through, num_levels=num_levels, keep_zero=keep_zero
         )
         least = (bound - (num_levels - keep_zero) * found) / unit
     else:
         count, total = rows.sums_below(_extended(cuts, _room(whole, num_levels)))
         last = np.int32(size) if isinstance(size, int) else size.astype(jnp.int32)
         places, found, exact, excess = priced_paths(
-            count, total, last, zero, price * unit, np.int32(_TRIALS), through, num_levels=num_levels, pin=keep_zero
+            count,
+            total,
+            last,
+            zero,
+            price * unit,
+            np.int32(_TRIALS),
+            through,
+            num_levels=num_levels,
+            keep_zero=keep_zero,
         )
         places, excess = _like(places, xp), excess[:, : whole + 1]
         if xp is np:
@@ -422,11 +428,11 @@ def _path(rows: Rows, cuts, price, num_levels: int, keep_zero: bool, through: An
     return _Path(here, reach, found / unit, excess, exact, least)
 
 
-def _like(array: Any, xp):
+def _like(array: Any, xp) -> Any:
     return np.asarray(array).astype(np.int64) if xp is np else array.astype(jnp.int64)
 
 
-def _half_of_longer(rows: Rows, cuts):
+def _half_of_longer(rows: Rows, cuts) -> Any:
     """Returns `[R, K − 1]` half the number of values in the longer of the two intervals next to each cut."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -435,7 +441,7 @@ def _half_of_longer(rows: Rows, cuts):
     return xp.maximum(sizes[:, 1:], sizes[:, :-1]) // 2
 
 
-def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
+def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None) -> Any:
     """Returns cuts `[R, K − 1]` moved until no combination of moves by a few single values is better.
 
     The first steps are so long that windows extend `reach [R, K − 1]` values to each side, or half of the longer
@@ -455,11 +461,11 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
                 break
         return cuts
 
-    def again(state):
+    def again(state) -> Any:
         *_, settled, number = state
         return ~settled & (number < _ROUNDS)
 
-    def once(state):
+    def once(state) -> tuple[Any, Any, jax.Array, Any]:
         cuts, step, _, number = state
         new, step, settled = _moved(rows, cuts, step, keep_zero)
         if best is None:
@@ -470,7 +476,7 @@ def polish(rows: Rows, cuts, keep_zero: bool, reach=None, best=None):
     return lax.while_loop(again, once, (cuts, step, done, jnp.int32(0)))[0]
 
 
-def _moved(rows: Rows, cuts, step, keep_zero: bool):
+def _moved(rows: Rows, cuts, step, keep_zero: bool) -> tuple[Any, Any, Any]:
     """Returns the cuts moved once, by at most 16 steps each, the next steps, and `[R]` whether all cuts are settled."""
     xp = namespace(rows.size)
     size = rows.size[:, None]
@@ -501,7 +507,7 @@ def _moved(rows: Rows, cuts, step, keep_zero: bool):
     return new, xp.where(at_end, step, xp.maximum(1, step // 4)), settled
 
 
-def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int):
+def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Any:
     """Returns `[R]` a lower bound on the least squared error of K levels, exact but for rounding if cells are values.
 
     Let c be the optimal levels and f(x) = min_j (x − c_j)². A cell of weight n, mean μ and standard deviation σ that
@@ -535,12 +541,12 @@ def squared_error_bound(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts
     return bound_of_sum(rows, np.asarray(best) if xp is np else best, num_levels)
 
 
-def bound_of_sum(rows: Rows, least, num_levels: int):
+def bound_of_sum(rows: Rows, least, num_levels: int) -> Any:
     """Returns `[R]` Σ w x² plus the least −Σ S²/n, minus a bound on the effect of rounding; at least 0."""
     return namespace(rows.size).maximum(rows.square + least - rounding_of_sum(rows, num_levels), 0.0)
 
 
-def rounding_of_sum(rows: Rows, num_levels: int):
+def rounding_of_sum(rows: Rows, num_levels: int) -> Any:
     """Returns `[R]` a bound on the effect of rounding on the sum of `bound_of_sum`."""
     xp = namespace(rows.size)
     ends = rows.value_at(xp.concatenate([xp.zeros_like(rows.size[:, None]), rows.size[:, None]], axis=1))
@@ -548,7 +554,7 @@ def rounding_of_sum(rows: Rows, num_levels: int):
     return rows.square * (rows.length + num_levels + 64) * 2.0**-51 + rows.slack * farthest * farthest
 
 
-def _shift(cuts, by: int):
+def _shift(cuts, by: int) -> Any:
     """Returns the cut before (−1) or after (+1) each cut; the first and the last stay."""
     xp = namespace(cuts)
     if by < 0:
