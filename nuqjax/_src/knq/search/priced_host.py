@@ -272,11 +272,11 @@ def _settle_each_of_one(potential, gains, price, zero: int) -> None:
     """Computes `_settle_each` for one row, whose gains to a cut are put next to each other."""
     width = len(gains)
     lag, reached = np.arange(width, 0, -1), np.empty(width)
-    pinned = range(zero + 1, zero + 1 + width) if zero >= 0 else ()
+    holds_zero = range(zero + 1, zero + 1 + width) if zero >= 0 else ()
     for end, to_end in enumerate(np.ascontiguousarray(gains.T[1:]), 1):
         begun = potential[end : end + width]
         np.subtract(begun, to_end, out=reached)
-        if end in pinned:
+        if end in holds_zero:
             reached += price
             np.copyto(reached, begun, where=end - lag <= zero)
             potential[end + width] = np.minimum.reduce(reached)
