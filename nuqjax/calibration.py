@@ -5,11 +5,12 @@ compressed leaves; both take the model as a function. `sensitivity` measures the
 each width, and `allocate` chooses each leaf's width within a budget.
 
 `Problem` and `Solution` hold plain arrays for one leaf. `shrunk` regularizes moments that come from few inputs, and
-`quantize` finds the levels, scales and indices with the least output error.
+`quantize` finds the levels, scales and indices with the least output error. `target` gives the weights to quantize
+where a layer's inputs are no longer the float ones, because layers before it are compressed.
 """
 
 from nuqjax._src.calibration.biases import correct_bias
-from nuqjax._src.calibration.problem import Problem, Solution, shrunk
+from nuqjax._src.calibration.problem import Problem, Solution, shrunk, target
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, moments
 from nuqjax._src.calibration.solver import quantize
 from nuqjax._src.calibration.widths import Allocation, allocate, sensitivity
@@ -26,4 +27,5 @@ __all__ = [
     "quantize",
     "sensitivity",
     "shrunk",
+    "target",
 ]

@@ -1,9 +1,9 @@
-"""Moments of few inputs."""
+"""Moments of few inputs, and the weights that come closest to the float outputs with other inputs."""
 
 import numpy as np
 import pytest
 
-from nuqjax.calibration import shrunk
+from nuqjax.calibration import shrunk, target
 
 pytestmark = pytest.mark.versionless  # NumPy's arithmetic on plain arrays
 
@@ -41,3 +41,46 @@ def test_more_than_16_positions_tell_no_more():
 def test_what_are_no_moments_is_named(second, images, message):
     with pytest.raises(ValueError, match=message):
         shrunk(second, images, 4)
+
+
+def _paths(groups=1, stretches=1, size=6, samples=200):
+    """Inputs of the float path, and of another one that differs: `[G, B, samples, size]`."""
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=(groups, stretches, samples, size)) @ rng.normal(size=(size, size))
+    return exact, np.maximum(exact + 0.5 * rng.normal(size=exact.shape), -1)
+
+
+def _moments(left, right):
+    return left.swapaxes(2, 3) @ right / left.shape[2]
+
+
+@pytest.mark.parametrize(("groups", "stretches"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_the_target_is_the_least_squares_solution_in_every_layout(groups, stretches):
+    exact, seen = _paths(groups, stretches)
+    weights = np.random.default_rng(1).normal(size=(4, stretches * 6))
+    second, cross = _moments(seen, seen), _moments(exact, seen)
+    flat = (lambda x: x[:, 0]) if stretches == 1 else (lambda x: x)
+    made = target(weights, flat(second), flat(cross))
+    parts = weights.reshape(groups, -1, stretches, 6)
+    for g, o, b in np.ndindex(groups, 4 // groups, stretches):
+        wanted = np.linalg.lstsq(seen[g, b], exact[g, b] @ parts[g, o, b], rcond=None)[0]
+        assert made.reshape(parts.shape)[g, o, b] == pytest.approx(wanted)
+
+
+def test_with_equal_paths_the_target_is_the_weights_whatever_the_ridge():
+    exact, _ = _paths()
+    second, weights = _moments(exact, exact)[0], np.random.default_rng(1).normal(size=(3, 6))
+    for ridge in (0, 0.1, 100):
+        assert target(weights, second, second, second + ridge * np.eye(6)) == pytest.approx(weights)
+
+
+def test_a_ridge_draws_the_target_to_the_weights_and_no_ridge_makes_it_worse_than_they_are():
+    exact, seen = _paths()
+    second, cross = _moments(seen, seen)[0], _moments(exact, seen)[0]
+    weights = np.random.default_rng(1).normal(size=(3, 6))
+    made = [target(weights, second, cross, second + ridge * np.eye(6)) for ridge in (0, 0.1, 1, 10, 1e9)]
+    errors = [np.square(exact[0, 0] @ weights.T - seen[0, 0] @ one.T).sum() for one in (*made, weights)]
+    away = [np.square(one - weights).sum() for one in made]
+    assert errors == sorted(errors)
+    assert away == sorted(away, reverse=True)
+    assert made[-1] == pytest.approx(weights)

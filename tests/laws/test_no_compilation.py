@@ -100,6 +100,7 @@ def test_calibration(codebook_format):
     weights, inputs = drawn((9, 43), np.float32), drawn((60, 43), np.float64)
     with nothing_compiles():
         hessian = calibration.shrunk((inputs.T @ inputs)[None] / 60, images=60, positions=1)
+        weights = calibration.target(weights, hessian, hessian).astype(np.float32)
         calibration.quantize(calibration.Problem(weights, hessian), bits=3, codebook_format=codebook_format)
 
 
