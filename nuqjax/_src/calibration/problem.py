@@ -80,3 +80,34 @@ def shrunk(second: np.ndarray, images: int, positions: int) -> np.ndarray:
     result = (second + second.transpose(0, 2, 1)) * ((1 - share) / 2)
     np.einsum("gii->gi", result)[:] = diagonal + damping
     return result
+
+
+def target(weights: np.ndarray, second: np.ndarray, cross: np.ndarray, hessian: np.ndarray | None = None) -> np.ndarray:
+    """Returns the weights with which inputs x come closest to the outputs that `weights` have with inputs f.
+
+    With second moments as they are, these are W* = W C H⁻¹, which minimise E ‖W f − W* x‖². The more `hessian` differs
+    from the second moments, the closer W* stays to W: it is W (C + H' − H) H'⁻¹.
+
+    Args:
+      weights: `[O, I]`.
+      second: `[G, I, I]` H = E[x xᵀ], or `[G, B, I/B, I/B]` within B stretches of inputs; G divides O.
+      cross: C = E[f xᵀ], like `second`.
+      hessian: H', positive definite, like `second`; None for H itself.
+
+    Returns:
+      `[O, I]` float64.
+
+    >>> import numpy as np
+    >>> second = np.array([[[2.0, 1.0], [1.0, 2.0]]])
+    >>> target(np.array([[3.0, 4.0]]), second, second).round(9)  # the same inputs
+    array([[3., 4.]])
+    >>> target(np.array([[3.0, 4.0]]), second, 2 * second, hessian=second).round(9)  # x is half of f
+    array([[6., 8.]])
+    """
+    size = second.shape[-1]
+    hessian = second if hessian is None else hessian
+    second, cross, hessian = (x.reshape(x.shape[0], -1, size, size) for x in (second, cross, hessian))
+    groups, stretches = second.shape[:2]
+    rows = np.asarray(weights, np.float64).reshape(groups, -1, stretches, size).transpose(0, 2, 1, 3)  # [G, B, o, i]
+    made = np.linalg.solve(hessian.swapaxes(2, 3), (rows @ (cross + (hessian - second))).swapaxes(2, 3))
+    return made.transpose(0, 3, 1, 2).reshape(weights.shape)
