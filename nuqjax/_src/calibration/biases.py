@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from nuqjax._src.calibration.programs import Programs, checked_batches
-from nuqjax._src.calibration.second_moments import Moments, Record, gather_moments
+from nuqjax._src.calibration.second_moments import Moments, gather_moments
 from nuqjax._src.calibration.uses import Slot
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
@@ -47,24 +47,43 @@ def correct_bias(fn: Callable[..., Any], params: Any, cparams: Any, batches: Ite
 
 def corrected(params: Any, cparams: Any, means: Moments) -> tuple[Any, dict[str, str]]:
     """Returns the tree with corrected offsets, and by path why a compressed leaf has no correction."""
+    return with_offsets(params, cparams, means, means)
+
+
+def with_offsets(
+    params: Any, cparams: Any, exact: Moments, seen: Moments, only: frozenset[str] | None = None
+) -> tuple[Any, dict[str, str]]:
+    """Returns the tree with offsets that take up W·E[f] − Ŵ·E[x], and by path why a compressed leaf has no correction.
+
+    Args:
+      params: the dense tree.
+      cparams: the compressed one.
+      exact: means of f, what leaves multiply in the float function.
+      seen: means of x, what they multiply in the compressed one.
+      only: the compressed leaves whose shifts are taken up; None for all of them.
+    """
     dense, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_codebook_array)
     leaves, other = jax.tree.flatten(cparams, is_leaf=is_codebook_array)
     if structure != other:
         raise ValueError(f"correct_bias: the trees differ: {structure} and {other}")
     place = {path_name(path): n for n, (path, _) in enumerate(dense)}
-    errors = {  # W − Ŵ of each compressed leaf
-        path: np.asarray(x, np.float64) - np.asarray(leaves[place[path]], np.float64)
+    weights = {  # W and Ŵ of each compressed leaf
+        path: (np.asarray(x, np.float64), np.asarray(leaves[place[path]], np.float64))
         for path, x in ((path_name(p), x) for p, x in dense)
-        if is_codebook_array(leaves[place[path]]) and not is_codebook_array(x)
+        if is_codebook_array(leaves[place[path]]) and not is_codebook_array(x) and (only is None or path in only)
     }
     shifts: dict[str, list[np.ndarray]] = {}
     done: set[str] = set()
-    records = {r.use: r for some in means.records.values() for r in some}
-    for slot in means.slots:
-        names = {use.name for use, _ in slot.uses} & errors.keys()
+    means = {  # E[f] and E[x] of each use
+        a.use: (a.mean, b.mean)
+        for path, some in exact.records.items()
+        for a, b in zip(some, seen.records[path], strict=True)
+    }
+    for slot in exact.slots:
+        names = {use.name for use, _ in slot.uses} & weights.keys()
         leaf = leaves[place[slot.name]]
         if names and not is_codebook_array(leaf):
-            shift = _shift(slot, errors, records, means.shapes[slot.name])
+            shift = _shift(slot, weights, means, exact.shapes[slot.name])
             if shift is not None:
                 shifts.setdefault(slot.name, []).append(shift)
                 done |= names
@@ -72,28 +91,33 @@ def corrected(params: Any, cparams: Any, means: Moments) -> tuple[Any, dict[str,
         leaf = leaves[place[path]]
         new = (np.asarray(leaf, np.float64) + np.mean(found, axis=0)).astype(leaf.dtype)
         leaves[place[path]] = jax.device_put(new, leaf.sharding) if isinstance(leaf, jax.Array) else new
-    taken = {use.name for slot in means.slots for use, _ in slot.uses}
+    taken = {use.name for slot in exact.slots for use, _ in slot.uses}
     why = {
         path: "its offset is compressed, or varies in other ways" if path in taken else "nothing is added after it"
-        for path in errors
-        if path not in done and means.records.get(path)
+        for path in weights
+        if path not in done and exact.records.get(path)
     }
     return structure.unflatten(leaves), why
 
 
 def _shift(
-    slot: Slot, errors: Mapping[str, np.ndarray], records: Mapping[Any, Record], shape: Sequence[int]
+    slot: Slot,
+    weights: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    means: Mapping[Any, tuple[np.ndarray, np.ndarray]],
+    shape: Sequence[int],
 ) -> np.ndarray | None:
     """Returns the correction to add to a slot's leaf, in its shape; None where the steps of loops do not match."""
     entries = slot.entries(shape)
     values: Any = 0.0
     for use, numbers in slot.uses:
-        if use.name not in errors or use not in records:
+        if use.name not in weights or use not in means:
             continue
-        of_leaf = use.entries(errors[use.name].shape)
+        of_leaf = use.entries(weights[use.name][0].shape)
         steps = len(of_leaf)
-        mean = records[use].mean.reshape(steps, use.sizes[0], use.sizes[2])
-        moved = np.einsum("nboi,nbi->nbo", errors[use.name].reshape(-1)[of_leaf], mean).reshape(steps, -1)
+        exact, seen = (mean.reshape(steps, use.sizes[0], use.sizes[2]) for mean in means[use])
+        before, after = (array.reshape(-1)[of_leaf] for array in weights[use.name])
+        moved = np.einsum("nboi,nbi->nbo", before, exact) - np.einsum("nboi,nbi->nbo", after, seen)
+        moved = moved.reshape(steps, -1)
         if 1 not in (steps, len(entries)) and steps != len(entries):
             return None
         values = values + moved[:, numbers]

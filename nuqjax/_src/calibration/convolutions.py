@@ -18,8 +18,20 @@ _MOST_TAPS = 64
 def convolve(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
     """Computes a convolution; a depthwise one on a CPU becomes a sum of shifted products.
 
-    XLA on CPUs runs grouped convolutions ten times slower than this. Only the order of the sums differs.
+    XLA on CPUs runs grouped convolutions ten times slower than this. Only the order of the sums differs. Mapped over
+    several kernels, they are convolved one after the other, as XLA would make a grouped convolution of them.
     """
+    one = jax.custom_batching.custom_vmap(lambda x, kernel: _convolved(eqn, x, kernel))
+
+    @one.def_vmap
+    def each(size: int, mapped: Sequence[bool], *operands: Any) -> tuple[Any, bool]:  # pyright: ignore[reportUnusedFunction]
+        of = lambda n: (a[n] if is_mapped else a for a, is_mapped in zip(operands, mapped, strict=True))  # noqa: E731
+        return jnp.stack([_convolved(eqn, *of(n)) for n in range(size)]), True
+
+    return one(x, kernel)
+
+
+def _convolved(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
     params = eqn.params
     numbers = params["dimension_numbers"]
     channels, taps = kernel.shape[numbers.rhs_spec[0]], [kernel.shape[a] for a in numbers.rhs_spec[2:]]

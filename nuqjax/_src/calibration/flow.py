@@ -15,6 +15,7 @@ from nuqjax._src.calibration.layouts import as_used, with_scales
 from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
+from nuqjax._src.calibration.sequential import solved_in_order
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
 from nuqjax._src.compress.compress import check_arrays
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
@@ -75,7 +76,7 @@ def calibrated(
     if goal is not None and not split.tried:
         raise ValueError(f"compress: {goal.text} needs two batches or more: some are held out to measure on")
     learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat))
-    allocation = None
+    allocation, rates = None, None
     with _bars(progress) as shown:
         if goal is None:
             made, found = learned.solved(shown)
@@ -84,7 +85,7 @@ def calibrated(
             if split.tried != split.measured:  # the tried batches are no longer held out: learn from them, too
                 learned = learned.of_more(Some(batches, tuple(sorted(split.learned + split.tried))), shown)
             if goal.kind == "rate":
-                made, found = _at_rate(learned, table, prices, goal, shown)
+                made, found, rates = _at_rate(learned, table, prices, goal, shown)
             else:
                 allocation = allocated(planned, learned.plans(learned.means), table, goal, options)
                 learned.bits = allocation.bits
@@ -92,7 +93,15 @@ def calibrated(
         plans = learned.plans(learned.means)
         results = [made[plan.path].leaf if plan.reason is None else x for plan, x in zip(plans, leaves, strict=True)]
         cparams, uncorrected = corrected(programs.params, structure.unflatten(results), learned.means)
-        score = _measured(programs, cparams, Some(batches, split.measured), shown) if split.measured else None
+        score, beside = None, None
+        if split.measured:
+            held = Some(batches, split.measured)
+            score = _measured(programs, cparams, held, shown)
+            in_order = learned.solved_in_order(plans, shown, rates)
+            beside = _measured(programs, in_order[1], held, shown)
+            if beside.loss < score.loss:
+                made, cparams, uncorrected = in_order
+                score, beside = beside, score
     notes = (*Plan(tuple(plans)).notes, *_few(found, plans))
     told = _Told(
         learned.means.images,
@@ -118,7 +127,7 @@ def calibrated(
 
 def _at_rate(
     learned: "_Learned", table: Mapping[str, Mapping[int, float]], prices: Mapping[str, float], goal: Goal, shown: Any
-) -> tuple[dict[str, Solved], dict[str, LeafMoments | str]]:
+) -> tuple[dict[str, Solved], dict[str, LeafMoments | str], dict[str, float]]:
     """Compresses the leaves to the rate of `goal` by searching for one price of a bit, in nats of divergence.
 
     A price four times as high saves about one bit a weight, so a few steps find the price for the rate.
@@ -134,7 +143,7 @@ def _at_rate(
         made, found = learned.solved(shown, rates)
         bits = _file_bits(made, learned.plans(learned.means))
         if bits <= goal.amount and (best is None or bits > best[0]):
-            best = bits, made, found
+            best = bits, made, found, rates
         if goal.amount * 0.995 < bits <= goal.amount:
             break
         price *= 4.0 ** (bits - goal.amount * 0.998)
@@ -246,9 +255,19 @@ class _Learned:
                     continue
                 here = moments.of(plan.path, plan.axes, plan.options.stack_axes)
                 found[plan.path] = here if isinstance(here, str) else here.without_values()
-                stages = {} if rates is None else {"rate": rates.get(plan.path)}
+                stages: dict[str, Any] = {} if rates is None else {"rate": rates.get(plan.path)}
                 made[plan.path] = solved(self.leaves[n], plan, None if isinstance(here, str) else here, **stages)
         return made, found
+
+    def solved_in_order(
+        self, plans: Sequence[LeafPlan], shown: Any, rates: Mapping[str, float] | None = None
+    ) -> tuple[dict[str, Solved], Any, dict[str, str]]:
+        """Compresses every leaf with the inputs that the leaves before it leave it; see `sequential`."""
+        sizes = sums_of_uses(self.programs, next(iter(self.batches)))
+        groups = _groups(self.planned, {path: 2 * size for path, size in sizes.items()}, self.tied)
+        return solved_in_order(
+            self.programs, self.batches, plans, self.leaves, self.tied, groups, list(sizes), rates, shown
+        )
 
     def _gathered(self, batches: Any, group: frozenset[str]) -> Moments:
         def check(number: int, batch: Any, outputs: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nuqjax._src.calibration.problem import Problem, Solution, shrunk
+from nuqjax._src.calibration.problem import Problem, Solution, shrunk, target
 from nuqjax._src.calibration.second_moments import LeafMoments
 from nuqjax._src.calibration.solver import quantize
 from nuqjax._src.compress.leaf import compress_leaf, leaf_of
@@ -41,26 +41,41 @@ class Solved(NamedTuple):
         return list(self.errors.values())[-1] if self.errors else 0.0
 
 
-def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments) -> list[Problem]:
-    """Returns the layer-wise problem of each slice of a leaf."""
+def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments, cross: np.ndarray | None = None) -> list[Problem]:
+    """Returns the layer-wise problem of each slice of a leaf; with cross moments, that of its `target`."""
     slices = array.reshape(-1, *plan.slice_shape)
     groups = found.mean.shape[-2]
     second = found.second.reshape(len(slices), groups, *found.second.shape[found.mean.ndim - 1 :])
+    crossed = [None] * len(slices) if cross is None else cross.reshape(second.shape)
     positions = max(1, round(found.positions))
     made = []
-    for one, moment in zip(slices, second, strict=True):
+    for one, moment, other in zip(slices, second, crossed, strict=True):
         hessian = shrunk(moment.reshape(-1, *moment.shape[-2:]), found.images, positions).reshape(moment.shape)
-        made.append(Problem(np.ascontiguousarray(rows.to_channels(one, plan.axes)), hessian))
+        weights = np.ascontiguousarray(rows.to_channels(one, plan.axes))
+        if other is not None:
+            weights = target(weights, moment, other, _ridged(hessian)).astype(weights.dtype)
+        made.append(Problem(weights, hessian))
     return made
 
 
-def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) -> Solved:
+def _ridged(hessian: np.ndarray) -> np.ndarray:
+    size = hessian.shape[-1]
+    return hessian + RIDGE * np.einsum("...ii->...", hessian)[..., None, None] / max(size, 1) * np.eye(size)
+
+
+RIDGE = 0.1  # of the mean of the diagonal; with 0.01 weights follow what few images show by chance
+
+
+def solved(
+    leaf: Any, plan: LeafPlan, found: LeafMoments | None, *, cross: np.ndarray | None = None, **stages: Any
+) -> Solved:
     """Compresses the leaf for small output error, or by its weights alone if there are no moments.
 
     Args:
       leaf: the dense leaf.
       plan: its options.
       found: its moments; with None the result is that of `compress` without data.
+      cross: moments E[f xᵀ], laid out as `found.second`, where f is what the leaf multiplies in the float function.
       **stages: `feedback`, `refit` and `rate` of `quantize`.
 
     Raises:
@@ -77,7 +92,7 @@ def solved(leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) 
     options = plan.options
     given = {"bits": options.bits, "granularity": options.granularity, "scale": options.scale} | stages
     given["keep_zero"] = options.keep_zero
-    each = problems(array, plan, found)
+    each = problems(array, plan, found, cross)
     made = [quantize(problem, codebook_format=options.codebook_format, **given) for problem in each]
     made = _of_one_format(each, made, given)
     scale = None if made[0].scale is None else np.stack([one.scale for one in made if one.scale is not None])

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, fingerprint, shapes_of
-from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Sums, Use, run
+from nuqjax._src.calibration.uses import PATHS, Recorder, Slice, Slot, Sums, Use, run
 from nuqjax._src.leaf import rows
 from nuqjax._src.trace.interpret import Site
 
@@ -52,12 +53,16 @@ class LeafMoments:
 
 
 class Record(NamedTuple):
-    """Sums for a use over all batches: `first [N·B, I]`, `second [N·B, S, I/S, I/S]` or `[N·B, I]` or None; float64."""
+    """Sums for a use over all batches: `first [N·B, I]`, `second [N·B, S, I/S, I/S]` or `[N·B, I]` or None; float64.
+
+    If `second` are sums of f xᵀ, `exact [N·B, I]` are sums of f, else it is None.
+    """
 
     use: Use
     count: int
     first: np.ndarray
     second: np.ndarray | None
+    exact: np.ndarray | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -65,8 +70,13 @@ class Record(NamedTuple):
         return self.first / max(self.count, 1)
 
     @property
+    def exact_mean(self) -> np.ndarray:
+        """E[f] if `second` are sums of f xᵀ, else E[x]; `[N·B, I]`."""
+        return self.mean if self.exact is None else self.exact / max(self.count, 1)
+
+    @property
     def diagonal(self) -> np.ndarray:
-        """E[x²], `[N·B, I]`."""
+        """E[x²] (or E[f x]), `[N·B, I]`."""
         assert self.second is not None
         found = np.einsum("nsii->nsi", self.second) if self.use.stretches else self.second
         return found.reshape(self.first.shape) / max(self.count, 1)
@@ -199,46 +209,151 @@ def gather_moments(
       wanted: the leaves with second moments; the others get means only. None for all leaves.
       seen: a function that is called with each batch's number, the batch and the outputs.
     """
-    total: list[Record] = []
-    first, recorder, images, prints = None, None, 0, []
-    for number, batch in enumerate(batches):
-        first = batch if number == 0 else first
+
+    def program_of(batch: Any) -> tuple[Any, Recorder]:
         key = programs.key(batch), wanted, positions, widest
         if key not in programs.collectors:
             needs = (lambda name: True) if wanted is None else wanted.__contains__
             made = Recorder(needs, example_count(batch), positions, widest)
             programs.collectors[key] = _compile(programs, batch, made), made
         program, made = programs.collectors[key]
-        outputs, sums = program(*programs.arrays(programs.params, batch))
-        added = [_record(use, count, sums_of) for (use, count, _), sums_of in zip(made.records, sums, strict=True)]
-        for record in added:
+        return lambda: program(*programs.arrays(programs.params, batch)), made
+
+    return _gathered(programs, batches, program_of, seen)[0]
+
+
+class Pair(NamedTuple):
+    """Moments where two trees run side by side, with f what a leaf multiplies in the float tree and x in the other.
+
+    Attributes:
+      seen: moments of x: means, E[x xᵀ].
+      cross: moments E[f xᵀ], and the means of x.
+      exact: means of f.
+    """
+
+    seen: Moments
+    cross: Moments
+    exact: Moments
+
+    def joined(self, tied: Mapping[str, Sequence[str]]) -> "Pair":
+        """Returns the moments for tied paths, as `Moments.joined` does."""
+        return Pair(*(one.joined(tied) for one in self))
+
+
+def gather_pair(
+    programs: Programs,
+    other: Any,
+    batches: Iterable[Any],
+    *,
+    wanted: frozenset[str],
+    now: frozenset[str],
+    positions: int = 64,
+    widest: int = 4096,
+) -> Pair:
+    """Computes moments with the float tree and with another one of the same structure, side by side.
+
+    Both trees are stacked along a new axis, and the function is mapped over it, so that wherever a leaf is used, what
+    it multiplies in either tree is at hand.
+
+    Args:
+      programs: the function and the float tree.
+      other: a dense tree like it.
+      batches: the inputs.
+      wanted: the leaves with second moments in any run; one program serves all of them.
+      now: those of them for which second moments are computed in this run.
+      positions: as in `moments`.
+      widest: as in `moments`.
+    """
+
+    def program_of(batch: Any) -> tuple[Any, Recorder]:
+        key = programs.key(batch), wanted, positions, widest, "pair"
+        if key not in programs.collectors:
+            made = Recorder(wanted.__contains__, example_count(batch), positions, widest, {})
+            programs.collectors[key] = _compile_pair(programs, batch, made), made
+        program, made = programs.collectors[key]
+        return lambda: (None, program(_flags(programs, batch, now), *_stacked(programs, other, batch))), made
+
+    seen, cross, exact = _gathered(programs, batches, program_of)
+    return Pair(seen, cross, exact)
+
+
+def _gathered(
+    programs: Programs,
+    batches: Iterable[Any],
+    program_of: Callable[[Any], tuple[Any, Recorder]],
+    seen: Callable[[int, Any, Sequence[Any]], None] = lambda number, batch, outputs: None,
+) -> list[Moments]:
+    """Returns the sums over all batches: `Moments`, and for pairs those with the cross moments and the exact means."""
+    totals: list[list[Record]] = []
+    first, recorder, images, prints = None, None, 0, []
+    for number, batch in enumerate(batches):
+        first = batch if number == 0 else first
+        run_program, made = program_of(batch)
+        outputs, sums = run_program()
+        added = [_records(use, count, sums_of) for (use, count, _), sums_of in zip(made.records, sums, strict=True)]
+        for record in (record for records in added for record in records):
             if not all(np.isfinite(x).all() for x in (record.first, record.second) if x is not None):
                 raise ValueError(
                     f"{programs.caller}: batch {number} ({shapes_of(batch)}): what {record.use.name} multiplies at "
                     f"{record.use.site} is not finite, or its squares are not"
                 )
         if recorder is None:
-            recorder, total = made, added
+            recorder, totals = made, added
         else:
-            if [(r.use.name, r.use.sizes) for r in total] != [(r.use.name, r.use.sizes) for r in added]:
+            if [(r[0].use.name, r[0].use.sizes) for r in totals] != [(r[0].use.name, r[0].use.sizes) for r in added]:
                 raise ValueError(
                     f"{programs.caller}: with batch {number} ({shapes_of(batch)}) fn uses its parameters in other ways "
                     "than with the first one; give batches for which it does the same"
                 )
-            total = [_joined(old, new) for old, new in zip(total, added, strict=True)]
+            totals = [
+                [_joined(old, new) for old, new in zip(olds, news, strict=True)]
+                for olds, news in zip(totals, added, strict=True)
+            ]
         images += example_count(batch)
         prints.append(fingerprint(batch))
         seen(number, batch, outputs)
     assert recorder is not None
-    records: dict[str, list[Record]] = {}
-    for record in total:
-        records.setdefault(record.use.name, []).append(record)
     shapes = {
         name: tuple(x.shape)
         for name, (_, x) in zip(programs.names(first), programs.traced(first).arrays, strict=True)
         if name is not None
     }
-    return Moments(shapes, records, tuple(recorder.slots), recorder.others, images, frozenset(prints))
+    result = []
+    for kind in zip(*totals, strict=True) if totals else [()]:
+        records: dict[str, list[Record]] = {}
+        for record in kind:
+            records.setdefault(record.use.name, []).append(record)
+        result.append(Moments(shapes, records, tuple(recorder.slots), recorder.others, images, frozenset(prints)))
+    return result
+
+
+def _flags(programs: Programs, batch: Any, now: frozenset[str]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(name in now) for name in programs.names(batch) if name is not None}
+
+
+def _stacked(programs: Programs, other: Any, batch: Any) -> list[Any]:
+    """Returns the arrays that the function takes; a parameter is `[2, …]`, that of the float tree and of `other`."""
+    arrays = zip(
+        programs.names(batch), programs.arrays(programs.params, batch), programs.arrays(other, batch), strict=True
+    )
+    return [x if name is None else jnp.stack([x, y]) for name, x, y in arrays]
+
+
+def _compile_pair(programs: Programs, batch: Any, recorder: Recorder) -> Any:
+    names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
+
+    def collect(flags, *arrays):
+        recorder.flags = flags
+
+        def both(*arrays):
+            run(jaxpr, arrays, names, recorder)
+            return [sums for _, _, sums in recorder.records]
+
+        axes = [None if name is None else 0 for name in names]
+        return jax.vmap(both, in_axes=axes, out_axes=None, axis_name=PATHS, axis_size=2)(*arrays)
+
+    arrays = _stacked(programs, programs.params, batch)
+    return jax.jit(collect).lower(_flags(programs, batch, frozenset()), *arrays).compile()
 
 
 def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str, int]:
@@ -262,20 +377,25 @@ def _compile(programs: Programs, batch: Any, recorder: Recorder) -> Any:
     return jax.jit(collect).lower(*programs.arrays(programs.params, batch)).compile()
 
 
-def _record(use: Use, count: int, sums: Sums) -> Record:
-    """Returns the sums on the host in float64, with `[*, B, …]` reshaped to `[N·B, …]`."""
+def _records(use: Use, count: int, sums: Sums) -> list[Record]:
+    """Returns the sums on the host in float64, with `[*, B, …]` reshaped to `[N·B, …]`; three records for a pair."""
 
     def flat(array: Any, axes: int) -> np.ndarray:
         array = np.asarray(array, np.float64)
         return array.reshape(-1, *array.shape[array.ndim - axes :])
 
-    second = None if sums.second is None else flat(sums.second, 3 if use.stretches else 1)
-    return Record(use, count, flat(sums.first, 1), second)
+    second, cross = (None if x is None else flat(x, 3 if use.stretches else 1) for x in (sums.second, sums.cross))
+    first = flat(sums.first, 1)
+    if sums.exact is None:
+        return [Record(use, count, first, second)]
+    exact = flat(sums.exact, 1)
+    return [Record(use, count, first, second), Record(use, count, first, cross, exact), Record(use, count, exact, None)]
 
 
 def _joined(old: Record, new: Record) -> Record:
     second = None if old.second is None or new.second is None else np.add(old.second, new.second, out=old.second)
-    return Record(old.use, old.count + new.count, old.first + new.first, second)
+    exact = None if old.exact is None or new.exact is None else old.exact + new.exact
+    return Record(old.use, old.count + new.count, old.first + new.first, second, exact)
 
 
 def _axes(use: Use, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -336,16 +456,18 @@ def _leaf_moments(
         second, diagonal, mean = record.second, record.diagonal, record.mean
         assert second is not None
         second = second / max(record.count, 1)
+        exact = record.exact_mean
         if len(row) > 1 and (row == row[0]).all() and (column == column[0]).all():  # copies of the same rows
             row, column = row[:1], column[:1]
-            second, diagonal, mean = second.sum(axis=0)[None], diagonal.sum(axis=0)[None], mean.mean(axis=0)[None]
+            second, diagonal = second.sum(axis=0)[None], diagonal.sum(axis=0)[None]
+            mean, exact = mean.mean(axis=0)[None], exact.mean(axis=0)[None]
         if np.bincount(row.reshape(-1)).max() > 1:
             return "the same weights meet several inputs in one use"
         if record.use in repaired:
-            diagonal = diagonal - mean**2
+            diagonal = diagonal - exact * mean
             if record.use.stretches:
-                parted = mean.reshape(second.shape[:-1])
-                second = second - parted[..., :, None] * parted[..., None, :]
+                left, right = exact.reshape(second.shape[:-1]), mean.reshape(second.shape[:-1])
+                second = second - left[..., :, None] * right[..., None, :]
         of_row = np.full(slices * outputs, -1)
         of_row[row] = np.arange(len(row))[:, None]
         label.append(of_row)

@@ -7,7 +7,7 @@ use is static: which entry of the leaf each entry of the operand is, is computed
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -112,10 +112,18 @@ class Sums(NamedTuple):
     Attributes:
       first: `[*, B, I]` sums of x.
       second: `[*, B, S, I/S, I/S]` sums of x xᵀ within S stretches; without stretches `[*, B, I]` sums of x²; or None.
+      exact: `[*, B, I]` sums of f, what the use multiplies with the float parameters, if two trees run side by side.
+      cross: sums of f xᵀ, as `second`, or None.
     """
 
     first: Any
     second: Any
+    exact: Any = None
+    cross: Any = None
+
+
+PATHS = "paths"
+"""The name of the axis along which two trees run side by side: the float parameters, then others."""
 
 
 @dataclass(eq=False)
@@ -128,6 +136,8 @@ class Recorder:
       positions: the largest number of positions to take from an example.
       widest: the largest number of inputs between which to take second moments; a use with more inputs has its moments
         within stretches of them.
+      flags: by path, whether second moments are wanted in this run, for programs that run with several sets of leaves;
+        None if two trees do not run side by side, along the axis `PATHS`.
       records: for each use, the use, its number of rows, and its sums.
       slots: the offsets.
       others: by path, the uses that are not understood.
@@ -137,13 +147,14 @@ class Recorder:
     images: int
     positions: int
     widest: int
+    flags: Mapping[str, Any] | None = None
     records: list[tuple[Use, int, Sums]] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
 
     def inside(self) -> "Recorder":
         """Returns an empty recorder with the same options, for the body of a loop."""
-        return Recorder(self.wanted, self.images, self.positions, self.widest)
+        return Recorder(self.wanted, self.images, self.positions, self.widest, self.flags)
 
     def note(self, parameter: Any, why: str) -> None:
         """Records a use of a parameter that is not understood, once for each reason."""
@@ -257,14 +268,32 @@ def _wide(x: Any) -> Any:
 def _sums(x: Any, recorder: Recorder, use: Use) -> Sums:
     """Computes the sums over R of rows `[B, R, I]`."""
     x = _wide(x)
+    if recorder.flags is not None:
+        return _sums_of_both(lax.all_gather(x, PATHS), recorder.wanted(use.name), recorder.flags[use.name], use)
     first = x.sum(axis=1)
-    if not recorder.wanted(use.name):
-        return Sums(first, None)
+    return Sums(first, _products(x, x, use) if recorder.wanted(use.name) else None)
+
+
+def _products(x: Any, y: Any, use: Use) -> Any:
+    """Returns the sums over R of x yᵀ for rows `[B, R, I]`, within stretches."""
     if not use.stretches:
-        return Sums(first, (x * x).sum(axis=1))
-    x = x.reshape(*x.shape[:2], use.stretches, -1)
-    product = lax.dot_general(x, x, (((1,), (1,)), ((0, 2), (0, 2))), precision=lax.Precision.HIGHEST)
-    return Sums(first, product)
+        return (x * y).sum(axis=1)
+    x, y = (a.reshape(*a.shape[:2], use.stretches, -1) for a in (x, y))
+    return lax.dot_general(x, y, (((1,), (1,)), ((0, 2), (0, 2))), precision=lax.Precision.HIGHEST)
+
+
+def _sums_of_both(both: Any, wanted: bool, flag: Any, use: Use) -> Sums:
+    """Computes the sums over R of rows `[2, B, R, I]` of two trees; second moments only where `flag` is true."""
+    exact, x = both
+    if not wanted:
+        return Sums(x.sum(axis=1), None, exact.sum(axis=1))
+
+    def computed():
+        return _products(x, x, use), _products(exact, x, use)
+
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(computed))
+    second, cross = lax.cond(flag, computed, lambda: zeros)
+    return Sums(x.sum(axis=1), second, exact.sum(axis=1), cross)
 
 
 def _stretches(inputs: int, widest: int) -> int:
@@ -392,7 +421,14 @@ def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index:
     outputs = math.prod(shape) // shape[axis]
     use = Use(table.name, table.moves, shape, order, (1, outputs, shape[axis]), site, 0)
     counts = jnp.zeros(shape[axis], jnp.float32).at[index.reshape(-1)].add(1, mode="drop")[None]
-    recorder.records.append((use, index.size, Sums(counts, counts if recorder.wanted(table.name) else None)))
+    second = counts if recorder.wanted(table.name) else None
+    if recorder.flags is not None:  # where the trees look up different entries, their counts are averaged
+        counts = lax.pmean(counts, PATHS)
+        second = None if second is None else counts
+        sums = Sums(counts, second, counts, second)
+    else:
+        sums = Sums(counts, second)
+    recorder.records.append((use, index.size, sums))
     return bind(eqn, [table.array, index])
 
 
