@@ -244,7 +244,10 @@ def test_a_budget_is_kept_and_its_prediction_and_rules_hold():
     told = report.calibration
     assert told["tried"] == told["held_out"] == 64
     assert told["examples"] == 5 * 64  # those that decided on bits among them
-    assert told["predicted"] / 3 < told["measured"]["kl"] < told["predicted"] * 3
+    [ways] = [line for line in report.notes if "by its float inputs" in line]
+    alone = float(ways.split("a KL of ")[1].split(",")[0])  # the prediction adds up leaves that are compressed alone
+    assert told["predicted"] / 3 < alone < told["predicted"] * 3
+    assert told["measured"]["kl"] <= alone * (1 + 1e-3)
     rules = [eval(rule, {"Rule": nuqjax.Rule}) for rule in told["rules"]]
     again = nuqjax.compress(params, rules=rules, **given)
     assert {path: again[path]["kernel"].bits for path in params} == bits
@@ -298,7 +301,7 @@ def test_progress_shows_each_stage_once(capsys):
     params, batches = teacher()
     nuqjax.compress(params, fn=network, batches=batches[:3], min_size=64, progress=True)
     lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert list(dict.fromkeys(lines)) == lines == ["moments", "leaves", "measured"]
+    assert list(dict.fromkeys(lines)) == lines == ["moments", "leaves", "measured", "in", "then"]
 
 
 def test_correct_bias_refuses_what_it_cannot_go_through_twice_and_trees_that_differ():

@@ -58,6 +58,8 @@ def compress(
     docs/calibration.md.) With data, `scale=None` means `"channel"` where channels share a codebook (a rule with
     `scale=None` leaves scales out), and the use determines axes: output axes where `axis` is −1, stack axes where a
     loop slices a leaf. A fifth of the batches is held out: on these the report compares outputs with the float ones.
+    They also decide whether leaves are compressed by their float inputs, or in the order of use by the inputs that
+    compressed leaves leave them, which takes longer.
     With a `budget` each leaf gets its own width; its effect on the outputs is measured on held-out inputs, too.
 
     Args:

@@ -14,7 +14,7 @@ from nuqjax._src.calibration.layers import Solved, solved
 from nuqjax._src.calibration.layouts import as_used, with_scales
 from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
-from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
+from nuqjax._src.calibration.second_moments import LeafMoments, Moments, NotMapped, gather_moments, sums_of_uses
 from nuqjax._src.calibration.sequential import solved_in_order
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
 from nuqjax._src.compress.compress import check_arrays
@@ -93,15 +93,20 @@ def calibrated(
         plans = learned.plans(learned.means)
         results = [made[plan.path].leaf if plan.reason is None else x for plan, x in zip(plans, leaves, strict=True)]
         cparams, uncorrected = corrected(programs.params, structure.unflatten(results), learned.means)
-        score, beside = None, None
+        score, ways = None, ""
         if split.measured:
             held = Some(batches, split.measured)
             score = _measured(programs, cparams, held, shown)
-            in_order = learned.solved_in_order(plans, shown, rates)
-            beside = _measured(programs, in_order[1], held, shown)
-            if beside.loss < score.loss:
-                made, cparams, uncorrected = in_order
-                score, beside = beside, score
+            try:
+                in_order = learned.solved_in_order(plans, shown, rates)
+                other = _measured(programs, in_order[1], held, shown, "then measured")
+                over = rates is not None and goal is not None and _file_bits(in_order[0], plans) > goal.amount
+                better = other.loss < score.loss and not over
+                ways = _ways(score, other, better)
+                if better:
+                    (made, cparams, uncorrected), score = in_order, other
+            except NotMapped as error:
+                ways = f"leaves were not tried in the order of use: fn cannot be mapped over two trees: {error}"
     notes = (*Plan(tuple(plans)).notes, *_few(found, plans))
     told = _Told(
         learned.means.images,
@@ -114,6 +119,7 @@ def calibrated(
         {path: text for path, text in found.items() if isinstance(text, str)},
         uncorrected,
         {path: one.errors for path, one in made.items() if one.errors},
+        ways,
     )
 
     def report() -> Any:
@@ -299,6 +305,7 @@ class _Told:
     alone: Mapping[str, str]
     uncorrected: Mapping[str, str]
     errors: Mapping[str, Mapping[str, float]]
+    ways: str
 
     def lines(self) -> list[str]:
         """Returns the facts as lines of text."""
@@ -316,6 +323,7 @@ class _Told:
             lines.append(f"on {self.held} examples {which}, beside the float outputs: {self.score}")
         else:
             lines.append("nothing was measured: with two batches or more, some are held out")
+        lines += [self.ways] if self.ways else []
         lines += [f"{path}: by its weights alone: {why}" for path, why in self.alone.items()]
         lines += [f"{path}: the mean of its output is not corrected: {why}" for path, why in self.uncorrected.items()]
         return lines
@@ -336,11 +344,26 @@ class _Told:
         }
 
 
-def _measured(programs: Programs, cparams: Any, held: Some, shown: Callable[..., Iterable[Any]]) -> Measured:
+def _ways(alone: Measured, in_order: Measured, taken: bool) -> str:
+    """Says how the two ways of compressing the leaves compare."""
+    what = "a relative error" if alone.kl is None else "a KL"
+    return (
+        f"each leaf by its float inputs gives {what} of {alone.loss:.4g}, in the order of use, by the inputs that "
+        f"compressed leaves leave it, {in_order.loss:.4g}: {'the order' if taken else 'the first'} was taken"
+    )
+
+
+def _measured(
+    programs: Programs,
+    cparams: Any,
+    held: Some,
+    shown: Callable[..., Iterable[Any]],
+    name: str = "measured on what was held out",
+) -> Measured:
     dense = decompress(cparams)
 
     def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for batch in shown(held, "measured on what was held out", len(held.numbers)):
+        for batch in shown(held, name, len(held.numbers)):
             yield tuple(
                 finite(programs.outputs(tree, batch), f"{what} parameters", programs.caller)
                 for tree, what in ((programs.params, "the float"), (dense, "the compressed"))

@@ -240,6 +240,10 @@ class Pair(NamedTuple):
         return Pair(*(one.joined(tied) for one in self))
 
 
+class NotMapped(Exception):
+    """JAX cannot map the function over two trees."""
+
+
 def gather_pair(
     programs: Programs,
     other: Any,
@@ -263,6 +267,9 @@ def gather_pair(
       now: those of them for which second moments are computed in this run.
       positions: as in `moments`.
       widest: as in `moments`.
+
+    Raises:
+      NotMapped: a part of the function has no batched form.
     """
 
     def program_of(batch: Any) -> tuple[Any, Recorder]:
@@ -342,10 +349,10 @@ def _stacked(programs: Programs, other: Any, batch: Any) -> list[Any]:
 def _compile_pair(programs: Programs, batch: Any, recorder: Recorder) -> Any:
     names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
 
-    def collect(flags, *arrays):
+    def collect(flags, *arrays) -> list[Sums]:
         recorder.flags = flags
 
-        def both(*arrays):
+        def both(*arrays) -> list[Sums]:
             run(jaxpr, arrays, names, recorder)
             return [sums for _, _, sums in recorder.records]
 
@@ -353,7 +360,10 @@ def _compile_pair(programs: Programs, batch: Any, recorder: Recorder) -> Any:
         return jax.vmap(both, in_axes=axes, out_axes=None, axis_name=PATHS, axis_size=2)(*arrays)
 
     arrays = _stacked(programs, programs.params, batch)
-    return jax.jit(collect).lower(_flags(programs, batch, frozenset()), *arrays).compile()
+    try:
+        return jax.jit(collect).lower(_flags(programs, batch, frozenset()), *arrays).compile()
+    except Exception as error:
+        raise NotMapped(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
 
 def sums_of_uses(programs: Programs, batch: Any, widest: int = 4096) -> dict[str, int]:

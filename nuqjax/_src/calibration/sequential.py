@@ -6,7 +6,6 @@ outputs: W* = W C H⁻¹ with H = E[x xᵀ] and C = E[f xᵀ], where f are the i
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +71,7 @@ def solved_in_order(
         made[plan.path] = solved(leaves[number[plan.path]], plan, None)
         now[number[plan.path]] = made[plan.path].leaf
     stages = stages_of(work, [group & wanted for group in groups])
-    for stage in shown(stages, "leaves in order", len(stages)):
+    for stage in shown(stages, "in order of use", len(stages)):
         dense = decompress(structure.unflatten(now))
         pair = gather_pair(programs, dense, batches, wanted=wanted, now=stage).joined(tied)
         for path in (path for path in work if path in stage):
@@ -92,8 +91,3 @@ def solved_in_order(
         now = jax.tree.leaves(tree, is_leaf=is_codebook_array)
         why |= uncorrected
     return made, structure.unflatten(now), why
-
-
-def loss_of(found: Any) -> float:
-    """Returns the loss of measured outputs; infinite where nothing was measured."""
-    return math.inf if found is None else found.loss

@@ -288,7 +288,7 @@ def _sums_of_both(both: Any, wanted: bool, flag: Any, use: Use) -> Sums:
     if not wanted:
         return Sums(x.sum(axis=1), None, exact.sum(axis=1))
 
-    def computed():
+    def computed() -> tuple[Any, Any]:
         return _products(x, x, use), _products(exact, x, use)
 
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(computed))

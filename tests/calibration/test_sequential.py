@@ -1,0 +1,143 @@
+"""Leaves compressed in the order of use: the moments of two trees side by side, and the choice between the two ways."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import nuqjax
+from nuqjax._src.calibration.biases import with_offsets
+from nuqjax._src.calibration.programs import Programs
+from nuqjax._src.calibration.second_moments import gather_moments, gather_pair
+from nuqjax._src.calibration.sequential import stages_of
+
+pytestmark = pytest.mark.promotes  # the functions do
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def network(params, x):
+    """A convolution, a depthwise one, a loop over stacked layers, and a dense layer."""
+    x = lax.conv_general_dilated(x, params["conv"], (1, 1), "SAME", dimension_numbers=NUMBERS) + params["bias"]
+    x = lax.conv_general_dilated(
+        jax.nn.relu(x), params["deep"], (2, 2), "SAME", dimension_numbers=NUMBERS, feature_group_count=8
+    )
+    x = x.mean((1, 2))
+    x, _ = lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, params["stack"])
+    return x @ params["dense"]
+
+
+@pytest.fixture(scope="module")
+def trees():
+    draw = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 4, 8), "bias": (8,), "deep": (3, 3, 1, 8), "stack": (2, 8, 8), "dense": (8, 5)}
+    params = {name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    other = {name: leaf + jnp.asarray(0.3 * draw.normal(size=leaf.shape), jnp.float32) for name, leaf in params.items()}
+    batches = [draw.normal(size=(n, 8, 8, 4)).astype(np.float32) for n in (6, 6, 3)]
+    return params, other, batches
+
+
+LEAVES = frozenset({"conv", "deep", "stack", "dense"})
+
+
+def test_moments_side_by_side_are_those_of_either_tree(trees):
+    params, other, batches = trees
+    programs = Programs(network, params, "test")
+    pair = gather_pair(programs, other, batches, wanted=LEAVES, now=LEAVES)
+    exact, seen = gather_moments(programs, batches), gather_moments(Programs(network, other, "test"), batches)
+    same = gather_pair(programs, params, batches, wanted=LEAVES, now=LEAVES)
+    for name in sorted(LEAVES):
+        for one, two in zip(pair.seen.records[name], seen.records[name], strict=True):
+            np.testing.assert_allclose(one.mean, two.mean, atol=1e-5)
+        for one, two in zip(pair.exact.records[name], exact.records[name], strict=True):
+            np.testing.assert_allclose(one.mean, two.mean, atol=1e-5)
+        scale = np.abs(seen.of(name).second).max()
+        np.testing.assert_allclose(pair.seen.of(name).second, seen.of(name).second, atol=1e-5 * scale)
+        np.testing.assert_allclose(same.cross.of(name).second, exact.of(name).second, atol=1e-5 * scale)
+        assert np.abs(pair.cross.of(name).second - seen.of(name).second).max() > 1e-3 * scale or name == "conv"
+
+
+def test_cross_moments_are_those_of_an_outer_product():
+    draw = np.random.default_rng(1)
+    params = {"a": draw.normal(size=(6, 5)).astype(np.float32), "b": draw.normal(size=(5, 3)).astype(np.float32)}
+    other = {**params, "a": params["a"] + draw.normal(size=(6, 5)).astype(np.float32)}
+    x = draw.normal(size=(20, 6)).astype(np.float32)
+    pair = gather_pair(
+        Programs(lambda p, x: x @ p["a"] @ p["b"], params, "test"),
+        other,
+        [x],
+        wanted=frozenset("ab"),
+        now=frozenset("b"),
+    )
+    exact, seen = (x @ tree["a"] for tree in (params, other))
+    np.testing.assert_allclose(pair.cross.of("b").second[0], exact.T @ seen / 20, rtol=1e-4, atol=1e-4)
+    assert not pair.cross.of("a").second.any()  # not wanted in this run
+
+
+def test_offsets_take_up_what_both_trees_differ_by():
+    draw = np.random.default_rng(2)
+    params = {"a": draw.normal(size=(16, 16)), "b": draw.normal(size=(16, 16)), "c": np.zeros(16)}
+    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in params.items()}
+    x = draw.normal(size=(50, 16)).astype(np.float32) + 1
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"]) @ p["b"] + p["c"]
+
+    cparams = nuqjax.compress(params, bits=2)
+    programs = Programs(fn, params, "test")
+    pair = gather_pair(programs, nuqjax.decompress(cparams), [x], wanted=frozenset(), now=frozenset())
+    tree, why = with_offsets(params, cparams, pair.exact, pair.seen)
+    assert why == {"a": "nothing is added after it"}
+    moved = np.asarray(nuqjax.apply(fn)(tree, x) - fn(params, x)).mean(axis=0)
+    np.testing.assert_allclose(moved, 0, atol=1e-4)
+
+
+def test_stages_keep_the_order_and_the_groups():
+    order = [f"leaf{n}" for n in range(20)]
+    groups = [frozenset(order[:7]), frozenset(order[7:])]
+    stages = stages_of(order, groups)
+    assert sorted(path for stage in stages for path in stage) == sorted(order)
+    assert all(any(stage <= group for group in groups) for stage in stages)
+    places = [[order.index(path) for path in stage] for stage in stages]
+    assert all(max(a) < min(b) for a, b in itertools.pairwise(places))
+
+
+def deep(params, x):
+    for layer in params:
+        x = jnp.tanh(x @ layer["w"] + layer["b"])
+    return x
+
+
+@pytest.fixture(scope="module")
+def layers():
+    draw = np.random.default_rng(3)
+    return [{"w": jnp.asarray(draw.normal(size=(24, 24)) / 4, jnp.float32), "b": jnp.zeros(24)} for _ in range(6)], [
+        draw.normal(size=(64, 24)).astype(np.float32) for _ in range(10)
+    ]
+
+
+def test_the_better_way_is_taken_and_both_are_told(layers):
+    params, batches = layers
+    cparams, report = nuqjax.compress(params, bits=2, fn=deep, batches=batches, return_report=True)
+    [line] = [line for line in report.notes if "in the order of use" in line]
+    first, second = (float(line.split(part)[1].split()[0].strip(",:")) for part in ("a KL of ", "leave it, "))
+    assert line.endswith("the order was taken" if second < first else "the first was taken")
+    assert report.calibration["measured"]["kl"] == pytest.approx(min(first, second), rel=1e-3)
+    assert second < 0.9 * first  # many inputs, few bits: errors that add up are undone by later layers
+    again = nuqjax.compress(params, bits=2, fn=deep, batches=batches)
+    for one, two in zip(jax.tree.leaves(cparams), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_function_that_cannot_be_mapped_is_compressed_leaf_by_leaf(layers):
+    params, batches = layers
+
+    def fn(params, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return deep(params, jax.pure_callback(lambda x: np.asarray(x), shape, deep(params[:1], x)))
+
+    _, report = nuqjax.compress(params, bits=3, fn=fn, batches=batches[:3], return_report=True)
+    assert any("fn cannot be mapped over two trees" in line for line in report.notes)
