@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import nuqjax
+from nuqjax._src.calibration import sequential
 from nuqjax._src.calibration.biases import with_offsets
 from nuqjax._src.calibration.programs import Programs
 from nuqjax._src.calibration.second_moments import gather_moments, gather_pair
@@ -103,6 +104,34 @@ def test_stages_keep_the_order_and_the_groups():
     assert all(any(stage <= group for group in groups) for stage in stages)
     places = [[order.index(path) for path in stage] for stage in stages]
     assert all(max(a) < min(b) for a, b in itertools.pairwise(places))
+
+
+def test_a_tied_array_is_fitted_to_all_its_uses_and_stored_once(monkeypatch):
+    draw = np.random.default_rng(4)
+    shared = jnp.asarray(draw.normal(size=(24, 24)) / 4, jnp.float32)
+    params = {"first": shared, "middle": jnp.asarray(draw.normal(size=(24, 24)) / 4, jnp.float32), "last": shared}
+    batches = [draw.normal(size=(64, 24)).astype(np.float32) for _ in range(5)]
+    problems = []
+
+    def fn(params, x):
+        return jnp.tanh(jnp.tanh(x @ params["first"]) @ params["middle"]) @ params["last"]
+
+    real = sequential.solved
+
+    def solved(leaf, plan, found, **stages):
+        problems.append((plan.path, found, stages["cross"]))
+        return real(leaf, plan, found, **stages)
+
+    monkeypatch.setattr(sequential, "solved", solved)
+    cparams = nuqjax.compress(params, bits=2, fn=fn, batches=batches)
+    np.testing.assert_array_equal(cparams["first"].packed, cparams["last"].packed)
+    assert [path for path, *_ in problems] == ["first", "middle"]
+    found = problems[0][1]
+    assert len(found.uses) == 2
+    hidden = jnp.tanh(jnp.tanh(jnp.concatenate(batches[:4]) @ shared) @ params["middle"])
+    x = np.concatenate([*batches[:4], hidden])
+    np.testing.assert_allclose(found.second[0], x.T @ x / len(x), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(problems[0][2], found.second, rtol=1e-3, atol=1e-3)  # nothing is compressed yet
 
 
 def deep(params, x):

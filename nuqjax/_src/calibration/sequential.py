@@ -65,18 +65,20 @@ def solved_in_order(
     number = {plan.path: n for n, plan in enumerate(plans)}
     now, made, why = list(leaves), {}, {}
     work = [path for path in order if plans[number[path]].reason is None]
-    wanted = frozenset(work)
-    others = [plan for plan in plans if plan.reason is None and plan.path not in wanted]
+    others = [plan for plan in plans if plan.reason is None and plan.path not in work]
     for plan in others:  # no use of theirs is known: by their weights alone
         made[plan.path] = solved(leaves[number[plan.path]], plan, None)
         now[number[plan.path]] = made[plan.path].leaf
-    stages = stages_of(work, [group & wanted for group in groups])
+    places = {path: tied.get(path, (path,)) for path in work}  # an array is fitted to what it multiplies in all of them
+    wanted = frozenset(other for path in work for other in places[path])
+    stages = stages_of(work, [group & frozenset(work) for group in groups])
     for stage in shown(stages, "in order of use", len(stages)):
         dense = decompress(structure.unflatten(now))
-        pair = gather_pair(programs, dense, batches, wanted=wanted, now=stage).joined(tied)
+        seen = frozenset(other for path in stage for other in places[path])
+        pair = gather_pair(programs, dense, batches, wanted=wanted, now=seen).joined(tied)
         for path in (path for path in work if path in stage):
             n, plan = number[path], plans[number[path]]
-            twin = next((other for other in tied.get(path, ()) if other in made), None)
+            twin = next((other for other in places[path] if other in made), None)
             if twin is not None and repr(plans[number[twin]].options) == repr(plan.options):
                 made[path] = made[twin]
             else:
