@@ -11,8 +11,9 @@ from jax import lax
 import nuqjax
 from nuqjax._src.calibration import sequential
 from nuqjax._src.calibration.biases import with_offsets
+from nuqjax._src.calibration.pairs import gather_pair
 from nuqjax._src.calibration.programs import Programs
-from nuqjax._src.calibration.second_moments import gather_moments, gather_pair
+from nuqjax._src.calibration.second_moments import gather_moments
 from nuqjax._src.calibration.sequential import stages_of
 
 pytestmark = pytest.mark.promotes  # the functions do

@@ -13,8 +13,9 @@ from nuqjax._src.calibration.biases import corrected
 from nuqjax._src.calibration.layers import Solved, solved
 from nuqjax._src.calibration.layouts import as_used, with_scales
 from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
+from nuqjax._src.calibration.pairs import NotMapped
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
-from nuqjax._src.calibration.second_moments import LeafMoments, Moments, NotMapped, gather_moments, sums_of_uses
+from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
 from nuqjax._src.calibration.sequential import solved_in_order
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
 from nuqjax._src.compress.compress import check_arrays

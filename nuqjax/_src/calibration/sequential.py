@@ -13,8 +13,9 @@ import jax
 
 from nuqjax._src.calibration.biases import with_offsets
 from nuqjax._src.calibration.layers import Solved, solved
+from nuqjax._src.calibration.pairs import gather_pair
 from nuqjax._src.calibration.programs import Programs
-from nuqjax._src.calibration.second_moments import LeafMoments, gather_pair
+from nuqjax._src.calibration.second_moments import LeafMoments
 from nuqjax._src.compress.plan import LeafPlan
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.codebooks import decompress
