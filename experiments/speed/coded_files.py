@@ -1,10 +1,6 @@
 """How near entropy-coded files come to the entropy of what they hold, everything counted.
 
-<<<<<<<< HEAD:experiments/studies/coded_files.py
-    python -m experiments.studies.coded_files --network tiny_darknet --bits 3,4,6 --rate 2.5bpw,2bpw
-========
     python -m experiments.speed.coded_files --network tiny_darknet --bits 3,4,6 --rate 2.5bpw,2bpw
->>>>>>>> helpW:experiments/speed/coded_files.py
 
 Batch-norms are folded and the leaves that this makes neutral are left out; scales are per channel, levels and offsets
 float16. The least is the empirical entropy of the indices of each leaf (zero order: each index by itself) and the bytes

@@ -120,8 +120,6 @@ def test_host_and_traced_paths_agree_bit_for_bit(count, length, given_arrays):
         "keep_zero": given_arrays == "pinned",
         "tolerance": None,
     }
-    if given_arrays == "weighted" and length > 1000:  # the units of the sums are those of the other values
-        rows[0, :2], options["weights"][0, :2] = [-1.7221562e9, 7.1385612e10], [7e-9, 2e-26]
     host = fit_knq(rows, 64, **options)
     traced = jax.jit(lambda rows: fit_knq(rows, 64, **options))(jnp.asarray(rows))
     np.testing.assert_array_equal(host.levels, traced.levels)

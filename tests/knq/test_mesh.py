@@ -204,7 +204,7 @@ def on_devices(mesh, values, weight, unit, pinned):  # what they hold, and the r
     own = NamedSharding(mesh, by_values)
     state, zero = run(*(None if x is None else jax.device_put(x[None], own) for x in (values, weight)))
     zero = int(zero[0]) if pinned else None
-    return state, place, MeshRow(state, place, 0, size + pinned, unit, zero)
+    return state, place, MeshRow(state, place, 0, size + pinned, unit, zero, moved=False)
 
 
 def on_the_host(values, weight, unit, pinned):

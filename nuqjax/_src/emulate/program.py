@@ -209,7 +209,7 @@ class _Builder:
         scope = site.scope or "scan"
 
         def stack(slices: list[Any], aval: Any) -> Node:
-            return self.node("stack", map(self.lifted, slices), (), aval.shape, aval.dtype, f"{scope}:stack")
+            return self.node("stack", [self.lifted(x) for x in slices], (), aval.shape, aval.dtype, f"{scope}:stack")
 
         return operations.unroll(interpreter, site, eqn, operands, self._index, stack)
 
