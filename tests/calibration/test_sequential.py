@@ -171,3 +171,26 @@ def test_a_function_that_cannot_be_mapped_is_compressed_leaf_by_leaf(layers):
 
     _, report = nuqjax.compress(params, bits=3, fn=fn, batches=batches[:3], return_report=True)
     assert any("fn cannot be mapped over two trees" in line for line in report.notes)
+
+
+def test_pruned_weights_stay_pruned(layers, monkeypatch):
+    params, batches = layers
+    params = [{**layer, "w": jnp.where(jnp.abs(layer["w"]) < 0.1, 0, layer["w"])} for layer in params]
+    made = []
+    real = sequential.solved
+    monkeypatch.setattr(sequential, "solved", lambda *args, **given: made.append(real(*args, **given)) or made[-1])
+    nuqjax.compress(params, bits=2, fn=deep, batches=batches, keep_zero=True)
+    assert len(made) == len(params)
+    for one, layer in zip(made, params, strict=True):
+        assert not np.asarray(one.leaf)[np.asarray(layer["w"]) == 0].any()
+
+
+def test_a_second_way_that_fails_leaves_the_first(layers, monkeypatch):
+    params, batches = layers
+
+    def failing(*args, **given):
+        raise ValueError("what b multiplies is not finite")
+
+    monkeypatch.setattr(sequential, "gather_pair", failing)
+    _, report = nuqjax.compress(params, bits=3, fn=deep, batches=batches[:3], return_report=True)
+    assert any("could not be compressed in the order of use, too: what b" in line for line in report.notes)

@@ -106,8 +106,8 @@ def calibrated(
                 ways = _ways(score, other, better)
                 if better:
                     (made, cparams, uncorrected), score = in_order, other
-            except NotMapped as error:
-                ways = f"leaves were not tried in the order of use: fn cannot be mapped over two trees: {error}"
+            except (NotMapped, ValueError) as error:  # the first way is at hand, and was measured
+                ways = f"leaves could not be compressed in the order of use, too: {error}"
     notes = (*Plan(tuple(plans)).notes, *_few(found, plans))
     told = _Told(
         learned.means.images,

@@ -53,7 +53,8 @@ def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments, cross: np.nd
         hessian = shrunk(moment.reshape(-1, *moment.shape[-2:]), found.images, positions).reshape(moment.shape)
         weights = np.ascontiguousarray(rows.to_channels(one, plan.axes))
         if other is not None:
-            weights = target(weights, moment, other, _ridged(hessian)).astype(weights.dtype)
+            moved = target(weights, moment, other, _ridged(hessian)).astype(weights.dtype)
+            weights = np.where(weights == 0, weights, moved) if plan.options.keep_zero else moved
         made.append(Problem(weights, hessian))
     return made
 

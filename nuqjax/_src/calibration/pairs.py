@@ -103,4 +103,5 @@ def _compile_pair(programs: Programs, batch: Any, recorder: Recorder) -> Any:
     try:
         return jax.jit(collect).lower(_flags(programs, batch, frozenset()), *arrays).compile()
     except Exception as error:
-        raise NotMapped(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise NotMapped(f"fn cannot be mapped over two trees: {text}") from error

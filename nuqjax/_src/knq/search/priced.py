@@ -95,7 +95,7 @@ class _Tried(NamedTuple):
     """The state of the search after some prices.
 
     Attributes:
-      number: how many prices were tried.
+      number: how many passes were made, one for each price and at most one from the other end.
       price: `[R]` the last one.
       low: `[R]` each: the lowest price known whose path has more than K intervals, its error and its intervals.
       high: the same of the highest price known whose path has fewer.
