@@ -7,6 +7,7 @@ import pytest
 
 import nuqjax
 from nuqjax import cli
+from nuqjax._src.calibration import door
 from nuqjax._src.cli.options import RULE_OPTIONS
 from nuqjax._src.compress.rules import INHERIT, Options
 
@@ -28,6 +29,13 @@ def test_options_have_the_types_that_compress_gives_them(name):
     for option, parameter in inspect.signature(getattr(nuqjax, name)).parameters.items():
         if option in DEFAULTS:
             assert parameter.annotation == reference[option].annotation, option
+
+
+def test_the_overloads_of_compress_take_what_compress_takes():
+    """But for the report: it decides which overload applies."""
+    parameters = inspect.signature(nuqjax.compress).parameters.values()
+    keywords = {one.name: one.annotation for one in parameters if one.kind is one.KEYWORD_ONLY}
+    assert keywords == {**door._Keywords.__annotations__, "return_report": bool}
 
 
 @pytest.mark.parametrize("holder", [Options, nuqjax.Rule])

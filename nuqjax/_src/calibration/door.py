@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.core
@@ -15,10 +15,42 @@ from nuqjax._src.compress.compress import compress_tree
 from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.leaf.qformat import CodebookFormat
 from nuqjax._src.leaf.rows import Granularity, Scale
+from nuqjax._src.platform.types import PyTree
+from nuqjax._src.report.report import Report
 
 
+class _Keywords(TypedDict, total=False):
+    """What both overloads of `compress` take by keyword; `tests/compress/test_options.py` holds it to `compress`."""
+
+    granularity: Granularity
+    axis: int | Sequence[int]
+    scale: Scale
+    codebook_format: CodebookFormat
+    keep_zero: bool
+    rules: Rule | Sequence[Rule]
+    sensitivity: PyTree
+    tolerance: float | None
+    min_size: int
+    progress: bool
+    fn: Callable[..., PyTree] | None
+    batches: Iterable[PyTree] | None
+    output: Callable[[PyTree], PyTree] | None
+    budget: int | str | None
+    rate: str | None
+
+
+@overload
 def compress(
-    params: Any,
+    params: PyTree, bits: int = 4, method: str = "knq", *, return_report: Literal[False] = False,
+    **options: Unpack[_Keywords],
+) -> PyTree: ...  # fmt: skip
+@overload
+def compress(
+    params: PyTree, bits: int = 4, method: str = "knq", *, return_report: Literal[True],
+    **options: Unpack[_Keywords],
+) -> tuple[PyTree, Report]: ...  # fmt: skip
+def compress(
+    params: PyTree,
     bits: int = 4,
     method: str = "knq",
     *,
@@ -28,17 +60,17 @@ def compress(
     codebook_format: CodebookFormat = None,
     keep_zero: bool = False,
     rules: Rule | Sequence[Rule] = (),
-    sensitivity: Any = None,
+    sensitivity: PyTree = None,
     tolerance: float | None = 1e-6,
     min_size: int = 256,
     return_report: bool = False,
     progress: bool = False,
-    fn: Callable[..., Any] | None = None,
-    batches: Iterable[Any] | None = None,
-    output: Callable[[Any], Any] | None = None,
+    fn: Callable[..., PyTree] | None = None,
+    batches: Iterable[PyTree] | None = None,
+    output: Callable[[PyTree], PyTree] | None = None,
     budget: int | str | None = None,
     rate: str | None = None,
-) -> Any:
+) -> PyTree | tuple[PyTree, Report]:
     """Compresses a parameter tree: returns the same tree with its large floating leaves as `CodebookArray`.
 
     A leaf is compressed if it is floating, has two or more axes (stack axes not counted) and at least `min_size`
@@ -146,7 +178,7 @@ def compress(
 _RATED_BITS = 6  # index width in memory: with so many levels, further ones would be too rarely used to matter
 
 
-def _check_data(fn: Any, batches: Any, sensitivity: Any, options: Options, params: Any) -> None:
+def _check_data(fn: object, batches: object, sensitivity: PyTree, options: Options, params: PyTree) -> None:
     call = "nuqjax.compress(params, bits=4, fn=model.apply, batches=batches)"
     if fn is None or batches is None:
         missing, given = ("fn", "batches") if fn is None else ("batches", "fn")
