@@ -143,6 +143,7 @@ def compressed(cell: Cell, fn: Callable[..., Any], params: Any, batches: Sequenc
         return cparams, None
     size: dict[str, Any] = {"bits": int(cell.size)} if cell.method == "calibrated" else {"budget": cell.size}
     cparams, report = nuqjax.compress(params, fn=fn, batches=batches, return_report=True, **size, **given)
+    assert report.calibration is not None  # there are batches
     return cparams, report.calibration["predicted"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nuqjax._src.knq.knq import fit_knq
 from nuqjax._src.knq.rows.long import sort_long_rows
 from nuqjax._src.knq.rows.sorted import sort_rows
-from nuqjax._src.knq.search.gaps import next_gaps, no_gaps, search
+from nuqjax._src.knq.search.gaps import next_gaps, no_gaps, search_rows
 from nuqjax._src.platform.host import x64
 from tests.families import FAMILIES, level_rounding
 
@@ -106,9 +106,9 @@ def test_the_proof_holds_and_the_search_alone_finds_as_much(name, length, num_le
     [
         # On the other versions one programme is enough.
         pytest.param(2, 200, "weighted", marks=pytest.mark.versionless),
-        pytest.param(9, 300, "pinned", marks=pytest.mark.versionless),
+        pytest.param(9, 300, "held_zero", marks=pytest.mark.versionless),
         (1, 3000, "weighted"),
-        pytest.param(1, 70000, "pinned", marks=pytest.mark.versionless),
+        pytest.param(1, 70000, "held_zero", marks=pytest.mark.versionless),
     ],
 )
 def test_host_and_traced_paths_agree_bit_for_bit(count, length, given_arrays):
@@ -117,7 +117,7 @@ def test_host_and_traced_paths_agree_bit_for_bit(count, length, given_arrays):
         rows[0] = np.random.default_rng(2).standard_normal(length)
     options = {
         "weights": weights_of(rows) if given_arrays == "weighted" else None,
-        "keep_zero": given_arrays == "pinned",
+        "keep_zero": given_arrays == "held_zero",
         "tolerance": None,
     }
     host = fit_knq(rows, 64, **options)
@@ -132,7 +132,7 @@ def test_gaps_keep_order_distances_and_the_zero(name, seed, num_levels, keep_zer
     with x64():
         unit = np.exp2(np.floor(np.log2(np.abs(row).max(axis=1)))).astype(np.float64)
         rows = sort_rows(row, unit, None, None, keep_zero)
-        _, gaps, found = search(rows, num_levels, keep_zero, 256)
+        _, gaps, found = search_rows(rows, num_levels, keep_zero, 256)
         if gaps is None:
             gaps, _ = next_gaps(rows, found, no_gaps(rows, num_levels), keep_zero)
         values = rows.values[:, : int(rows.size[0])]

@@ -193,25 +193,25 @@ families = {
 }
 
 
-def on_devices(mesh, values, weight, unit, pinned):  # what they hold, and the row as the proof sees it
+def on_devices(mesh, values, weight, unit, held_zero):  # what they hold, and the row as the proof sees it
     place = Place(mesh, (), ("d",), size)
 
     def part(x, w):
-        rows = sort_long_rows(x, jnp.full(1, unit), w, None, pinned, ("d",))
+        rows = sort_long_rows(x, jnp.full(1, unit), w, None, held_zero, ("d",))
         return hold(rows), rows.zero
 
     run = jax.jit(place.run(part, (by_values, None if weight is None else by_values), (place.of_devices, P())))
     own = NamedSharding(mesh, by_values)
     state, zero = run(*(None if x is None else jax.device_put(x[None], own) for x in (values, weight)))
-    zero = int(zero[0]) if pinned else None
-    return state, place, MeshRow(state, place, 0, size + pinned, unit, zero, moved=False)
+    zero = int(zero[0]) if held_zero else None
+    return state, place, MeshRow(state, place, 0, size + held_zero, unit, zero, moved=False)
 
 
-def on_the_host(values, weight, unit, pinned):
+def on_the_host(values, weight, unit, held_zero):
     order = np.argsort(values, kind="stable")
     values, weight = values[order], np.ones(size) if weight is None else weight[order]
-    zero = int(np.searchsorted(values, 0.0)) if pinned else None
-    if pinned:
+    zero = int(np.searchsorted(values, 0.0)) if held_zero else None
+    if held_zero:
         values, weight = np.insert(values, zero, 0.0), np.insert(weight, zero, 0.0)
     return HostRow(values, unit, weight, zero)
 
@@ -226,7 +226,7 @@ def error(row, cuts):  # of a partition
 
 
 with x64():
-    for devices, family, dtype, weighted, pinned in (
+    for devices, family, dtype, weighted, held_zero in (
         (2, "t3", np.float32, False, False),
         (4, "t3", np.float32, False, False),
         (8, "t3", np.float32, False, False),
@@ -243,8 +243,8 @@ with x64():
             weight = rng.exponential(size=size) ** 4
             weight /= weight.max()
         unit = float(2.0 ** np.floor(np.log2(np.abs(values).max())))
-        state, place, mesh_row = on_devices(mesh_of((devices,), ("d",)), values, weight, unit, pinned)
-        host_row = on_the_host(values, weight, unit, pinned)
+        state, place, mesh_row = on_devices(mesh_of((devices,), ("d",)), values, weight, unit, held_zero)
+        host_row = on_the_host(values, weight, unit, held_zero)
 
         places = np.unique(rng.integers(0, mesh_row.size, 300))
         np.testing.assert_array_equal(mesh_row.values_at(places), host_row.values_at(places))
@@ -263,7 +263,7 @@ with x64():
             (one,), (other,) = prove([host_row], bad, num_levels, 1e-6)
             np.testing.assert_allclose(error(host_row, many), error(host_row, one), rtol=1e-6)
             np.testing.assert_allclose(bound, other, rtol=1e-6)  # one may go a round further
-            if not weighted and not pinned:
+            if not weighted and not held_zero:
                 row = host_row.values / unit
                 levels = np.sort(kmeans1d.cluster(row, num_levels).centroids)
                 nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, row)]

@@ -88,8 +88,8 @@ def test_paths_are_the_shortest_of_all(kind, seed, size, num_levels, pin, repeat
     )
     for one, other in zip((places, price, exact), on_host, strict=False):
         np.testing.assert_array_equal(one, other[0])
-    pinned = int(zero) if pin else None
-    costs = interval_costs(count[0, : size + 1], total[0, : size + 1], pinned, price)
+    held_zero = int(zero) if pin else None
+    costs = interval_costs(count[0, : size + 1], total[0, : size + 1], held_zero, price)
     forward, backward = potentials(costs), potentials(costs[::-1, ::-1].T)[::-1]
     rounding = 2.0**-48 * np.abs(forward).max() * num_levels
     np.testing.assert_allclose(excess[: size + 1], forward + backward, atol=rounding, rtol=0)

@@ -18,13 +18,13 @@ from nuqjax._src.platform.host import x64
 
 
 def interval_error(values, weight, zero):
-    """`[D + 1, D + 1]` Σ weight (value − level)² of every interval, about 0 where it crosses the pinned zero."""
+    """`[D + 1, D + 1]` Σ weight (value − level)² of every interval, about 0 where it crosses the held_zero zero."""
     size = len(values)
     error = np.full((size + 1, size + 1), np.inf)
     for a, b in itertools.combinations(range(size + 1), 2):
         x, w = values[a:b], weight[a:b]
-        pinned = zero is not None and a <= zero < b
-        level = 0.0 if pinned or w.sum() == 0 else (w * x).sum() / w.sum()
+        held_zero = zero is not None and a <= zero < b
+        level = 0.0 if held_zero or w.sum() == 0 else (w * x).sum() / w.sum()
         error[a, b] = (w * (x - level) ** 2).sum()
     return error
 
@@ -61,8 +61,8 @@ def error_of_cuts(values, cuts, weight=None, zero=None):
     error = 0.0
     for a, b in itertools.pairwise([0, *cuts, len(values)]):
         if b > a and weight[a:b].sum() > 0:
-            pinned = zero is not None and a <= zero < b
-            level = 0.0 if pinned else np.average(values[a:b], weights=weight[a:b])
+            held_zero = zero is not None and a <= zero < b
+            level = 0.0 if held_zero else np.average(values[a:b], weights=weight[a:b])
             error += (weight[a:b] * (values[a:b] - level) ** 2).sum()
     return error
 
@@ -90,19 +90,19 @@ def test_weighted_rows_with_and_without_a_pinned_zero(data):
 
 
 @pytest.mark.parametrize("below", [False, True])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_no_bound_is_above_an_error_where_a_cell_holds_a_light_value_far_away(pinned, below):
+@pytest.mark.parametrize("held_zero", [False, True])
+def test_no_bound_is_above_an_error_where_a_cell_holds_a_light_value_far_away(held_zero, below):
     generator = np.random.default_rng(800)
     values, weight = np.sort(generator.standard_normal(800)), generator.exponential(size=800) ** 3
-    if pinned:
+    if held_zero:
         zero = int(np.searchsorted(values, 0.0))
         values, weight = np.insert(values, zero, 0.0), np.insert(weight, zero, 0.0)
-    good, _ = proven(values, weight, 2, [270], zero if pinned else None)
-    best = error_of_cuts(values, good, weight, zero if pinned else None)  # and nothing for levels at the far values
+    good, _ = proven(values, weight, 2, [270], zero if held_zero else None)
+    best = error_of_cuts(values, good, weight, zero if held_zero else None)  # and nothing for levels at the far values
     values, weight = np.append(values, [1.7e9, 7e10]), np.append(weight, [1e-12, 3e-12])
     if below:
         values, weight = -values[::-1], weight[::-1]
-    zero = int(np.searchsorted(values, 0.0)) if pinned else None
+    zero = int(np.searchsorted(values, 0.0)) if held_zero else None
     for start in ([68, 272, 568], [200, 400, 600]):  # partitions whose outer interval holds near and far values
         with x64():
             _, bounds = prove([HostRow(values, 1.0, weight, zero)], np.array([start]), 4, 1e-6, np.array([0.03 * best]))
@@ -171,15 +171,15 @@ def test_fewer_distinct_values_than_levels_cost_nothing():
     assert proven(np.repeat([1.0, 2.0, 3.0], 50), None, 8, np.arange(1, 8) * 18)[1] == 0.0
 
 
-@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("held_zero", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_many_rows_are_proven_as_one_by_one(weighted, pinned):
+def test_many_rows_are_proven_as_one_by_one(weighted, held_zero):
     generator = np.random.default_rng(5)
     rows = []
     for r in range(11):
         values = np.sort(np.append(generator.standard_t(3, 500 + 130 * r), 0.0)).astype(np.float32)
         weight = generator.exponential(size=len(values)) if weighted else None
-        rows.append(HostRow(values, 1.0, weight, int(np.searchsorted(values, 0.0)) if pinned else None))
+        rows.append(HostRow(values, 1.0, weight, int(np.searchsorted(values, 0.0)) if held_zero else None))
     boundaries = np.stack([np.arange(1, 8) * len(row.values) // 8 for row in rows])
     with x64():
         cuts, bounds = prove(rows, boundaries, 8, 1e-6)

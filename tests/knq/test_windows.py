@@ -10,7 +10,7 @@ from nuqjax._src.knq.search.windows_host import windows_rows
 from nuqjax._src.platform.host import x64
 
 
-def windows(seed, boundaries, size, number, weighted, pinned):
+def windows(seed, boundaries, size, number, weighted, held_zero):
     """The arguments of the programme for rows of sorted values with a window about each of some boundaries."""
     generator = np.random.default_rng(seed)
     cells = 40 * (boundaries + 1)
@@ -26,27 +26,27 @@ def windows(seed, boundaries, size, number, weighted, pinned):
     reference = s / np.where(n > 0, n, 1)
     reference = reference if weighted else np.rint(reference).astype(np.int64)
     zero = np.array([np.searchsorted(row, 0) for row in values])
-    above = places > zero[:, None, None] if pinned else np.zeros(places.shape, bool)
+    above = places > zero[:, None, None] if held_zero else np.zeros(places.shape, bool)
     at = [np.take_along_axis(x, places.reshape(number, -1), axis=1).reshape(places.shape) for x in (count, total)]
     return (
-        *at, above, count[:, -1], total[:, -1], np.full(number, pinned), reference,
+        *at, above, count[:, -1], total[:, -1], np.full(number, held_zero), reference,
         np.diff(reference, axis=1).astype(float),
     ), (count, total, places, zero)  # fmt: skip
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_the_host_chooses_the_same_places(weighted, pinned):
+@pytest.mark.parametrize("held_zero", [False, True])
+def test_the_host_chooses_the_same_places(weighted, held_zero):
     for seed, boundaries in ((0, 15), (1, 15), (2, 3), (3, 1)):
-        given, _ = windows(seed, boundaries, 33, 20, weighted, pinned)
+        given, _ = windows(seed, boundaries, 33, 20, weighted, held_zero)
         with x64():
             np.testing.assert_array_equal(windows_rows(*given), np.asarray(_windows_rows(*given)))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("pinned", [False, True])
-def test_no_combination_is_better(weighted, pinned):
-    given, (count, total, places, zero) = windows(4, 3, 5, 6, weighted, pinned)
+@pytest.mark.parametrize("held_zero", [False, True])
+def test_no_combination_is_better(weighted, held_zero):
+    given, (count, total, places, zero) = windows(4, 3, 5, 6, weighted, held_zero)
     for r, chosen in enumerate(windows_rows(*given)):
 
         def cost(cuts, r=r):
@@ -56,7 +56,7 @@ def test_no_combination_is_better(weighted, pinned):
                 if b < a:
                     return np.inf
                 n, s = float(count[r, b] - count[r, a]), float(total[r, b] - total[r, a])
-                gain += 0.0 if (pinned and a <= zero[r] < b) or n <= 0 else s * s / n
+                gain += 0.0 if (held_zero and a <= zero[r] < b) or n <= 0 else s * s / n
             return -gain
 
         found = cost([places[r, j, w] for j, w in enumerate(chosen)])

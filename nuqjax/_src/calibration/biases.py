@@ -8,7 +8,7 @@ import numpy as np
 
 from nuqjax._src.calibration.programs import Programs, checked_batches
 from nuqjax._src.calibration.second_moments import Moments, gather_moments
-from nuqjax._src.calibration.uses import Slot
+from nuqjax._src.calibration.uses import Bias
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.paths import path_name
 
@@ -79,19 +79,19 @@ def with_offsets(
         for path, some in exact.records.items()
         for a, b in zip(some, seen.records[path], strict=True)
     }
-    for slot in exact.slots:
-        names = {use.name for use, _ in slot.uses} & weights.keys()
-        leaf = leaves[place[slot.name]]
+    for bias in exact.biases:
+        names = {use.name for use, _ in bias.uses} & weights.keys()
+        leaf = leaves[place[bias.name]]
         if names and not is_codebook_array(leaf):
-            shift = _shift(slot, weights, means, exact.shapes[slot.name])
+            shift = _shift(bias, weights, means, exact.shapes[bias.name])
             if shift is not None:
-                shifts.setdefault(slot.name, []).append(shift)
+                shifts.setdefault(bias.name, []).append(shift)
                 done |= names
     for path, found in shifts.items():
         leaf = leaves[place[path]]
         new = (np.asarray(leaf, np.float64) + np.mean(found, axis=0)).astype(leaf.dtype)
         leaves[place[path]] = jax.device_put(new, leaf.sharding) if isinstance(leaf, jax.Array) else new
-    taken = {use.name for slot in exact.slots for use, _ in slot.uses}
+    taken = {use.name for bias in exact.biases for use, _ in bias.uses}
     why = {
         path: "its offset is compressed, or varies in other ways" if path in taken else "nothing is added after it"
         for path in weights
@@ -101,15 +101,15 @@ def with_offsets(
 
 
 def _shift(
-    slot: Slot,
+    bias: Bias,
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]],
     means: Mapping[Any, tuple[np.ndarray, np.ndarray]],
     shape: Sequence[int],
 ) -> np.ndarray | None:
-    """Returns the correction to add to a slot's leaf, in its shape; None where the steps of loops do not match."""
-    entries = slot.entries(shape)
+    """Returns the correction to add to the leaf of a bias, in its shape; None where the steps of loops do not match."""
+    entries = bias.entries(shape)
     values: Any = 0.0
-    for use, numbers in slot.uses:
+    for use, numbers in bias.uses:
         if use.name not in weights or use not in means:
             continue
         of_leaf = use.entries(weights[use.name][0].shape)
@@ -126,4 +126,4 @@ def _shift(
     count = np.bincount(where.reshape(-1), minlength=size)
     total = np.bincount(where.reshape(-1), weights=values.reshape(-1), minlength=size)
     mean = (total / np.maximum(count, 1)).reshape(shape)
-    return -mean if slot.negative else mean
+    return -mean if bias.negative else mean

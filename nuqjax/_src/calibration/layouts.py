@@ -20,7 +20,7 @@ def as_used(plan: LeafPlan, moments: Moments) -> LeafPlan:
         return plan
     options, shown = plan.options, moments.axes(plan.path)
     if shown is None:
-        takes_corrections = any(slot.name == plan.path for slot in moments.slots)
+        takes_corrections = any(bias.name == plan.path for bias in moments.biases)
         if takes_corrections and options.skip is not False:
             return replace(plan, reason="it is an offset, which takes corrections", nbytes_after=plan.nbytes_before)
         return plan

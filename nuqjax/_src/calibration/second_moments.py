@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from nuqjax._src.calibration.programs import Programs, checked_batches, example_count, fingerprint, shapes_of
-from nuqjax._src.calibration.uses import Recorder, Slice, Slot, Sums, Use, run
+from nuqjax._src.calibration.uses import Bias, Recorder, Slice, Sums, Use, run
 from nuqjax._src.leaf import rows
 from nuqjax._src.trace.interpret import Site
 
@@ -88,7 +88,7 @@ class Moments(Mapping[str, LeafMoments | str]):
     Attributes:
       shapes: by path, the shape of the leaf.
       records: by path, the sums for each use of the leaf.
-      slots: offsets: leaves that are added to the outputs of others.
+      biases: the leaves that are added to the outputs of others.
       others: by path, the uses that are not understood.
       images: the number of examples seen.
       seen: the fingerprints of the batches seen.
@@ -96,7 +96,7 @@ class Moments(Mapping[str, LeafMoments | str]):
 
     shapes: Mapping[str, tuple[int, ...]]
     records: Mapping[str, Sequence[Record]]
-    slots: Sequence[Slot]
+    biases: Sequence[Bias]
     others: Mapping[str, Sequence[str]]
     images: int
     seen: frozenset[str] = frozenset()
@@ -147,8 +147,8 @@ class Moments(Mapping[str, LeafMoments | str]):
     def _repaired(self) -> frozenset[Use]:
         """Returns the uses followed by an offset that can correct their mean and corrects no other use."""
         found: dict[str, list[Use]] = {}
-        for slot in self.slots:
-            found.setdefault(slot.name, []).extend(use for use, _ in slot.uses)
+        for bias in self.biases:
+            found.setdefault(bias.name, []).extend(use for use, _ in bias.uses)
         return frozenset(use for uses in found.values() if len(uses) == 1 for use in uses)
 
 
@@ -267,7 +267,7 @@ def gathered(
         records: dict[str, list[Record]] = {}
         for record in kind:
             records.setdefault(record.use.name, []).append(record)
-        result.append(Moments(shapes, records, tuple(recorder.slots), recorder.others, images, frozenset(prints)))
+        result.append(Moments(shapes, records, tuple(recorder.biases), recorder.others, images, frozenset(prints)))
     return result
 
 

@@ -1,7 +1,7 @@
 """Least squares by conjugate gradients: computes the best levels, or the best scales, for given indices.
 
-Approximations ŵ = x[slot] · factor are linear in x. Either x is the levels and the factors are the scales, or the other
-way round. The matrix of the normal equations is never formed: a step is one product with the moments.
+Approximations ŵ = x[index] · factor are linear in x. Either x is the levels and the factors are the scales, or the
+other way round. The matrix of the normal equations is never formed: a step is one product with the moments.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 
 def least_squares(
     values: np.ndarray,
-    slots: np.ndarray,
+    index: np.ndarray,
     factors: np.ndarray,
     pull: np.ndarray,
     hessian: np.ndarray,
@@ -18,11 +18,11 @@ def least_squares(
     steps: int,
     held: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns values x that lower the error Σ (w − ŵ) H (w − ŵ)ᵀ of ŵ = x[slots] · factors; enough steps minimise it.
+    """Returns values x that lower the error Σ (w − ŵ) H (w − ŵ)ᵀ of ŵ = x[index] · factors; enough steps minimise it.
 
     Args:
       values: `[n]` the initial x. Values that no weight uses do not change.
-      slots: `[G, I, P]` the number of the value that each weight uses.
+      index: `[G, I, P]` the number of the value that each weight uses.
       factors: `[G, I, P]` float32, broadcast.
       pull: `[G, I, P]` H (w − ŵ) for the initial values.
       hessian: `[G, I, I]` float32 moments.
@@ -33,10 +33,10 @@ def least_squares(
     Returns:
       `[n]` float64, the new values.
     """
-    flat = slots.reshape(-1)
+    flat = index.reshape(-1)
 
     def gathered(each: np.ndarray) -> np.ndarray:
-        return np.bincount(flat, np.broadcast_to(factors * each, slots.shape).reshape(-1), values.size)
+        return np.bincount(flat, np.broadcast_to(factors * each, index.shape).reshape(-1), values.size)
 
     def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.repeat((a * b).reshape(systems, -1).sum(axis=1), values.size // systems)
@@ -50,7 +50,7 @@ def least_squares(
     step = inverse * residual
     slope = begin = dot(residual, step)
     for _ in range(steps):
-        moved = gathered(hessian @ (step.astype(np.float32)[slots] * factors))
+        moved = gathered(hessian @ (step.astype(np.float32)[index] * factors))
         curvature = dot(step, moved)
         length = np.where(curvature > 0, slope / np.where(curvature > 0, curvature, 1), 0)
         values = values + length * step

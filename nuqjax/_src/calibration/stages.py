@@ -29,7 +29,7 @@ class Task(NamedTuple):
     weights: np.ndarray  # [G, I, P] float32
     hessian: np.ndarray  # [G, I, I] float32
     places: Places
-    pinned: np.ndarray | None  # [G, I, P] bool: held zeros, weights of exactly 0 that stay 0
+    held_zeros: np.ndarray | None  # [G, I, P] bool: held zeros, weights of exactly 0 that stay 0
     codebook_format: Any
     dtype: np.dtype
     level_unit: float  # factor of the stored levels
@@ -85,8 +85,8 @@ def nearest(task: Task, levels: np.ndarray, scale: np.ndarray | None, prices: Pr
         if prices is not None:
             weight = np.maximum(prices.squares[:, j, None] * np.square(factor), np.finfo(np.float32).tiny)
             index = _cheaper(index, target, flat, book * num_levels, prices.of_index, weight)
-        if task.pinned is not None:
-            index = np.where(task.pinned[:, j], zero[book], index)
+        if task.held_zeros is not None:
+            index = np.where(task.held_zeros[:, j], zero[book], index)
         return index, flat[book * num_levels + index] * factor
 
     return choose
@@ -193,7 +193,7 @@ def _outputs(places: Places) -> int:
 def _with_better_levels(task: Task, state: State) -> State:
     num_levels = state.levels.shape[1]
     books = book_of(task.places)
-    held = None if task.pinned is None else state.levels.reshape(-1) == 0
+    held = None if task.held_zeros is None else state.levels.reshape(-1) == 0
     found = least_squares(
         state.levels.reshape(-1), books * num_levels + state.indices, _factors(task, state.scale), state.pull,
         task.hessian, systems=task.places.systems, steps=_LEVEL_STEPS, held=held,

@@ -26,7 +26,7 @@ class Slice:
     """A move: the slice along the first axis that a step of a loop takes."""
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """A move: one output, by number, of an equation with several outputs."""
 
     eqn: core.JaxprEqn
@@ -78,8 +78,8 @@ class Use:
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """An offset: a leaf that is added to the outputs of uses.
+class Bias:
+    """A leaf that is added to the outputs of uses.
 
     Attributes:
       uses: each use with the numbers of its outputs (part · O + output) along the axes of the sum.
@@ -139,7 +139,7 @@ class Recorder:
       flags: by path, whether second moments are wanted in this run, for programs that run with several sets of leaves;
         None if two trees do not run side by side, along the axis `PATHS`.
       records: for each use, the use, its number of rows, and its sums.
-      slots: the offsets.
+      biases: the leaves that could take a correction.
       others: by path, the uses that are not understood.
     """
 
@@ -149,7 +149,7 @@ class Recorder:
     widest: int
     flags: Mapping[str, Any] | None = None
     records: list[tuple[Use, int, Sums]] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
+    biases: list[Bias] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
 
     def inside(self) -> "Recorder":
@@ -168,7 +168,7 @@ def _entries(leaf_shape: Sequence[int], moves: Sequence[Any]) -> np.ndarray:
     for step in moves:
         if isinstance(step, Slice):
             found = found.reshape(-1, *found.shape[2:])
-        elif isinstance(step, Part):
+        elif isinstance(step, Piece):
             found = np.stack([_split(step.eqn, x)[step.number] for x in found])
         else:
             found = np.stack([move(step, x) for x in found])
@@ -234,7 +234,7 @@ _MOST_NUMBERS = 2**24  # a larger output is not followed through moves that numb
 def _parted(interpreter: Any, site: Site, eqn: core.JaxprEqn, value: Any) -> list[Any]:
     arrays = bind(eqn, interpreter.lower_all((value,)))
     if isinstance(value, Parameter):
-        moves = ((*value.moves, Part(eqn, n)) for n in range(len(arrays)))
+        moves = ((*value.moves, Piece(eqn, n)) for n in range(len(arrays)))
         return [Parameter(x, value.name, m) for x, m in zip(arrays, moves, strict=True)]
     parts = zip(*(_split(eqn, numbers) for _, numbers in value.made), strict=True)
     uses = [use for use, _ in value.made]
@@ -248,7 +248,7 @@ def _add(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequenc
     subtracted = site.primitive == "sub"
     if len(outputs) == 1 and len(parameters) == 1 and not (subtracted and operands[0] is parameters[0]):
         [output], [leaf] = outputs, parameters
-        interpreter.recorder.slots.append(Slot(output.made, leaf.name, leaf.moves, subtracted))
+        interpreter.recorder.biases.append(Bias(output.made, leaf.name, leaf.moves, subtracted))
         interpreter.recorder.note(leaf, "it is an offset")
         return bind(eqn, interpreter.lower_all(operands))
     if len(outputs) == 2 and not subtracted and operands[0] is not operands[1]:
@@ -477,7 +477,7 @@ def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequen
         is_stacked = mark in use.moves
         record = use, count if is_stacked else count * length, next(stacked if is_stacked else shared)
         recorder.records.append(record)
-    recorder.slots += inner.slots
+    recorder.biases += inner.biases
     for name, whys in inner.others.items():
         for why in whys:
             recorder.note(Parameter(None, name), why)

@@ -197,7 +197,7 @@ def _quantile_on_host(rows, num_levels, weights, mask) -> np.ndarray:
     scale = row_scale(rows, mask).astype(np.float64)[:, None]  # in these units no sum overflows
     levels = np.zeros((count, num_levels), dtype)
 
-    def search(some, columns) -> None:
+    def fit_block(some, columns) -> None:
         values, mass = flushed(rows[some, columns].astype(dtype)), None
         if weights is None and mask is None:
             values.sort(axis=-1)
@@ -220,5 +220,5 @@ def _quantile_on_host(rows, num_levels, weights, mask) -> np.ndarray:
         mean = np.maximum(np.maximum.accumulate(mean, axis=-1), np.where(np.isfinite(first), first, 0))
         levels[some] = flushed((mean * scale[some]).astype(dtype))
 
-    over_blocks(search, count, length, max(length, BLOCK))
+    over_blocks(fit_block, count, length, max(length, BLOCK))
     return levels

@@ -77,7 +77,7 @@ def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
         values = values if mass is None else np.where(mass > 0, values, 0)
         return values / scale[some, None], mass
 
-    def search(some, columns) -> None:
+    def fit_block(some, columns) -> None:
         if length > _BINS:
             found[some] = best(*_histogram_on_host(partial(part, some), length))
             return
@@ -90,7 +90,7 @@ def _per_row_on_host(best: Callable, rows, weights, mask) -> np.ndarray:
         values = values.astype(np.float64)
         found[some] = best(values, mass, np.abs(values).max(axis=-1, keepdims=True))
 
-    over_blocks(search, count, length, length if length > _BINS else BLOCK)
+    over_blocks(fit_block, count, length, length if length > _BINS else BLOCK)
     with np.errstate(over="ignore"):  # a step may exceed every value: see `_grid_levels`
         return flushed(found * scale)
 

@@ -48,13 +48,13 @@ def best_step(values, mass, largest, *, num_levels) -> Any:
     octaves = 32 - lax.clz(num_levels - 1) + _SEARCH_DEPTH  # ⌈log2 K⌉ and more
     ratios = jnp.array(_RATIOS, values.dtype)
 
-    def search(number, center) -> Any:
+    def one_search(number, center) -> Any:
         """Makes one of the two searches; one program for both takes half the time to compile."""
         begin = jnp.where(number == 0, _AROUND, 0)
         end = jnp.where(number == 0, _AROUND + octaves * _SEARCH_DENSITY + 1, _AROUND)
         return of_least(lambda i: improve(center * ratios[i]), begin, end, values)
 
-    return lax.fori_loop(0, 2, search, _widest(largest))
+    return lax.fori_loop(0, 2, one_search, _widest(largest))
 
 
 def _improved(moment, square, step) -> tuple[Any, Any]:

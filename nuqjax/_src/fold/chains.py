@@ -18,8 +18,8 @@ from nuqjax._src.fold.program import SCALING, Flat, Step, Values
 from nuqjax._src.trace.operations import LINEAR, MOVING, move
 
 
-class Slot(NamedTuple):
-    """The leaf that takes a chain's offset.
+class Bias(NamedTuple):
+    """The leaf that takes a chain's offset: a bias, or a mean that is subtracted.
 
     Attributes:
       number: the number of the addition that it enters.
@@ -45,7 +45,7 @@ class Chain:
       kernel: the variable of the kernel.
       steps: the steps, without moves.
       axes: for every step, the kernel's axis for each axis of the activation; None where there is none.
-      slot: the leaf for the offset; None where there is no offset.
+      bias: the leaf for the offset; None where there is no offset.
     """
 
     accumulator: int
@@ -54,7 +54,7 @@ class Chain:
     kernel: Any
     steps: tuple[Step, ...]
     axes: tuple[tuple[int | None, ...], ...]
-    slot: Slot | None = None
+    bias: Bias | None = None
 
     def of(self, number: int, array: np.ndarray) -> np.ndarray:
         """Returns an operand of step `number`, along the kernel's axes instead of the activation's."""
@@ -147,7 +147,7 @@ def _apart(
         users = partial(program.users, passed=skipped, live=program.live(skipped))
         for chain in chains:
             if users(chain.leaf) <= ends:
-                found = _with_slot(program, values, chain, users)
+                found = _with_bias(program, values, chain, users)
             else:
                 found = f"its kernel {program.leaves[chain.leaf]!r} is used elsewhere, too"
             if isinstance(found, Chain):
@@ -271,10 +271,10 @@ def _reshaped(before: Sequence[int], after: Sequence[int], layout: Sequence[int 
     return new
 
 
-def _with_slot(program: Flat, values: Values, chain: Chain, users: Callable[[Any], set[int]]) -> Chain | str:
-    """Returns the chain with a slot for its offset, or the reason why it has none.
+def _with_bias(program: Flat, values: Values, chain: Chain, users: Callable[[Any], set[int]]) -> Chain | str:
+    """Returns the chain with a bias for its offset, or the reason why it has none.
 
-    The slot is the layer's own bias, else the batch-norm's, else what the batch-norm subtracts.
+    It is the layer's own, else the batch-norm's, else what the batch-norm subtracts.
     """
     if all(step.op in ("mul", "div", "neg") for step in chain.steps):
         return chain
@@ -282,26 +282,26 @@ def _with_slot(program: Flat, values: Values, chain: Chain, users: Callable[[Any
     kinds = [step.op in SCALING and program.role(step.operand) == "parameter" for step in chain.steps]
     first = kinds.index(True)
 
-    def preference(candidate: tuple[int, Slot]) -> tuple[bool, bool, bool, int]:
-        at, slot = candidate
-        sums = any(program.eqns[n].primitive.name not in MOVING for n in slot.path)
-        return sums, slot.negative, at > first, -at
+    def preference(candidate: tuple[int, Bias]) -> tuple[bool, bool, bool, int]:
+        at, bias = candidate
+        sums = any(program.eqns[n].primitive.name not in MOVING for n in bias.path)
+        return sums, bias.negative, at > first, -at
 
     candidates = [
-        (at, Slot(step.number, leaf, path, negative))
+        (at, Bias(step.number, leaf, path, negative))
         for at, step in enumerate(chain.steps)
         if step.op in ("add", "sub", "from")
         for leaf, path, negative in _addends(program, step.operand, step.op == "sub")
     ]
-    for _, slot in sorted(candidates, key=preference):
-        where = chain.of(slot.number, positions(program, slot.leaf, slot.path))
+    for _, bias in sorted(candidates, key=preference):
+        where = chain.of(bias.number, positions(program, bias.leaf, bias.path))
         if (
             np.broadcast_shapes(where.shape, shape) == where.shape
             and np.unique(where).size == where.size
-            and jnp.issubdtype(slot.leaf.aval.dtype, jnp.floating)
-            and not users(slot.leaf)
+            and jnp.issubdtype(bias.leaf.aval.dtype, jnp.floating)
+            and not users(bias.leaf)
         ):
-            return replace(chain, slot=slot)
+            return replace(chain, bias=bias)
     return "none of the leaves that it adds can take its offset: each is used elsewhere, too, or has too few entries"
 
 

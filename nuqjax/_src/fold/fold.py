@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from nuqjax._src.fold.chains import Chain, Slot, find, passed, positions
+from nuqjax._src.fold.chains import Bias, Chain, find, passed, positions
 from nuqjax._src.fold.program import SCALING, Flat, Values, bind_in, flat, flatten, inner_batch_norms, scoped, wide
 from nuqjax._src.fold.solver import Solver
 from nuqjax._src.leaf.codebook_array import is_codebook_array
@@ -209,7 +209,7 @@ def _signature(program: Flat, chains: Sequence[Chain]) -> list[Any]:
         (
             program.leaves[chain.leaf],
             [(step.op, sorted(program.leaves[v] for v in program.leaves_of(step.operand))) for step in chain.steps],
-            chain.slot and (program.leaves[chain.slot.leaf], chain.slot.negative),
+            chain.bias and (program.leaves[chain.bias.leaf], chain.bias.negative),
         )
         for chain in chains
     ]
@@ -250,9 +250,9 @@ def _entries(
         scale, offset = chain.compose(values)
         where = np.broadcast_to(positions(program, chain.leaf, chain.path), chain.kernel.aval.shape)
         yield scales, chain.leaf, where, np.broadcast_to(scale, where.shape)
-        if slot := chain.slot:
-            where = chain.of(slot.number, positions(program, slot.leaf, slot.path))
-            yield offsets, slot.leaf, where, np.broadcast_to(-offset if slot.negative else offset, where.shape)
+        if bias := chain.bias:
+            where = chain.of(bias.number, positions(program, bias.leaf, bias.path))
+            yield offsets, bias.leaf, where, np.broadcast_to(-offset if bias.negative else offset, where.shape)
 
 
 def _identity(
@@ -276,21 +276,21 @@ def _identity(
 
 
 def _targets(program: Flat, chain: Chain) -> Iterator[tuple[Any, float]]:
-    """Yields a chain's operands and the values that make it an identity except for its slot; factors first."""
+    """Yields a chain's operands and the values that make it an identity except for its bias; factors first."""
     for step in chain.steps:
         if step.op in SCALING:
             yield step.operand, 1
     for step in chain.steps:
-        if chain.slot and step.number == chain.slot.number:
-            yield from ((atom, 0) for atom in _beside(program, chain.slot))
+        if chain.bias and step.number == chain.bias.number:
+            yield from ((atom, 0) for atom in _beside(program, chain.bias))
         elif step.op in ("add", "sub"):
             yield step.operand, 0
 
 
-def _beside(program: Flat, slot: Slot) -> Iterator[Any]:
-    """Yields the values that are added to a slot's leaf on the way to its operand."""
-    var = slot.leaf
-    for number in slot.path:
+def _beside(program: Flat, bias: Bias) -> Iterator[Any]:
+    """Yields the values that are added to a bias's leaf on the way to its operand."""
+    var = bias.leaf
+    for number in bias.path:
         eqn = program.eqns[number]
         yield from (v for v in eqn.invars if v is not var)
         [var] = eqn.outvars
@@ -301,15 +301,15 @@ def _beside(program: Flat, slot: Slot) -> Iterator[Any]:
 
 
 def _evaluate(program: Flat, chains: Sequence[Chain], arrays: Sequence[Any]) -> list[Any]:
-    """Computes the outputs, with one addition of the slot's leaf in place of each chain."""
+    """Computes the outputs, with one addition of the bias's leaf in place of each chain."""
     inner = program.jaxpr.jaxpr
-    skipped, slots = passed(chains), {c.slot.number: c.slot for c in chains if c.slot}
+    skipped, biases = passed(chains), {c.bias.number: c.bias for c in chains if c.bias}
     live = program.live(skipped)
     env: dict[Any, Any] = dict(zip(inner.constvars, program.jaxpr.consts, strict=True))
     env.update(zip(inner.invars, arrays, strict=True))
     for number, eqn in enumerate(inner.eqns):
-        if number in slots:
-            outputs = [_add(program, slots[number], env[skipped[number]], env[slots[number].leaf])]
+        if number in biases:
+            outputs = [_add(program, biases[number], env[skipped[number]], env[biases[number].leaf])]
         elif number in skipped:
             outputs = [env[skipped[number]]]
         elif number in live:
@@ -321,11 +321,11 @@ def _evaluate(program: Flat, chains: Sequence[Chain], arrays: Sequence[Any]) -> 
     return [v.val if isinstance(v, core.Literal) else env[v] for v in inner.outvars]
 
 
-def _add(program: Flat, slot: Slot, value: Any, offset: Any) -> Any:
-    """Returns the value plus (or minus) the offset that a slot's leaf holds."""
-    for number in slot.path:
+def _add(program: Flat, bias: Bias, value: Any, offset: Any) -> Any:
+    """Returns the value plus (or minus) the offset that a bias's leaf holds."""
+    for number in bias.path:
         eqn = program.eqns[number]
         if eqn.primitive.name in MOVING:
             [offset] = bind_in(program.scope(number), eqn, [offset])
-    with scoped(program.scope(slot.number)):
-        return (jnp.subtract if slot.negative else jnp.add)(value, offset)
+    with scoped(program.scope(bias.number)):
+        return (jnp.subtract if bias.negative else jnp.add)(value, offset)

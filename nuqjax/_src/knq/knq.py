@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.knq.run.host import fit_on_host
-from nuqjax._src.knq.run.levels import Task, dense_cuts
+from nuqjax._src.knq.run.levels import FitOptions, dense_cuts
 from nuqjax._src.knq.run.mesh import fit_on_mesh
 from nuqjax._src.knq.run.traced import fit_traced
 from nuqjax._src.leaf.assign import Fit, working_dtype
@@ -81,12 +81,12 @@ def fit_knq(
         return fit_on_mesh(
             rows, weights, mask, (0,), num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance
         )  # fmt: skip
-    task = Task(num_levels, keep_zero, tolerance, dense_cuts(count, length))
+    options = FitOptions(num_levels, keep_zero, tolerance, dense_cuts(count, length))
     given = [x for x in (rows, weights, mask) if x is not None]
     away = [x for x in given if _elsewhere(x)]
     if any(tolerance is None or not _on_one_device(x) for x in away):
-        return fit_traced(rows, weights, mask, task, dtype)
-    fitted = fit_on_host(np.asarray(rows), _host(weights), _host(mask), task, dtype)
+        return fit_traced(rows, weights, mask, options, dtype)
+    fitted = fit_on_host(np.asarray(rows), _host(weights), _host(mask), options, dtype)
     return jax.device_put(fitted, away[0].sharding) if away else fitted
 
 

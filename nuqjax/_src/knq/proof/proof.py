@@ -102,7 +102,7 @@ class _Request(NamedTuple):
     compiled: bool  # whether the pass is large enough to pay for its compilation
 
 
-_Task = Generator[_Request, _Answer, tuple[np.ndarray, float]]
+_Proof = Generator[_Request, _Answer, tuple[np.ndarray, float]]
 
 
 def prove(
@@ -129,10 +129,10 @@ def prove(
     best = np.array(boundaries, np.int64)
     bounds = np.zeros(len(rows))
     prices = np.zeros(len(rows)) if prices is None else prices
-    waiting: dict[int, tuple[_Task, _Request]] = {}
+    waiting: dict[int, tuple[_Proof, _Request]] = {}
     to_come = iter(range(len(rows)))
 
-    def resume(r: int, task: _Task, answer: _Answer | None) -> None:
+    def resume(r: int, task: _Proof, answer: _Answer | None) -> None:
         try:
             waiting[r] = task, next(task) if answer is None else task.send(answer)
         except StopIteration as end:
@@ -214,7 +214,7 @@ def _pass(requests: list[_Request], band: int, keep_zero: bool) -> list[_Answer 
     ]
 
 
-def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, price: float) -> _Task:
+def _prove(row: Row, boundaries: np.ndarray, num_levels: int, tolerance: float, price: float) -> _Proof:
     """Yields the passes that the row needs; returns the boundaries of the best partition found and the bound.
 
     A `price` of 0 means that none is known, and one is guessed.

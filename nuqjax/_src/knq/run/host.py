@@ -10,7 +10,7 @@ import numpy as np
 
 from nuqjax._src.knq.rows.sorted import LONG, SortedRows, join_counts, places_of
 from nuqjax._src.knq.run.error import nearest_errors
-from nuqjax._src.knq.run.levels import SHORT, Task, fit_sorted, host_row, ordered_rows
+from nuqjax._src.knq.run.levels import SHORT, FitOptions, fit_sorted, host_row, ordered_rows
 from nuqjax._src.knq.run.light import settled_on_host
 from nuqjax._src.knq.search.search import Rows
 from nuqjax._src.leaf.assign import Fit, working_dtype
@@ -20,7 +20,7 @@ _LEAST, _MOST = 2**18, 2**19  # values of rows that are fitted together
 _STRETCH = 2**16  # values whose errors are in memory at once
 
 
-def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
+def fit_on_host(rows, weights, mask, options: FitOptions, dtype) -> Fit:
     """Fits NumPy rows `[R, N]`, with `weights` and `mask` like them or None; no row's results depend on other rows."""
     scale = _host_scale(rows, mask, dtype)
     chunk = _chunk(rows.shape[0], rows.shape[1])
@@ -31,11 +31,11 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
         values: Any = _flushed(some)
         unit = np.ldexp(1.0, scale[here])
         with x64():  # applies to this thread only
-            ordered = ordered_rows(values, dtype, unit, heavy, counted, task.keep_zero)
-            levels, bound = _levels(ordered, unit, task, dtype)
+            ordered = ordered_rows(values, dtype, unit, heavy, counted, options.keep_zero)
+            levels, bound = _levels(ordered, unit, options, dtype)
             if weights is not None:
-                levels = settled_on_host(values, levels, weights[here], counted, unit, task.keep_zero)
-            error = _host_error(ordered, levels.astype(np.float64) / unit[:, None], task.keep_zero)
+                levels = settled_on_host(values, levels, weights[here], counted, unit, options.keep_zero)
+            error = _host_error(ordered, levels.astype(np.float64) / unit[:, None], options.keep_zero)
         if weights is not None:
             heaviest = _heaviest(heavy, counted)
             error, bound = error * heaviest, bound * heaviest
@@ -51,7 +51,7 @@ def fit_on_host(rows, weights, mask, task: Task, dtype) -> Fit:
     return rounded_fit(levels, error, bound, np.ldexp(1.0, scale), dtype)
 
 
-def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fit:
+def fit_counted(counts: np.ndarray, length: int, options: FitOptions, values_dtype) -> Fit:
     """Fits rows of `length` 16-bit values as `fit_on_host` does, from the counts `[R, 2¹⁶]` of their bit patterns."""
     dtype = working_dtype(values_dtype)
     parts, units = [], []
@@ -61,9 +61,9 @@ def fit_counted(counts: np.ndarray, length: int, task: Task, values_dtype) -> Fi
         unit = np.ldexp(1.0, _host_scale(there[None], None, dtype))
         units.append(unit)
         with x64():
-            ordered = join_counts(row[None], values_dtype, length, unit, task.keep_zero)
-            levels, bound = _levels(ordered, unit, task, dtype)
-            error = _host_error(ordered, levels.astype(np.float64) / unit[:, None], task.keep_zero)
+            ordered = join_counts(row[None], values_dtype, length, unit, options.keep_zero)
+            levels, bound = _levels(ordered, unit, options, dtype)
+            error = _host_error(ordered, levels.astype(np.float64) / unit[:, None], options.keep_zero)
         parts.append((levels, error, bound))
     levels, error, bound = (np.concatenate(x) for x in zip(*parts, strict=True))
     return rounded_fit(levels, error, bound, np.concatenate(units), dtype)
@@ -94,9 +94,9 @@ def _chunk(count: int, size: int) -> int:
     return min(max(each, _LEAST // size), max(_MOST // size, 1)) or 1
 
 
-def _levels(ordered: Rows, unit: np.ndarray, task: Task, dtype) -> tuple[np.ndarray, np.ndarray]:
+def _levels(ordered: Rows, unit: np.ndarray, options: FitOptions, dtype) -> tuple[np.ndarray, np.ndarray]:
     """Returns the levels in the units and dtype of the rows, and the bound for weights relative to the largest."""
-    levels, bound = fit_sorted(ordered, task)
+    levels, bound = fit_sorted(ordered, options)
     return (levels * unit[:, None]).astype(dtype), bound
 
 

@@ -10,7 +10,7 @@ from nuqjax._src.knq.proof.proof import better_of, prove
 from nuqjax._src.knq.proof.rows import HostRow
 from nuqjax._src.knq.rows.long import LongRows, sort_long_rows
 from nuqjax._src.knq.rows.sorted import LONG, SortedRows, count_rows, sort_rows
-from nuqjax._src.knq.search.gaps import search
+from nuqjax._src.knq.search.gaps import search_rows
 from nuqjax._src.knq.search.search import (
     Partition,
     Rows,
@@ -29,7 +29,7 @@ _COUNTED = 2**13  # longer rows of 16-bit values are counted, not sorted
 SHORT = 256  # distinct values of a row that the dense program handles and proves by itself, for any number of rows
 
 
-class Task(NamedTuple):
+class FitOptions(NamedTuple):
     """The options of a fit, and the number of cuts of its dense program."""
 
     num_levels: int
@@ -64,14 +64,14 @@ def ordered_rows(rows, dtype, unit, weights, mask, keep_zero: bool, axes=()) -> 
     return sort_rows(rows, unit, weights, mask, keep_zero)
 
 
-def fit_sorted(rows: Rows, task: Task) -> tuple[Any, Any]:
+def fit_sorted(rows: Rows, options: FitOptions) -> tuple[Any, Any]:
     """Returns float64 levels `[R, K]` over the rows' scale, and bounds `[R]` for weights relative to the largest."""
-    num_levels, keep_zero, tolerance, dense_cuts = task
+    num_levels, keep_zero, tolerance, dense_cuts = options
     xp = namespace(rows.size)
-    rows, gaps, found = search(rows, num_levels, keep_zero, dense_cuts)
+    rows, gaps, found = search_rows(rows, num_levels, keep_zero, dense_cuts)
     cuts, bound = found.cuts, xp.zeros(found.cuts.shape[0])
     if tolerance is not None and xp is np:
-        cuts, bound = _proven(rows, found, task, np.zeros(len(cuts), bool) if gaps is None else gaps.moves())
+        cuts, bound = _proven(rows, found, options, np.zeros(len(cuts), bool) if gaps is None else gaps.moves())
     elif tolerance is not None and found.least is None:
         bound = squared_error_bound(rows, num_levels, keep_zero, dense_cuts)
     elif tolerance is not None:
@@ -80,7 +80,7 @@ def fit_sorted(rows: Rows, task: Task) -> tuple[Any, Any]:
     return (levels, bound) if gaps is None else (gaps.widen(levels), bound / (gaps.factor * gaps.factor))
 
 
-def _proven(rows: Rows, found: Partition, task: Task, moved: np.ndarray) -> tuple[Any, Any]:
+def _proven(rows: Rows, found: Partition, options: FitOptions, moved: np.ndarray) -> tuple[Any, Any]:
     """Returns the cuts, improved where a proof finds better ones, and the bounds; for rows on the host.
 
     `moved [R]` is whether `search.gaps` moved values.
@@ -88,7 +88,7 @@ def _proven(rows: Rows, found: Partition, task: Task, moved: np.ndarray) -> tupl
     A search through every cut mostly is a proof by itself. Sorted rows whose search used only some of the cuts are
     searched through every cut here. Rows that are still unproven, and longer rows, are proven by branch and bound.
     """
-    num_levels, keep_zero, tolerance, _ = task
+    num_levels, keep_zero, tolerance, _ = options
     assert tolerance is not None
     cuts, least, price = found
     if num_levels == 1 and isinstance(rows, SortedRows):  # there is only one partition

@@ -27,7 +27,7 @@ from nuqjax._src.knq.proof.proof import better_of, prove
 from nuqjax._src.knq.rows.long import ShardedRows, sort_long_rows
 from nuqjax._src.knq.rows.sorted import LONG, pattern_counts, take
 from nuqjax._src.knq.run.host import fit_counted, fit_on_host, rounded_fit
-from nuqjax._src.knq.run.levels import SHORT, Task, dense_cuts, interval_means
+from nuqjax._src.knq.run.levels import SHORT, FitOptions, dense_cuts, interval_means
 from nuqjax._src.knq.run.light import settled
 from nuqjax._src.knq.run.traced import fit_knq_part
 from nuqjax._src.knq.search.gaps import SEARCHES, Gaps, chosen, next_gaps, no_gaps
@@ -39,7 +39,7 @@ _BROUGHT = 2**22  # values of a device's rows that are copied to the host at onc
 _COUNTED_AT_ONCE = 16  # rows of a group of devices whose counts are copied to the host at once
 
 
-class Layout(NamedTuple):
+class MeshLayout(NamedTuple):
     """How rows lie in an array on a mesh. The devices that hold parts of the same rows are a *group*.
 
     Attributes:
@@ -139,7 +139,7 @@ def fit_on_mesh(
     """
     sharding = array.sharding
     assert isinstance(sharding, NamedSharding)
-    layout = Layout(sharding, array.shape, of_rows)
+    layout = MeshLayout(sharding, array.shape, of_rows)
     weights, mask = (None if x is None else jax.device_put(x, sharding) for x in (weights, mask))
     place, arrays = layout.place, (array, weights, mask)
     counted = place.length > LONG and weights is None and array.dtype.itemsize == 2
@@ -148,13 +148,13 @@ def fit_on_mesh(
         fitted = fit_at_once(*arrays, layout=layout, num_levels=num_levels, keep_zero=keep_zero, tolerance=tolerance)
         if tolerance is None or not array.is_fully_addressable or _is_proven(fitted, tolerance):
             return fitted
-    task = Task(num_levels, keep_zero, tolerance, dense_cuts(layout.count, place.length))
+    options = FitOptions(num_levels, keep_zero, tolerance, dense_cuts(layout.count, place.length))
     if held:
-        fitted = _fit_held(arrays, layout, task)
+        fitted = _fit_held(arrays, layout, options)
     elif counted:
-        fitted = _fit_counts(arrays, layout, task)
+        fitted = _fit_counts(arrays, layout, options)
     else:
-        fitted = _fit_brought(arrays, layout, task)
+        fitted = _fit_brought(arrays, layout, options)
     placed = NamedSharding(sharding.mesh, layout.by_row)
     return Fit(*(jax.device_put(_in_order(x, layout), placed) for x in fitted))
 
@@ -166,7 +166,7 @@ def _is_proven(fitted: Fit, tolerance: float) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("layout", "num_levels", "keep_zero", "tolerance"))
 def fit_at_once(
-    array, weights, mask, *, layout: Layout, num_levels: int, keep_zero: bool, tolerance: float | None
+    array, weights, mask, *, layout: MeshLayout, num_levels: int, keep_zero: bool, tolerance: float | None
 ) -> Any:
     """Fits levels as `fit_on_mesh` does, in one compiled program."""
 
@@ -182,7 +182,7 @@ def fit_at_once(
     return layout.run(part, (array, weights, mask), layout.by_row)
 
 
-def _in_order(results: np.ndarray, layout: Layout) -> np.ndarray:
+def _in_order(results: np.ndarray, layout: MeshLayout) -> np.ndarray:
     """Reorders results `[G, L, …]`, the L rows of each group of devices, to `[R₁, R₂, …]`."""
     parts = layout.shards
     held = [layout.shape[axis] // part for axis, part in zip(layout.of_rows, parts, strict=True)]
@@ -193,7 +193,7 @@ def _in_order(results: np.ndarray, layout: Layout) -> np.ndarray:
     return mixed.reshape((*(layout.shape[axis] for axis in layout.of_rows), *own))
 
 
-def _rows_of_each(layout: Layout) -> int:
+def _rows_of_each(layout: MeshLayout) -> int:
     """Returns the number of rows of each group of devices."""
     return layout.count // math.prod(layout.shards)
 
@@ -204,7 +204,7 @@ def _joined(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "number"))
-def _some_rows(arrays, start, *, layout: Layout, number: int) -> Any:
+def _some_rows(arrays, start, *, layout: MeshLayout, number: int) -> Any:
     """Returns `[G · number, N]` of each array: `number` rows of each group from its row `start` on, left in place."""
 
     def part(*blocks) -> tuple[Any, ...]:
@@ -230,7 +230,7 @@ def _blocks(array: jax.Array | None, groups: int) -> Iterator[np.ndarray | None]
         yield parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _by_groups(fetch: Callable, fit: Callable, layout: Layout, number: int) -> list[np.ndarray]:
+def _by_groups(fetch: Callable, fit: Callable, layout: MeshLayout, number: int) -> list[np.ndarray]:
     """Fetches `number` rows of each group at a time and fits each group's block; returns fields `[G, L, …]`."""
     each, groups = _rows_of_each(layout), math.prod(layout.shards)
     number, parts = min(number, each), []
@@ -243,19 +243,19 @@ def _by_groups(fetch: Callable, fit: Callable, layout: Layout, number: int) -> l
     return _joined(parts)
 
 
-def _fit_brought(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
+def _fit_brought(arrays, layout: MeshLayout, options: FitOptions) -> list[np.ndarray]:
     """Fits rows that are copied to the host."""
     dtype = working_dtype(arrays[0].dtype)
     return _by_groups(
         lambda start, number: _some_rows(arrays, start, layout=layout, number=number),
-        lambda rows, weights, mask: fit_on_host(rows, weights, mask, task, dtype),
+        lambda rows, weights, mask: fit_on_host(rows, weights, mask, options, dtype),
         layout,
         max(1, _BROUGHT // layout.place.length),
     )
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "number"))
-def _some_counts(array, mask, start, *, layout: Layout, number: int) -> Any:
+def _some_counts(array, mask, start, *, layout: MeshLayout, number: int) -> Any:
     """Returns `[G · number, 2¹⁶]` how many values of a row have each bit pattern."""
 
     def part(block, counted, start) -> Any:
@@ -266,12 +266,12 @@ def _some_counts(array, mask, start, *, layout: Layout, number: int) -> Any:
     return layout.run(part, (array, mask), layout.place.of_rows, start)
 
 
-def _fit_counts(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
+def _fit_counts(arrays, layout: MeshLayout, options: FitOptions) -> list[np.ndarray]:
     """Fits rows whose bit patterns are counted on the devices."""
     array, _, mask = arrays
     return _by_groups(
         lambda start, number: (_some_counts(array, mask, start, layout=layout, number=number),),
-        lambda counts: fit_counted(counts, layout.place.length, task, array.dtype),
+        lambda counts: fit_counted(counts, layout.place.length, options, array.dtype),
         layout,
         _COUNTED_AT_ONCE,
     )
@@ -293,8 +293,8 @@ class Known(NamedTuple):
     heaviest: Any
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "task"))
-def _searched(arrays, number, *, layout: Layout, task: Task) -> Any:
+@functools.partial(jax.jit, static_argnames=("layout", "options"))
+def _searched(arrays, number, *, layout: MeshLayout, options: FitOptions) -> Any:
     """Sorts and searches row `number` of each group.
 
     Returns what the devices hold of it (`Held`), what the host knows of it (`Known`), no gaps, its partition, and the
@@ -307,30 +307,30 @@ def _searched(arrays, number, *, layout: Layout, task: Task) -> Any:
         rows, weights, mask = (layout.some_rows(block, number, 1) for block in blocks)
         unit = lax.pmax(row_scale(rows, mask), place.value_axes).astype(jnp.float64)
         rows = jnp.where(jnp.abs(rows) < float(jnp.finfo(dtype).tiny), 0, rows).astype(dtype)
-        ordered = sort_long_rows(rows, unit, weights, mask, task.keep_zero, place.value_axes)
+        ordered = sort_long_rows(rows, unit, weights, mask, options.keep_zero, place.value_axes)
         assert isinstance(ordered, ShardedRows)
         heaviest = jnp.ones(1)
         if weights is not None:
             counted = weights if mask is None else jnp.where(mask, weights, 0)
             heaviest = lax.pmax(jnp.max(counted.astype(jnp.float64), axis=1), place.value_axes)
         known = Known(ordered.size, ordered.zero, unit, heaviest)
-        found = partition(ordered, task.num_levels, task.keep_zero, task.dense_cuts)
-        gaps = no_gaps(ordered, task.num_levels)
-        return hold(ordered), known, gaps, found, next_gaps(ordered, found, gaps, task.keep_zero)
+        found = partition(ordered, options.num_levels, options.keep_zero, options.dense_cuts)
+        gaps = no_gaps(ordered, options.num_levels)
+        return hold(ordered), known, gaps, found, next_gaps(ordered, found, gaps, options.keep_zero)
 
     specs = place.of_devices, *[place.of_rows] * 4
     return layout.run(part, arrays, specs, number)
 
 
-@functools.partial(jax.jit, static_argnames=("place", "task"))
-def _searched_again(held: Held, gaps: Gaps, *, place: Place, task: Task) -> Any:
+@functools.partial(jax.jit, static_argnames=("place", "options"))
+def _searched_again(held: Held, gaps: Gaps, *, place: Place, options: FitOptions) -> Any:
     """Searches rows with narrower gaps; returns their `Held`, their partition, and the gaps to narrow next."""
 
     def part(held, gaps) -> tuple[Held, Partition, tuple[Gaps, Any]]:
         rows = held_rows(held, place)
         narrowed = rows.with_values(gaps.narrow)
-        found = partition(narrowed, task.num_levels, task.keep_zero, task.dense_cuts)
-        return hold(narrowed), found, next_gaps(rows, found, gaps, task.keep_zero)
+        found = partition(narrowed, options.num_levels, options.keep_zero, options.dense_cuts)
+        return hold(narrowed), found, next_gaps(rows, found, gaps, options.keep_zero)
 
     specs = place.of_devices, place.of_rows, place.of_rows
     return place.run(part, specs[:2], specs)(held, gaps)
@@ -348,7 +348,7 @@ def _polished(held: Held, cuts, *, place: Place, keep_zero: bool) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("layout", "keep_zero"))
 def _levels(
-    arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: Layout, keep_zero: bool
+    arrays, number, held: Held, narrowed: Held, gaps: Gaps, cuts, heaviest, *, layout: MeshLayout, keep_zero: bool
 ) -> Any:
     """Computes the levels `[G, K]` between cuts of row `number` of each group, and their float64 error `[G]`."""
     place = layout.place
@@ -374,38 +374,38 @@ def _levels(
     return place.run(part, specs, place.of_rows)(arrays, number, held, narrowed, gaps, cuts, heaviest)
 
 
-def _fit_held(arrays, layout: Layout, task: Task) -> list[np.ndarray]:
+def _fit_held(arrays, layout: MeshLayout, options: FitOptions) -> list[np.ndarray]:
     """Fits rows that stay distributed, one row of each group at a time."""
     parts = []
     for number in range(_rows_of_each(layout)):
         with x64():
-            fitted = _fit_row_held(arrays, number, layout, task)
+            fitted = _fit_row_held(arrays, number, layout, options)
         parts.append([np.asarray(field)[:, None] for field in fitted])
     return _joined(parts)
 
 
-def _fit_row_held(arrays, number: int, layout: Layout, task: Task) -> Fit:
+def _fit_row_held(arrays, number: int, layout: MeshLayout, options: FitOptions) -> Fit:
     """Fits row `number` of each group."""
-    place, keep_zero, to_search = layout.place, task.keep_zero, task._replace(tolerance=None)
-    held, *others = _searched(arrays, np.int32(number), layout=layout, task=to_search)
+    place, keep_zero, to_search = layout.place, options.keep_zero, options._replace(tolerance=None)
+    held, *others = _searched(arrays, np.int32(number), layout=layout, options=to_search)
     known, gaps, found, (narrower, worth) = jax.tree.map(np.asarray, others)
     narrowed, unit = held, known.unit
     on_tpu = place.mesh.devices.flat[0].platform == "tpu"  # TPUs cannot find ranks by the bits of a float64
     for _ in range(SEARCHES - 1):
-        if task.num_levels == 1 or not worth.any() or on_tpu:
+        if options.num_levels == 1 or not worth.any() or on_tpu:
             break
         gaps, unit = chosen(worth, narrower, gaps), np.ones_like(unit)
-        narrowed, *others = _searched_again(held, gaps, place=place, task=to_search)
+        narrowed, *others = _searched_again(held, gaps, place=place, options=to_search)
         again, (narrower, next_worth) = jax.tree.map(np.asarray, others)
         found, worth = chosen(worth, again, found), next_worth
     cuts, bound = found.cuts, np.zeros(len(unit))
-    if task.tolerance is not None:
+    if options.tolerance is not None:
         zero, moved = (known.zero.tolist() if keep_zero else [None] * len(unit)), gaps.moves()
         rows = [
             MeshRow(narrowed, place, g, int(known.size[g]), float(unit[g]), zero[g], bool(moved[g]))
             for g in range(len(unit))
         ]
-        cuts, bound = prove(rows, found.cuts, task.num_levels, task.tolerance, found.price)
+        cuts, bound = prove(rows, found.cuts, options.num_levels, options.tolerance, found.price)
         changed = np.flatnonzero((cuts != found.cuts).any(axis=1))
         if len(changed):
             polished = np.asarray(_polished(narrowed, cuts, place=place, keep_zero=keep_zero))

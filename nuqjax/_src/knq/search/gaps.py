@@ -78,7 +78,7 @@ class Searched(NamedTuple):
     found: Partition
 
 
-def search(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Searched:
+def search_rows(rows: Rows, num_levels: int, keep_zero: bool, dense_cuts: int) -> Searched:
     """Searches the best partition of rows, with their wide gaps narrowed where rounding would hide differences.
 
     In `ShardedRows` no gaps are narrowed here: `run.mesh` does that from the host, if it may ask all devices.
