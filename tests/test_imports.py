@@ -28,7 +28,7 @@ class Wing(NamedTuple):
 
 # In the order of the flow: arrows point up this table only. The import of a name that only types need counts, too.
 WINGS: dict[str, Wing] = {
-    "platform": Wing("types meshes compat host rounding"),
+    "platform": Wing("types compat meshes host rounding"),
     "leaf": Wing("paths qformat words rows fixed_point packing assign codebook_array check take codebooks shardings"),
     "trace": Wing("traced interpret operations"),
     "knq": Wing(

@@ -4,7 +4,7 @@ Every fit ends here: a row of values and its sorted levels give the indices, and
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from nuqjax._src.platform.host import (
     x64,
 )
 from nuqjax._src.platform.meshes import explicit_sharding, run_as_automatic, typed_spec
+from nuqjax._src.platform.types import A, Array
 
 
 class Fit(NamedTuple):
@@ -48,7 +49,7 @@ class Fit(NamedTuple):
     scale: jax.Array
 
 
-def row_scale(rows: Any, mask: Any = None) -> Any:
+def row_scale(rows: A, mask: A | None = None) -> A:
     """Returns a power of two near each row's largest magnitude.
 
     Args:
@@ -72,7 +73,11 @@ def row_scale(rows: Any, mask: Any = None) -> Any:
     return xp.where(largest > 0, xp.ldexp(one, exponent), one)
 
 
-def largest_magnitude(rows: Any, mask: Any = None) -> Any:
+@overload
+def largest_magnitude(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+@overload
+def largest_magnitude(rows: jax.Array, mask: jax.Array | None = None) -> jax.Array: ...
+def largest_magnitude(rows: Array, mask: Array | None = None) -> Array:
     """Returns `[R]` the largest magnitude of each row, in the working dtype; 0 where no value counts."""
     dtype = working_dtype(rows.dtype)
     if not isinstance(rows, np.ndarray):
@@ -80,7 +85,7 @@ def largest_magnitude(rows: Any, mask: Any = None) -> Any:
         return jnp.max(magnitude if mask is None else jnp.where(mask, magnitude, 0), axis=-1, initial=0)
     largest = np.zeros(rows.shape[0], dtype)
 
-    def block(some, columns) -> tuple[Any, Any]:
+    def block(some: slice, columns: slice) -> tuple[slice, np.ndarray]:
         magnitude = np.abs(rows[some, columns].astype(dtype, copy=False))
         if mask is not None:
             magnitude *= mask[some, columns]
@@ -91,7 +96,11 @@ def largest_magnitude(rows: Any, mask: Any = None) -> Any:
     return flushed(largest)
 
 
-def thresholds(levels: Any) -> Any:
+@overload
+def thresholds(levels: np.ndarray) -> np.ndarray: ...
+@overload
+def thresholds(levels: jax.Array) -> jax.Array: ...
+def thresholds(levels: Array) -> Array:
     """Computes the largest float not above the exact midpoint of each pair of neighbouring levels.
 
     A value x of the same dtype lies strictly above the midpoint if and only if x > threshold, so no rounding of the
@@ -106,7 +115,7 @@ def thresholds(levels: Any) -> Any:
     """
     xp = namespace(levels)
     dtype = levels.dtype
-    if xp is np:
+    if isinstance(levels, np.ndarray):
         levels = flushed(levels)
     low, high = levels[..., :-1], levels[..., 1:]
     equal = low == high
@@ -195,7 +204,7 @@ def assign_on_host(rows: np.ndarray, levels: np.ndarray) -> np.ndarray:
     cuts = np.where(cuts == 0, np.nextafter(np.finfo(dtype).tiny, dtype.type(0)), cuts)
     long = num_levels >= _TABLE_LEVELS and length >= _TABLE_LENGTH and dtype == np.float32
 
-    def block(some, columns) -> None:
+    def block(some: slice, columns: slice) -> None:
         if long:
             for row in range(some.start, some.stop):
                 _count_by_table(rows[row, columns], cuts[row], indices[row, columns])
@@ -276,7 +285,9 @@ def distortion(
     [0.0625]
     """
     if on_host(rows, levels, weights, mask):
-        return to_jax(distortion_on_host(*(row_by_row(to_numpy(x)) for x in (rows, levels, weights, mask))))
+        x, level, weight, counted = (row_by_row(to_numpy(x)) for x in (rows, levels, weights, mask))
+        assert x is not None and level is not None
+        return to_jax(distortion_on_host(x, level, weight, counted))
     dtype = working_dtype(rows.dtype)
     nearest = look_up(levels, assign(rows, levels))
     with x64():
@@ -290,7 +301,11 @@ def distortion(
 
 
 def distortion_on_host(
-    rows: np.ndarray, levels: np.ndarray, weights: np.ndarray | None, mask: np.ndarray | None, unit: Any = 1.0
+    rows: np.ndarray,
+    levels: np.ndarray,
+    weights: np.ndarray | None,
+    mask: np.ndarray | None,
+    unit: float | np.ndarray = 1.0,
 ) -> np.ndarray:
     """Computes `distortion` in NumPy, of rows and levels both multiplied by `unit`, a number or `[R, 1]`.
 
@@ -299,12 +314,12 @@ def distortion_on_host(
     count, length = rows.shape
     dtype = working_dtype(rows.dtype)
     indices, exact = assign_on_host(rows, levels), levels.astype(np.float64)
-    unit = np.broadcast_to(np.asarray(unit, np.float64), (count, 1))
+    units = np.broadcast_to(np.asarray(unit, np.float64), (count, 1))
 
-    def block(some, columns) -> tuple[Any, Any]:
+    def block(some: slice, columns: slice) -> tuple[slice, np.ndarray]:
         error = flushed(rows[some, columns].astype(dtype)) - look_up(exact[some], indices[some, columns])
         with np.errstate(over="ignore", invalid="ignore"):  # values that do not count may overflow
-            error *= unit[some]
+            error *= units[some]
             error *= error
             if weights is not None:
                 error *= weights[some, columns]
@@ -318,7 +333,7 @@ def distortion_on_host(
     return total.astype(dtype)
 
 
-def with_zero(levels: Any) -> Any:
+def with_zero(levels: A) -> A:
     """Returns levels `[R, K]` with a held zero: the level nearest to 0 is replaced by 0, the others are unchanged."""
     xp = namespace(levels)
     nearest = xp.argmin(xp.abs(levels), axis=-1, keepdims=True)
@@ -326,7 +341,7 @@ def with_zero(levels: Any) -> Any:
     return xp.sort(levels, axis=-1)  # 0 may replace the first of several equal negative levels
 
 
-def finish(rows: Any, levels: Any, weights: Any, mask: Any, keep_zero: bool) -> Fit:
+def finish(rows: Array, levels: Any, weights: Any, mask: Any, keep_zero: bool) -> Fit:
     """Returns the `Fit` of levels without a proof: the lower bound is 0.
 
     Args:
@@ -346,7 +361,7 @@ def finish(rows: Any, levels: Any, weights: Any, mask: Any, keep_zero: bool) -> 
     return Fit(levels, sse, jnp.zeros_like(sse), scale)
 
 
-def fit_by(levels_of: Callable[..., Any]) -> Callable[..., Fit]:
+def fit_by(levels_of: Callable[..., Array]) -> Callable[..., Fit]:
     """Returns the fit function, with the signature that `METHODS` needs, of a method that proves no bound.
 
     Args:
@@ -354,7 +369,15 @@ def fit_by(levels_of: Callable[..., Any]) -> Callable[..., Fit]:
         else a JAX array.
     """
 
-    def fit(rows, num_levels, *, weights=None, mask=None, keep_zero=False, tolerance=None) -> Fit:
+    def fit(
+        rows: A,
+        num_levels,
+        *,
+        weights: A | None = None,
+        mask: A | None = None,
+        keep_zero=False,
+        tolerance=None,
+    ) -> Fit:
         del tolerance
         return finish(rows, levels_of(rows, num_levels, weights=weights, mask=mask), weights, mask, keep_zero)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from nuqjax._src.leaf import packing
 from nuqjax._src.leaf import rows as rows_
@@ -53,7 +54,7 @@ def check_structure(leaf: CodebookArray, path: str = "leaf") -> None:
             raise ValueError(f"{path}: a level is outside the range of {fixed}")
 
 
-def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype=None) -> None:
+def _check_array(name: str, array: jax.Array, shape: Sequence[int], dtype: DTypeLike | None = None) -> None:
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(array.shape)}, but the layout needs {tuple(shape)}")
     if dtype is not None and array.dtype != dtype:

@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.core
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from nuqjax._src.leaf import fixed_point, packing
 from nuqjax._src.leaf import rows as rows_
@@ -119,7 +120,7 @@ class CodebookArray:
             raise TypeError("a CodebookArray is iterated over its stack axes, and this one has none")
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index) -> "CodebookArray":
+    def __getitem__(self, index: Any) -> "CodebookArray":
         """Slices along the stack axes, as for an array: the result has its own part of the codebooks."""
         index = index if isinstance(index, tuple) else (index,)
         stack = len(self.stack_shape)
@@ -133,23 +134,23 @@ class CodebookArray:
 
     if not TYPE_CHECKING:  # what raises is hidden from type checkers, so that they report its use
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> NoReturn:
             hint = "" if name.startswith("_") or not hasattr(jax.Array, name) else f". {_HOW_TO_RUN}"
             raise AttributeError(f"'CodebookArray' object has no attribute {name!r}{hint}", name=name, obj=self)
 
         @property
-        def __jax_array__(self) -> Any:
+        def __jax_array__(self) -> NoReturn:
             """Raises TypeError. Some JAX functions call this; others only test that it exists, and say less."""
             raise TypeError(f"a CodebookArray is not an operand of JAX's functions. {_HOW_TO_RUN}")
 
-        def _no_operand(self, *_: Any) -> Any:
+        def _no_operand(self, *_: object) -> NoReturn:
             return self.__jax_array__
 
         __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operand
         __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _no_operand
         __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = _no_operand
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("a CodebookArray has no dense array to share: np.asarray decodes it into a new one")
         convert = np.array if copy else np.asarray
@@ -202,11 +203,11 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-def _is_mask(index: Any) -> bool:
+def _is_mask(index: object) -> bool:
     return isinstance(index, np.ndarray | jax.Array) and index.dtype == bool
 
 
-def is_codebook_array(x: Any) -> bool:
+def is_codebook_array(x: object) -> bool:
     """Returns whether `x` is a `CodebookArray`; use it as `is_leaf` of tree functions."""
     return isinstance(x, CodebookArray)
 
@@ -274,13 +275,15 @@ def dense_on_host(leaf: CodebookArray) -> np.ndarray:
     return dense
 
 
-def _over_stack(function, leaf) -> Any:
+def _over_stack(
+    function: Callable[[CodebookArray], jax.Array], leaf: CodebookArray
+) -> Callable[[CodebookArray], jax.Array]:
     for _ in leaf.stack_shape:
         function = jax.vmap(function)
     return function
 
 
-def decoding_levels(leaf: CodebookArray) -> Any:
+def decoding_levels(leaf: CodebookArray) -> jax.Array:
     """Returns the levels in the dtype for the look-up: the leaf's own without scales, else its working dtype."""
     if leaf.codebook_format and isinstance(leaf.levels, np.ndarray):
         levels: Any = fixed_point.decode_on_host(leaf.levels, leaf.codebook_format)
@@ -310,15 +313,15 @@ def _decode_slice(leaf: CodebookArray) -> jax.Array:
 def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
     """Computes `_decode_slice` for NumPy arrays, row by row."""
     outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-    indices = packing.unpack(leaf.packed, leaf.bits, inputs)
-    values = rows_.look_up(decoding_levels(leaf), rows_.to_rows(indices, leaf.granularity))
+    indices = packing.unpack(np.asarray(leaf.packed), leaf.bits, inputs)
+    values = rows_.look_up(np.asarray(decoding_levels(leaf)), rows_.to_rows(indices, leaf.granularity))
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        values = flushed(flushed(values) * flushed(_factors(leaf, inputs).astype(values.dtype)))
+        values = flushed(flushed(values) * flushed(np.asarray(_factors(leaf, inputs)).astype(values.dtype)))
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
 
 
-def _factors(leaf: CodebookArray, inputs: int) -> Any:
+def _factors(leaf: CodebookArray, inputs: int) -> jax.Array:
     """Returns `[O, I]` the scale of each value."""
     xp = rows_.namespace(leaf.scale)
     return xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]

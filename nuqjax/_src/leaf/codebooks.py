@@ -1,9 +1,7 @@
 """Decodes a compressed tree to dense arrays, and takes its levels out and puts them back."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
+from jax.tree_util import KeyPath
 
 from nuqjax._src.leaf.codebook_array import (
     CodebookArray,
@@ -17,9 +15,10 @@ from nuqjax._src.leaf.codebook_array import (
     with_levels,
 )
 from nuqjax._src.leaf.paths import path_name
+from nuqjax._src.platform.types import PyTree
 
 
-def decompress(tree: Any) -> Any:
+def decompress(tree: PyTree) -> PyTree:
     """Returns the tree with every `CodebookArray` decoded to its dense array, of the same shape and dtype.
 
     Raises:
@@ -36,12 +35,12 @@ def decompress(tree: Any) -> Any:
     )
 
 
-def _dense(path: Sequence[Any], leaf: CodebookArray) -> jax.Array:
+def _dense(path: KeyPath, leaf: CodebookArray) -> jax.Array:
     check_layout(leaf, path_name(path) or "the compressed leaf")
     return jax.device_put(dense_on_host(leaf), dense_sharding(leaf)) if is_on_host(leaf) else decode(leaf)
 
 
-def codebooks(tree: Any) -> Any:
+def codebooks(tree: PyTree) -> PyTree:
     """Returns the floating levels `[*S, R, K]` of every `CodebookArray`, in the same tree; None for other leaves.
 
     Give this tree to `jax.grad` and optax: the gradient of a level is the sum over the weights that share it.
@@ -54,7 +53,7 @@ def codebooks(tree: Any) -> Any:
     return jax.tree.map(lambda x: level_values(x) if is_codebook_array(x) else None, tree, is_leaf=is_codebook_array)
 
 
-def with_codebooks(tree: Any, levels: Any) -> Any:
+def with_codebooks(tree: PyTree, levels: PyTree) -> PyTree:
     """Returns the tree with other levels: `with_codebooks(tree, codebooks(tree))` decodes to the same values.
 
     Levels are used as given: floating, in their own dtype, not rounded to a codebook format.

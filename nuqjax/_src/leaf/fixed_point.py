@@ -18,8 +18,6 @@ Overflow modes: `saturate` (AP_SAT, Saturate), `saturate_symmetric` (AP_SAT_SYM:
 `saturate_zero` (AP_SAT_ZERO: words out of range become 0), `wrap` (AP_WRAP, Wrap: modulo 2^word).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +27,7 @@ from nuqjax._src.leaf.qformat import QFormat, check_modes
 from nuqjax._src.leaf.rows import namespace
 from nuqjax._src.leaf.words import drop_bits, into_range
 from nuqjax._src.platform.host import flushed, on_host, to_jax, x64
+from nuqjax._src.platform.types import A
 
 
 def encode(x: jax.Array, fmt: QFormat, *, rounding: str = "half_even", overflow: str = "saturate") -> jax.Array:
@@ -146,7 +145,7 @@ def requantize(
         return lax.convert_element_type(kept, dtype)
 
 
-def _round(scaled: Any, rounding: str) -> Any:
+def _round(scaled: A, rounding: str) -> A:
     """Rounds float64 values to whole numbers."""
     xp = namespace(scaled)
     magnitude, negative = xp.abs(scaled), scaled < 0
@@ -172,7 +171,7 @@ def _round(scaled: Any, rounding: str) -> Any:
     return xp.where(negative, -whole, whole)
 
 
-def _overflow(whole: Any, fmt: QFormat, overflow: str) -> Any:
+def _overflow(whole: A, fmt: QFormat, overflow: str) -> A:
     """Brings whole float64 values into the format's range."""
     xp = namespace(whole)
     least, largest = float(fmt.least), float(fmt.largest)

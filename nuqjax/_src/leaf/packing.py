@@ -6,13 +6,13 @@ NumPy arrays.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from nuqjax._src.leaf.rows import namespace
+from nuqjax._src.platform.types import A
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -30,7 +30,7 @@ def _period(bits: int) -> tuple[int, int]:
     return 8 // common, bits // common
 
 
-def pack(indices: Any, bits: int) -> Any:
+def pack(indices: A, bits: int) -> A:
     """Packs indices along the last axis.
 
     Args:
@@ -66,7 +66,7 @@ def pack(indices: Any, bits: int) -> Any:
     return flat[..., : packed_size(count, bits)]
 
 
-def unpack(packed: Any, bits: int, count: int) -> Any:
+def unpack(packed: A, bits: int, count: int) -> A:
     """Unpacks the first `count` indices of each row: the inverse of `pack`.
 
     Args:

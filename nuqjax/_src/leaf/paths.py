@@ -1,13 +1,13 @@
 """Paths of leaves as text: their names, safe printing, and the paths most like a pattern."""
 
 import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.tree_util
+from jax.tree_util import KeyPath
 
 
-def path_name(path: Iterable[Any]) -> str:
+def path_name(path: KeyPath) -> str:
     """Returns a leaf's path in the form that rules match.
 
     >>> path_name(jax.tree_util.tree_flatten_with_path({"conv": {"kernel": 0}})[0][0][0])
@@ -16,7 +16,7 @@ def path_name(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def printable(text: Any, longest: int = 400) -> str:
+def printable(text: object, longest: int = 400) -> str:
     r"""Returns text that is safe to print: unprintable characters are escaped, and very long text is cut in the middle.
 
     >>> printable("a\x1b[31m b\u202e")

@@ -95,7 +95,7 @@ def of_least_error(formats: Iterable[QFormat], error_of: Callable[[QFormat, floa
     return best
 
 
-def _check_word(word, signed, name) -> None:
+def _check_word(word: object, signed: bool, name: str) -> None:
     most = 32 if signed else 31
     if isinstance(word, bool) or not isinstance(word, int) or not 1 <= word <= most:
         raise ValueError(f"{name}: a word of {word!r} bits, but a whole number from 1 to {most} is wanted")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nuqjax._src.platform.host import over_blocks
+from nuqjax._src.platform.types import A
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class InputGroups:
         _check_size(self)
 
 
-def _check_size(groups) -> None:
+def _check_size(groups: ChannelGroups | InputGroups) -> None:
     name = type(groups).__name__
     if isinstance(groups.size, bool) or not isinstance(groups.size, int) or groups.size < 1:
         raise ValueError(f"{name}: a group size of {groups.size!r}, but it must be a whole number, 1 or more")
@@ -64,19 +65,19 @@ Scale: TypeAlias = Literal["channel"] | InputGroups | None
 _INT32_MAX = 2**31 - 1
 
 
-def namespace(array: Any) -> Any:
+def namespace(array: object) -> Any:
     """Returns `numpy` for a NumPy array or number, else `jax.numpy`."""
     return np if isinstance(array, np.ndarray | np.generic) else jnp
 
 
-def on_mesh(array: Any) -> bool:
+def on_mesh(array: object) -> bool:
     """Returns whether an array is distributed over several devices of a mesh; False for a traced array."""
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or len(array.devices()) == 1:
         return False
     return isinstance(array.sharding, jax.sharding.NamedSharding)
 
 
-def check_granularity(granularity) -> None:
+def check_granularity(granularity: object) -> None:
     """Raises ValueError unless `granularity` is one of the four kinds."""
     if not (granularity in ("tensor", "channel") or isinstance(granularity, ChannelGroups | InputGroups)):
         raise ValueError(
@@ -110,7 +111,7 @@ def channel_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
     return outputs, inputs
 
 
-def to_channels(array: Any, axes: Sequence[int]) -> Any:
+def to_channels(array: A, axes: Sequence[int]) -> A:
     """Reorders a slice `[…]` into its channels `[O, I]`.
 
     >>> import jax.numpy as jnp
@@ -121,7 +122,7 @@ def to_channels(array: Any, axes: Sequence[int]) -> Any:
     return array.transpose(order).reshape(channel_shape(array.shape, axes))
 
 
-def from_channels(channels: Any, shape: Sequence[int], axes: Sequence[int]) -> Any:
+def from_channels(channels: A, shape: Sequence[int], axes: Sequence[int]) -> A:
     """Reorders channels `[O, I]` into a slice of `shape`: the inverse of `to_channels`."""
     order = (*axes, *(a for a in range(len(shape)) if a not in axes))
     return channels.reshape([shape[a] for a in order]).transpose([order.index(a) for a in range(len(shape))])
@@ -141,7 +142,7 @@ def row_shape(outputs: int, inputs: int, granularity: Granularity) -> tuple[int,
     raise ValueError(f"unknown granularity {granularity!r}")
 
 
-def to_rows(channels: Any, granularity: Granularity) -> Any:
+def to_rows(channels: A, granularity: Granularity) -> A:
     """Regroups channels `[O, I]` into rows `[R, N]`, with 0 where a short group is padded."""
     outputs, inputs = channels.shape
     rows, length = row_shape(outputs, inputs, granularity)
@@ -152,7 +153,7 @@ def to_rows(channels: Any, granularity: Granularity) -> Any:
     return channels.reshape(rows, length)
 
 
-def from_rows(rows: Any, outputs: int, inputs: int, granularity: Granularity) -> Any:
+def from_rows(rows: A, outputs: int, inputs: int, granularity: Granularity) -> A:
     """Regroups rows into channels `[O, I]` and drops the padding: the inverse of `to_rows`."""
     if isinstance(granularity, InputGroups) and outputs:
         return rows.reshape(outputs, -1)[:, :inputs]
@@ -190,13 +191,13 @@ def row_of(output: jax.Array, input: jax.Array, inputs: int, granularity: Granul
     raise ValueError(f"unknown granularity {granularity!r}")
 
 
-def look_up(levels: Any, indices: Any) -> Any:
+def look_up(levels: A, indices: A) -> A:
     """Returns `[R, N]` the level of each index, from levels `[R, K]` and uint8 indices `[R, N]`."""
     if not isinstance(levels, np.ndarray):
         return jnp.take_along_axis(levels, indices.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
     found = np.empty(indices.shape, levels.dtype)
 
-    def block(some, columns) -> None:
+    def block(some: slice, columns: slice) -> None:
         place = indices[some, columns] + np.arange(some.stop - some.start)[:, None] * levels.shape[-1]
         found[some, columns] = levels[some].reshape(-1)[place]
 

@@ -11,9 +11,10 @@ from nuqjax._src.leaf import rows
 from nuqjax._src.leaf.codebook_array import CodebookArray, is_codebook_array
 from nuqjax._src.leaf.rows import Granularity
 from nuqjax._src.platform.meshes import shards
+from nuqjax._src.platform.types import PyTree
 
 
-def shardings(cparams: Any, param_shardings: Any) -> Any:
+def shardings(cparams: PyTree, param_shardings: PyTree) -> PyTree:
     """Returns shardings for a compressed tree, leaf by leaf from those of the dense parameters.
 
     Stack axes keep their sharding. The storage rows of a leaf (one for each output channel) are sharded like its output
@@ -50,7 +51,7 @@ def shardings(cparams: Any, param_shardings: Any) -> Any:
     return structure.unflatten(placed)
 
 
-def _of_leaf(leaf: CodebookArray, sharding: Any) -> CodebookArray:
+def _of_leaf(leaf: CodebookArray, sharding: Sharding) -> CodebookArray:
     """Returns the leaf with shardings in place of its arrays."""
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"shardings: a compressed leaf of shape {leaf.shape} has {sharding}, not a NamedSharding")

@@ -64,7 +64,7 @@ def channel_block(leaf: CodebookArray, start: int, stop: int) -> CodebookArray:
     return replace(leaf, levels=levels, packed=packed, scale=scale, slice_shape=(stop - start, inputs), axes=(0,))
 
 
-def _axis_numbers(leaf, shape) -> tuple[jax.Array, jax.Array]:
+def _axis_numbers(leaf: CodebookArray, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Returns channel numbers shaped like the output axes, and positions in a channel shaped like the other axes."""
     output_shape = tuple(shape[a] for a in leaf.axes)
     input_shape = tuple(n for a, n in enumerate(shape) if a not in leaf.axes)

@@ -4,7 +4,7 @@ All of it is exact but for the named rounding and overflow modes, which are thos
 int32 or int64, and results have the dtype of the words.
 """
 
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,20 @@ def divide(raw: jax.Array, divisor: int | jax.Array, rounding: str) -> jax.Array
     return whole + up.astype(raw.dtype)
 
 
-def rounds_up(whole, negative, inexact, above, tie, rounding: str) -> Any:
+@overload
+def rounds_up(whole: int, negative: bool, inexact: bool, above: bool, tie: bool, rounding: str) -> bool: ...
+@overload
+def rounds_up(
+    whole: jax.Array, negative: jax.Array, inexact: jax.Array, above: jax.Array, tie: jax.Array, rounding: str
+) -> jax.Array: ...
+def rounds_up(
+    whole: jax.Array | int,
+    negative: jax.Array | bool,
+    inexact: jax.Array | bool,
+    above: jax.Array | bool,
+    tie: jax.Array | bool,
+    rounding: str,
+) -> jax.Array | bool:
     """Returns whether a value between `whole` and `whole` + 1 rounds up; it is `above` the middle, or at it (`tie`)."""
     match rounding:
         case "floor":

@@ -8,25 +8,27 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import overload
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from nuqjax._src.platform.compat import enable_x64
+from nuqjax._src.platform.types import Array, T
 
 BLOCK = 2**15  # so many values have temporaries that stay in a core's own cache
 _SHARED = 2**20  # from so many values on, threads are worth starting
 
 
-def on_host(*arrays: Any) -> bool:
+def on_host(*arrays: object) -> bool:
     """Returns whether all of these, None ignored, are concrete and held by NumPy, or by JAX on one CPU."""
     return all(_one_on_host(array) for array in arrays)
 
 
-def _one_on_host(array: Any) -> bool:
+def _one_on_host(array: object) -> bool:
     if isinstance(array, jax.core.Tracer):
         return False
     if not isinstance(array, jax.Array):
@@ -35,7 +37,7 @@ def _one_on_host(array: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def native_dtype(dtype: Any) -> np.dtype:
+def native_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype that JAX converts this one to: in the machine's byte order, and no wider than x64 mode allows.
 
     >>> native_dtype(np.dtype(">f4"))
@@ -44,7 +46,7 @@ def native_dtype(dtype: Any) -> np.dtype:
     return jax.dtypes.canonicalize_dtype(np.dtype(dtype).newbyteorder("="))
 
 
-def why_unfit(dtype: Any) -> str | None:
+def why_unfit(dtype: DTypeLike) -> str | None:
     """Returns the reason why values of a dtype cannot be fitted; None if they can.
 
     >>> why_unfit(np.dtype(np.int8)), why_unfit(jnp.bfloat16)
@@ -69,12 +71,16 @@ def x64() -> Iterator[None]:
         yield
 
 
-def working_dtype(dtype: Any) -> np.dtype:
+def working_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype in which values are fitted and their levels returned: float64 for float64, else float32."""
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def to_numpy(array: Any) -> Any:
+@overload
+def to_numpy(array: ArrayLike) -> np.ndarray: ...
+@overload
+def to_numpy(array: None) -> None: ...
+def to_numpy(array: ArrayLike | None) -> np.ndarray | None:
     """Returns a host array as NumPy's in JAX's dtype for it, and copies only to convert; None stays None."""
     if array is None:
         return None
@@ -82,12 +88,16 @@ def to_numpy(array: Any) -> Any:
     return array.astype(native_dtype(array.dtype), copy=False)
 
 
-def row_by_row(array: Any) -> Any:
+@overload
+def row_by_row(array: Array) -> np.ndarray: ...
+@overload
+def row_by_row(array: None) -> None: ...
+def row_by_row(array: Array | None) -> np.ndarray | None:
     """Returns the array with the values of each row contiguous in memory, where NumPy is fast; None stays None."""
     return None if array is None else np.ascontiguousarray(array)
 
 
-def to_jax(array: Any) -> jax.Array:
+def to_jax(array: np.ndarray) -> jax.Array:
     """Moves a NumPy array that nothing else uses to JAX: this compiles nothing, and `jnp.asarray` would copy it."""
     return jax.device_put(array)
 
@@ -105,7 +115,7 @@ def blocks(count: int, length: int, size: int = BLOCK) -> Iterator[tuple[slice, 
             yield slice(row, min(row + some, count)), slice(start, min(start + stretch, length))
 
 
-def over_blocks(function: Callable, count: int, length: int, size: int = BLOCK) -> list[Any]:
+def over_blocks(function: Callable[[slice, slice], T], count: int, length: int, size: int = BLOCK) -> list[T]:
     """Returns the results of a function of rows and columns for each block, in order."""
     parts = list(blocks(count, length, size))
     if count * length < _SHARED or len(parts) == 1:

@@ -10,13 +10,14 @@ The caller defines what a lifted value is and what the rules do with it, and giv
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax import lax
 from jax.extend import core, source_info_util
 
 from nuqjax._src.platform.compat import bind_primitive
+from nuqjax._src.platform.types import PyTree
 from nuqjax._src.trace.traced import varying, varying_axes
 
 
@@ -37,7 +38,11 @@ class Site(NamedTuple):
         return f"{self.scope or '(top)'}:{self.primitive}#{self.ordinal}"
 
 
-Rule = Callable[..., Sequence[Any]]
+Value: TypeAlias = Any
+"""A value in a program that is evaluated: an array, or what the caller of `Interpreter` lifts in its place."""
+Atom: TypeAlias = core.Var | core.Literal
+"""An operand of an equation."""
+Rule: TypeAlias = Callable[..., Sequence[Value]]
 """`rule(interpreter, site, eqn, *operands) -> outputs`, some of the operands lifted."""
 
 
@@ -53,15 +58,15 @@ class Interpreter:
       default: the rule for other primitives; None lowers the operands and binds the equation.
     """
 
-    is_lifted: Callable[[Any], bool]
-    lower: Callable[[Any, Sequence[Any]], Any]
+    is_lifted: Callable[[Value], bool]
+    lower: Callable[[Value, Sequence[Value]], jax.Array]
     rules: Mapping[str, Rule]
     default: Rule | None = None
 
-    def evaluate(self, jaxpr: core.ClosedJaxpr, args: Sequence[Any], scope: str = "") -> list[Any]:
+    def evaluate(self, jaxpr: core.ClosedJaxpr, args: Sequence[Value], scope: str = "") -> list[Value]:
         """Evaluates a closed jaxpr and returns its outputs; `args` and outputs may be lifted."""
         inner = jaxpr.jaxpr
-        env: dict[Any, Any] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
+        env: dict[core.Var, Value] = dict(zip(inner.constvars, jaxpr.consts, strict=True))
         env.update(zip(inner.invars, args, strict=True))
         last_use = _last_uses(inner)
         seen: dict[tuple[str, str], int] = {}
@@ -78,7 +83,7 @@ class Interpreter:
                 del env[var]
         return [v.val if isinstance(v, core.Literal) else env[v] for v in inner.outvars]
 
-    def _equation(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    def _equation(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Value]) -> Sequence[Value]:
         if not any(map(self.is_lifted, operands)):
             return bind(eqn, operands)
         rule = self.rules.get(site.primitive) or CONTROL_FLOW.get(site.primitive) or self.default
@@ -86,13 +91,13 @@ class Interpreter:
             return bind(eqn, self.lower_all(operands))
         return rule(self, site, eqn, *operands)
 
-    def lower_all(self, operands: Sequence[Any]) -> list[Any]:
+    def lower_all(self, operands: Sequence[Value]) -> list[jax.Array]:
         """Returns the operands with every lifted one lowered."""
         arrays = [x for x in operands if not self.is_lifted(x)]
         return [self.lower(x, arrays) if self.is_lifted(x) else x for x in operands]
 
 
-def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
+def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[core.Var]]:
     """Returns, by equation number, the variables that no later equation reads."""
     last = {}
     for number, eqn in enumerate(jaxpr.eqns):
@@ -100,28 +105,27 @@ def _last_uses(jaxpr: core.Jaxpr) -> dict[int, list[Any]]:
             if not isinstance(var, core.Literal):
                 last[var] = number
     kept = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-    uses: dict[int, list[Any]] = {}
+    uses: dict[int, list[core.Var]] = {}
     for var, number in last.items():
         if var not in kept:
             uses.setdefault(number, []).append(var)
     return uses
 
 
-def bind(eqn: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+def bind(eqn: core.JaxprEqn, operands: Sequence[Value]) -> list[jax.Array]:
     """Returns the equation's outputs for arrays, exactly as JAX computes them."""
-    operands = [varying(x, varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
+    given = [varying(x, varying_axes(var.aval)) for x, var in zip(operands, eqn.invars, strict=True)]
     with eqn.ctx.manager:
-        outputs = bind_primitive(eqn.primitive, operands, eqn.params)
-    return outputs if eqn.primitive.multiple_results else [outputs]
+        return bind_primitive(eqn.primitive, given, eqn.params)
 
 
-def _as_written(eqn: core.JaxprEqn) -> AbstractContextManager[Any]:
+def _as_written(eqn: core.JaxprEqn) -> AbstractContextManager:
     """Returns a context in which bound primitives get the equation's scope, inside the current one, and source line."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
 
-def _closed(jaxpr: Any) -> core.ClosedJaxpr:
+def _closed(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
@@ -131,7 +135,7 @@ def body_of(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return next((_closed(eqn.params[name]) for name in names if name in eqn.params), None)
 
 
-def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> list[Any]:
+def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands: Value) -> list[Value]:
     """Evaluates the body of a call without the call.
 
     A call with derivatives of its own (`DERIVED`) loses them, so this suits lifted values that have no derivatives.
@@ -141,53 +145,55 @@ def inline(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) 
     return interpreter.evaluate(body, operands, site.scope)
 
 
-def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Any:
+def _remat(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands: Value) -> list[jax.Array]:
     """Evaluates the body under `jax.checkpoint` again, so that values lowered in it are lowered again for gradients."""
     jaxpr, params = _closed(eqn.params["jaxpr"]), eqn.params
 
-    def inside(*operands) -> list[Any]:
+    def inside(*operands: Value) -> list[jax.Array]:
         return interpreter.lower_all(interpreter.evaluate(jaxpr, operands, site.scope))
 
     return jax.checkpoint(inside, prevent_cse=params["prevent_cse"], policy=params["policy"])(*operands)
 
 
-def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
+def _custom_jvp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands: Value) -> tuple[jax.Array, ...]:
     """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_jvp
-    def call(operands) -> tuple[Any, ...]:
+    def call(operands: Value) -> tuple[jax.Array, ...]:
         inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
         return tuple(interpreter.lower_all(inside))
 
     @call.defjvp
-    def _(primals, tangents) -> tuple[Any, ...]:
+    def _(
+        primals: tuple[Value, ...], tangents: tuple[Value, ...]
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         return jax.jvp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), primals, tangents)
 
     return call(operands)
 
 
-def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
+def _custom_vjp(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands: Value) -> tuple[jax.Array, ...]:
     """Evaluates the body for the value; derivatives use the function's own rule, on lowered operands."""
 
     @jax.custom_vjp
-    def call(operands) -> tuple[Any, ...]:
+    def call(operands: Value) -> tuple[jax.Array, ...]:
         inside = interpreter.evaluate(_closed(eqn.params["call_jaxpr"]), operands, site.scope)
         return tuple(interpreter.lower_all(inside))
 
-    def forward(operands) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    def forward(operands: Value) -> tuple[tuple[jax.Array, ...], Callable]:
         return jax.vjp(lambda operands: tuple(bind(eqn, interpreter.lower_all(operands))), operands)
 
-    def backward(vjp, cotangents) -> Any:
+    def backward(vjp: Callable, cotangents: tuple[jax.Array, ...]) -> tuple[PyTree, ...]:
         return vjp(cotangents)
 
     call.defvjp(forward, backward)
     return call(operands)
 
 
-def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *operands) -> Any:
+def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index: Value, *operands: Value) -> list[jax.Array]:
     """Evaluates each branch with the lifted operands; the index and the outputs are lowered."""
 
-    def of(branch) -> Callable[..., tuple[Any, ...]]:
+    def of(branch: core.ClosedJaxpr) -> Callable[..., tuple[jax.Array, ...]]:
         return lambda *operands: tuple(
             interpreter.lower_all(interpreter.evaluate(_closed(branch), operands, site.scope))
         )
@@ -197,7 +203,7 @@ def _cond(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, index, *oper
     return lax.switch(index, [of(branch) for branch in eqn.params["branches"]], *operands)
 
 
-def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
+def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands: Value) -> tuple[jax.Array, ...]:
     """Evaluates a loop with constants that stay lifted; the carry is lowered."""
     params = eqn.params
     cond_jaxpr, body_jaxpr = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
@@ -205,17 +211,17 @@ def _while(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) 
     cond_consts, body_consts = operands[:first], operands[first:second]
     carry = tuple(interpreter.lower_all(operands[second:]))
 
-    def condition(carry) -> Any:
+    def condition(carry: tuple[jax.Array, ...]) -> jax.Array:
         [going] = interpreter.lower_all(interpreter.evaluate(cond_jaxpr, (*cond_consts, *carry), site.scope))
         return going
 
-    def body(carry) -> tuple[Any, ...]:
+    def body(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(interpreter.lower_all(interpreter.evaluate(body_jaxpr, (*body_consts, *carry), site.scope)))
 
     return lax.while_loop(condition, body, carry)
 
 
-def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> tuple[Any, ...]:
+def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands: Value) -> tuple[jax.Array, ...]:
     """Evaluates a scan: constants stay lifted, lifted operands are sliced if they can be; the carry is lowered."""
     params, jaxpr = eqn.params, _closed(eqn.params["jaxpr"])
     first, second = scan_parts(params, len(operands))
@@ -223,7 +229,9 @@ def _scan(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -
     carry = tuple(interpreter.lower_all(operands[first:second]))
     xs = [x if not interpreter.is_lifted(x) or _can_scan(x) else interpreter.lower(x, ()) for x in xs]
 
-    def body(carry, xs) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def body(
+        carry: tuple[jax.Array, ...], xs: tuple[Value, ...]
+    ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         outputs = interpreter.lower_all(interpreter.evaluate(jaxpr, (*consts, *carry, *xs), site.scope))
         return tuple(outputs[: len(carry)]), tuple(outputs[len(carry) :])
 
@@ -241,7 +249,7 @@ def scan_parts(params: Mapping[str, Any], count: int) -> tuple[int, int]:
     return params["num_consts"], params["num_consts"] + params["num_carry"]
 
 
-def _can_scan(value: Any) -> bool:
+def _can_scan(value: Value) -> bool:
     """Returns whether slicing a lifted value's arrays along their first axis slices the value."""
     return bool(getattr(value, "stacked", False))
 

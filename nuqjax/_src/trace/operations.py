@@ -1,12 +1,12 @@
 """Kinds of operations, by the names of their primitives, and what those who read whole programs do with them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
+from jax.core import AbstractValue
 from jax.extend import core
 
-from nuqjax._src.trace.interpret import Interpreter, Site, scan_parts
+from nuqjax._src.trace.interpret import Interpreter, Site, Value, scan_parts
 
 LINEAR = frozenset({"dot_general", "conv_general_dilated"})
 # The result has the values of the operand, up to the dtype.
@@ -33,10 +33,10 @@ def unroll(
     interpreter: Interpreter,
     site: Site,
     eqn: core.JaxprEqn,
-    operands: Sequence[Any],
-    index: Callable[[Any, int], Any],
-    stack: Callable[[list[Any], Any], Any],
-) -> list[Any]:
+    operands: Sequence[Value],
+    index: Callable[[Value, int], Value],
+    stack: Callable[[list[Value], AbstractValue], Value],
+) -> list[Value]:
     """Evaluates a `scan` step by step, each under a scope of its own, `SCOPE[STEP]`.
 
     Args:
@@ -50,7 +50,7 @@ def unroll(
     first, second = scan_parts(eqn.params, len(operands))
     consts, carry, xs = operands[:first], list(operands[first:second]), operands[second:]
     steps = range(eqn.params["length"])
-    rows: dict[int, Sequence[Any]] = {}
+    rows: dict[int, Sequence[Value]] = {}
     for step in steps[::-1] if eqn.params["reverse"] else steps:
         taken = [index(x, step) for x in xs]
         scope = f"{site.scope or 'scan'}[{step}]"

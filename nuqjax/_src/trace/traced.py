@@ -5,10 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import AbstractValue
 from jax.extend import core
+from jax.sharding import NamedSharding
+from jax.tree_util import KeyPath
 
 from nuqjax._src.platform.compat import as_varying
 from nuqjax._src.platform.meshes import explicit_sharding
+from nuqjax._src.platform.types import Array, PyTree, TreeDef
 
 
 class Traced(NamedTuple):
@@ -23,9 +27,9 @@ class Traced(NamedTuple):
     """
 
     jaxpr: core.ClosedJaxpr
-    arrays: list[tuple[tuple[Any, ...], Any]]
-    outputs: Any
-    changed: list[tuple[tuple[Any, ...], Any]]
+    arrays: list[tuple[KeyPath, Any]]
+    outputs: TreeDef
+    changed: list[tuple[KeyPath, Any]]
 
 
 COMPUTED = object()
@@ -33,11 +37,11 @@ COMPUTED = object()
 
 
 def trace(
-    fn: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    is_leaf: Callable[[Any], bool],
-    sharding_of: Callable[[Any], Any] = lambda leaf: None,
+    fn: Callable[..., PyTree],
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
+    is_leaf: Callable[[object], bool],
+    sharding_of: Callable[[Any], NamedSharding | None] = lambda leaf: None,
     *,
     caller: str = "",
 ) -> Traced:
@@ -60,9 +64,9 @@ def trace(
         raise TypeError(f"{caller}: {type(fn).__name__} is a model, but a function is wanted, such as model.apply")
     flat, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_leaf)
     traced = [n for n, (_, x) in enumerate(flat) if is_leaf(x) or isinstance(x, _ARRAYS)]
-    changed: list[tuple[tuple[Any, ...], Any]] = []
+    changed: list[tuple[KeyPath, Any]] = []
 
-    def dense(*arrays) -> tuple[Any, list[Any]]:
+    def dense(*arrays: jax.Array) -> tuple[PyTree, list[jax.Array]]:
         values = [x for _, x in flat]
         for n, array in zip(traced, arrays, strict=True):
             values[n] = array
@@ -80,9 +84,10 @@ def trace(
     def shape_of(x) -> jax.ShapeDtypeStruct:
         varying = _varying_type(jax.tree.leaves(x))
         if is_leaf(x):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, **{"sharding": sharding_of(x)} | varying)
+            placed: dict[str, Any] = {"sharding": sharding_of(x)} | varying
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, **placed)
         aval = jax.typeof(x)
-        placed: dict[str, Any] = {"sharding": None if explicit_sharding(x) is None else aval.sharding} | varying
+        placed = {"sharding": None if explicit_sharding(x) is None else aval.sharding} | varying
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False), **placed)
 
     jaxpr, (shapes, _) = jax.make_jaxpr(dense, return_shape=True)(*(shape_of(flat[n][1]) for n in traced))
@@ -92,7 +97,14 @@ def trace(
 _ARRAYS = jax.Array | np.ndarray | np.generic
 
 
-def _changes(tree, before, paths, values, is_leaf, caller) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _changes(
+    tree: PyTree,
+    before: TreeDef,
+    paths: Sequence[KeyPath],
+    values: Sequence[object],
+    is_leaf: Callable[[object], bool],
+    caller: str,
+) -> Iterator[tuple[KeyPath, object]]:
     """Yields path and new value of each leaf that the function replaced."""
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     missing = dict.fromkeys(paths)
@@ -118,12 +130,14 @@ def _changes(tree, before, paths, values, is_leaf, caller) -> Iterator[tuple[tup
             yield path, new
 
 
-def _arguments(structure) -> list[Any]:
+def _arguments(structure: TreeDef) -> list[TreeDef]:
     """Returns the structures of the arguments, positional ones first."""
     return [argument for group in structure.children() for argument in group.children()]
 
 
-def write_changes(traced: Traced, args: Any, kwargs: Any, computed: Sequence[Any], caller: str) -> None:
+def write_changes(
+    traced: Traced, args: Sequence[PyTree], kwargs: Mapping[str, PyTree], computed: Sequence[jax.Array], caller: str
+) -> None:
     """Writes what a function changed in its arguments back into the arguments' containers.
 
     Args:
@@ -141,7 +155,7 @@ def write_changes(traced: Traced, args: Any, kwargs: Any, computed: Sequence[Any
         _write((args, kwargs), path, next(arrays) if value is COMPUTED else value, caller)
 
 
-def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
+def _write(tree: PyTree, path: KeyPath, value: object, caller: str) -> None:
     """Replaces the leaf at `path` by a value, in place, in the containers of the tree."""
     *parents, last = path
     try:
@@ -162,7 +176,7 @@ def _write(tree: Any, path: Sequence[Any], value: Any, caller: str) -> None:
         ) from error
 
 
-def argument_name(path: Sequence[Any]) -> str:
+def argument_name(path: KeyPath) -> str:
     """Returns the name of a leaf of the arguments for messages: `argument 0, cache/key`."""
     argument, *inside = path[1:]
     name = jax.tree_util.keystr((argument,), simple=True)
@@ -171,18 +185,18 @@ def argument_name(path: Sequence[Any]) -> str:
     )
 
 
-def varying_axes(aval: Any) -> frozenset[Any]:
+def varying_axes(aval: AbstractValue) -> frozenset[str]:
     """Returns the axes of a `jax.shard_map` over which an array of this type varies."""
     return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()) or getattr(aval, "vma", ()))
 
 
-def varying(x: Any, axes: frozenset[Any]) -> Any:
+def varying(x: Array, axes: frozenset[str]) -> Array:
     """Returns `x` with a type that varies over these axes, too."""
     missing = axes - varying_axes(jax.typeof(x))
     return as_varying(x, sorted(missing)) if missing else x
 
 
-def _varying_type(arrays: Sequence[Any]) -> dict[str, Any]:
+def _varying_type(arrays: Sequence[Array]) -> dict[str, Any]:
     """Returns the arguments of `jax.ShapeDtypeStruct` for an array that varies over the axes of all these arrays."""
     axes = frozenset().union(*(varying_axes(jax.typeof(x)) for x in arrays))
     if not axes:
