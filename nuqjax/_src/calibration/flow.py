@@ -284,9 +284,8 @@ class _Learned:
     ) -> tuple[dict[str, Solved], Any, dict[str, str]]:
         """Compresses every leaf with the inputs that the leaves before it leave it; see `sequential`."""
         sizes = sums_of_uses(self.programs, next(iter(self.batches)))
-        groups = _groups(self.planned, {path: 2 * size for path, size in sizes.items()}, self.tied)
         return solved_in_order(
-            self.programs, self.batches, plans, self.leaves, self.tied, groups, list(sizes), rates, shown
+            self.programs, self.batches, plans, self.leaves, self.tied, sizes, _MOMENT_VALUES // 2, rates, shown
         )
 
     def _gathered(self, batches: Any, group: frozenset[str]) -> Moments:

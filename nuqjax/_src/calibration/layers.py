@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nuqjax._src.calibration.problem import Problem, Solution, shrunk, target
+from nuqjax._src.calibration.problem import Problem, Solution, ahead, shrunk
 from nuqjax._src.calibration.second_moments import LeafMoments
 from nuqjax._src.calibration.solver import quantize
 from nuqjax._src.compress.leaf import compress_leaf, leaf_of
@@ -53,18 +53,10 @@ def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments, cross: np.nd
         hessian = shrunk(moment.reshape(-1, *moment.shape[-2:]), found.images, positions).reshape(moment.shape)
         weights = np.ascontiguousarray(rows.to_channels(one, plan.axes))
         if other is not None:
-            moved = target(weights, moment, other, _ridged(hessian)).astype(weights.dtype)
+            moved = ahead(weights, moment, other, hessian, found.images, positions).astype(weights.dtype)
             weights = np.where(weights == 0, weights, moved) if plan.options.keep_zero else moved
         made.append(Problem(weights, hessian))
     return made
-
-
-def _ridged(hessian: np.ndarray) -> np.ndarray:
-    size = hessian.shape[-1]
-    return hessian + RIDGE * np.einsum("...ii->...", hessian)[..., None, None] / max(size, 1) * np.eye(size)
-
-
-RIDGE = 1.0  # of the mean of the diagonal; with 0.1 weights follow what few inputs show by chance
 
 
 def solved(
