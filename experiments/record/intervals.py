@@ -1,6 +1,7 @@
 """Two forms on the same examples: the mean of what lies between them, with its interval."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,3 +34,20 @@ def paired(one: np.ndarray, other: np.ndarray, *, share: float = 0.95, draws: in
     means = [each[rng.integers(0, count, count)].mean() for _ in range(draws)]
     low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
     return Paired(float(each.mean()), float(low), float(high))
+
+
+def between(pairs: Sequence[dict[str, Any]], size: str, form: str, measure: str = "kl") -> list[float] | None:
+    """What `knq` with data has more than another form of its size, and the ends of the interval; None if not measured.
+
+    >>> pairs = [{"size": "4", "one": "calibrated uniform", "other": "calibrated knq", "kl": [0.5, 0.25, 1.0]}]
+    >>> between(pairs, "4", "calibrated uniform")
+    [-0.5, -1.0, -0.25]
+    """
+    best = ("calibrated knq", "budget knq")
+    for pair in pairs:
+        difference, low, high = pair[measure]
+        if pair["size"] == size and pair["other"] == form and pair["one"] in best:
+            return [difference, low, high]
+        if pair["size"] == size and pair["one"] == form and pair["other"] in best:
+            return [-difference, -high, -low]
+    return None

@@ -30,7 +30,7 @@ import nuqjax
 from experiments import networks
 from experiments.data import images
 from experiments.networks import Network
-from experiments.record.intervals import paired
+from experiments.record.intervals import between, paired
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import listed
 
@@ -257,23 +257,6 @@ def table(results: dict[str, Any]) -> Table:
             "" if less is None else "{:.3f} ({:.3f} to {:.3f})".format(*less), f"{cell['seconds']:.0f}",
         )  # fmt: skip
     return made
-
-
-def between(pairs: Sequence[dict[str, Any]], size: str, form: str, measure: str = "kl") -> list[float] | None:
-    """What `knq` with data has more than another form of its size, and the ends of the interval; None if not measured.
-
-    >>> pairs = [{"size": "4", "one": "calibrated uniform", "other": "calibrated knq", "kl": [0.5, 0.25, 1.0]}]
-    >>> between(pairs, "4", "calibrated uniform")
-    [-0.5, -1.0, -0.25]
-    """
-    best = ("calibrated knq", "budget knq")
-    for pair in pairs:
-        difference, low, high = pair[measure]
-        if pair["size"] == size and pair["other"] == form and pair["one"] in best:
-            return [difference, low, high]
-        if pair["size"] == size and pair["one"] == form and pair["other"] in best:
-            return [-difference, -high, -low]
-    return None
 
 
 def listed_cells(bits: Sequence[str], budgets: Sequence[str], levels: Sequence[str]) -> list[Cell]:
