@@ -56,9 +56,10 @@ WINGS: dict[str, Wing] = {
     "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
     "calibration": Wing(
         "fisher measures squares sweeps problem places level_formats stages rated solver "
-        "convolutions uses programs second_moments pairs biases layouts layers sequential widths flow door",
+        "convolutions uses programs progress second_moments pairs biases layouts layers sequential widths flow "
+        "refine door",
         "leaf trace fit fold report store compress",
-        ("rich",),
+        ("optax", "rich"),
     ),
     "checkpoint": Wing(
         "tree names journal locate "

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from nuqjax._src.calibration.layouts import as_used, with_scales
 from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
 from nuqjax._src.calibration.pairs import NotMapped
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
+from nuqjax._src.calibration.progress import Counted, bars
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
 from nuqjax._src.calibration.sequential import solved_in_order
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
@@ -25,33 +25,6 @@ from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.codebooks import decompress
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.store.compared import build_report
-
-
-@contextmanager
-def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, int], Iterable[Any]]]:
-    """Yields a function that shows a progress bar for some work with a known number of steps."""
-    if not show:
-        yield lambda work, name, count: work
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    from nuqjax._src.report.bars import progress_bars
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with progress_bars(*columns) as bars:
-        yield lambda work, name, count: bars.track(work, total=count, description=name)
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Batches that show a progress bar for each pass over them."""
-
-    batches: Some
-    shown: Callable[..., Iterable[Any]]
-    name: str
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.shown(self.batches, self.name, len(self.batches.numbers)))
 
 
 def calibrated(
@@ -78,7 +51,7 @@ def calibrated(
         raise ValueError(f"compress: {goal.text} needs two batches or more: some are held out to measure on")
     learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat))
     allocation, rates = None, None
-    with _bars(progress) as shown:
+    with bars(progress) as shown:
         if goal is None:
             made, found = learned.solved(shown)
         else:
@@ -212,7 +185,7 @@ class _Learned:
             )
         groups = _groups(self.planned, sizes, self.tied)
         for group in groups:
-            moments = self._gathered(_Counted(self.batches, shown, "moments"), group).joined(self.tied)
+            moments = self._gathered(Counted(self.batches, shown, "moments"), group).joined(self.tied)
             if self.means is None:
                 self.means = moments.without_second()
             if len(groups) == 1:
