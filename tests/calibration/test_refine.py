@@ -1,4 +1,4 @@
-"""`refine`: levels come closer to the float outputs on their format's values, and never at a loss on held-out batches."""
+"""`refine`: levels approach the float outputs on their format's values, and never at a loss on held-out batches."""
 
 import functools
 import sys
