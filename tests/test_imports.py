@@ -63,11 +63,14 @@ WINGS: dict[str, Wing] = {
     ),
     "checkpoint": Wing(
         "tree names journal locate "
-        "formats/safetensors formats/numpy formats/msgpack formats/orbax formats/hdf5 checkpoint convert",
-        "leaf report store compress",
+        "formats/safetensors formats/numpy formats/msgpack formats/orbax formats/hdf5 checkpoint convert "
+        "results calibrated",
+        "leaf report store compress calibration",
         ("flax", "h5py", "msgpack", "orbax"),
     ),
-    "cli": Wing("options parser process show compare commands", "leaf report checkpoint nuqjax", ("rich", "shtab")),
+    "cli": Wing(
+        "options parser process show compare commands", "leaf report compress checkpoint nuqjax", ("rich", "shtab")
+    ),
 }
 SOURCES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
 FACE = sorted(PACKAGE.glob("*.py"))

@@ -12,7 +12,7 @@ from jax import lax
 import nuqjax
 from nuqjax.calibration import refine
 
-pytest.importorskip("optax")
+optax = pytest.importorskip("optax")
 
 LAYERS = {  # a way to store levels each
     "plain": {},
@@ -44,7 +44,8 @@ def learned():
     rules = [nuqjax.Rule(f"{name}/kernel", skip=False, **given) for name, given in LAYERS.items()]
     batches = [rng.normal(size=(48, 16)).astype(np.float32) for _ in range(4)]
     cparams = nuqjax.compress(params, bits=2, min_size=64, rules=rules)
-    return params, cparams, batches, refine(network, params, cparams, batches[:3], held_out=batches[3:], steps=40)
+    given = {"held_out": batches[3:], "steps": 40, "optimizer": optax.adam(1e-2)}
+    return params, cparams, batches, refine(network, params, cparams, batches[:3], **given)
 
 
 def part(tree):
@@ -98,7 +99,8 @@ def test_levels_keep_their_order_and_a_level_of_zero_is_zero():
 
 def test_the_same_call_gives_the_same_bits():
     params, cparams, batches, result = learned()
-    again = refine(network, params, cparams, batches[:3], held_out=batches[3:], steps=40)
+    given = {"held_out": batches[3:], "steps": 40, "optimizer": optax.adam(1e-2)}
+    again = refine(network, params, cparams, batches[:3], **given)
     assert again.history == result.history
     for one, other in zip(jax.tree.leaves(again.cparams), jax.tree.leaves(result.cparams), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
@@ -125,7 +127,7 @@ def test_a_tree_that_no_step_makes_better_comes_back_as_it_was(speed):
     result = refine(network, params, cparams, batches[:1], **given)
     assert result.cparams is cparams
     assert (result.steps, result.after) == (0, result.before)
-    assert len(result.history) == (0 if np.isnan(speed) else 3)  # and it is given up early
+    assert [number for number, _ in result.history] == [10, 20, 30]  # and it is given up early
     assert str(result).startswith("not refined")
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.core
 
-from nuqjax._src.calibration.flow import calibrated
-from nuqjax._src.calibration.programs import Programs
+from nuqjax._src.calibration.flow import Once, calibrated
+from nuqjax._src.calibration.programs import Programs, fingerprint_of_call
 from nuqjax._src.calibration.widths import goal_of
 from nuqjax._src.compress.compress import compress_tree
 from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.leaf.qformat import CodebookFormat
 from nuqjax._src.leaf.rows import Granularity, Scale
+from nuqjax._src.report.report import Report
 
 
 def compress(
@@ -132,31 +133,67 @@ def compress(
             if given is not None:
                 raise ValueError(f"compress: {name}= needs data: compress(params, {name}=…, fn=…, batches=…)")
         return compress_tree(params, options, rules, sensitivity, return_report=return_report, progress=progress)
-    _check_data(fn, batches, sensitivity, options, params)
-    goal = goal_of(budget, rate)
-    options = options if rate is None else replace(options, bits=_RATED_BITS)
-    assert fn is not None
-    programs = Programs(fn, params, "compress", output)
-    cparams, report, notes = calibrated(programs, batches, options, rules, goal, progress)
+    if sensitivity is not None:
+        raise ValueError(
+            "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
+        )
+    cparams, report, notes = compressed_with_data(
+        params, options, rules, fn=fn, batches=batches, output=output, budget=budget, rate=rate, progress=progress
+    )
     for note in notes:
         warnings.warn(f"compress: {note}", stacklevel=2)
     return (cparams, report()) if return_report else cparams
 
 
+def compressed_with_data(
+    params: Any,
+    options: Options,
+    rules: Any,
+    *,
+    fn: Any,
+    batches: Any,
+    output: Callable[[Any], Any] | None = None,
+    budget: int | str | None = None,
+    rate: str | None = None,
+    progress: bool = False,
+    once: Callable[[Any, Callable[[], Any]], Any] | None = None,
+) -> tuple[Any, Callable[[], Report], tuple[str, ...]]:
+    """Compresses as `compress` with data does; returns the tree, a function that makes its report, and the warnings.
+
+    Args:
+      params: the dense tree.
+      options: the user's options.
+      rules: the user's rules.
+      fn: as in `compress`, like `batches`, `output`, `budget`, `rate` and `progress`.
+      batches: the inputs.
+      output: selects the output to compare.
+      budget: bits a weight, bytes, or a divergence.
+      rate: bits a weight of a coded file.
+      progress: show progress bars.
+      once: called with a key and a function that makes a tree of plain values, arrays and compressed leaves; returns
+        that tree, or one that was kept for the key, which covers all that the tree depends on.
+    """
+    _check_data(fn, batches, options, params)
+    goal = goal_of(budget, rate)
+    options = options if rate is None else replace(options, bits=_RATED_BITS)
+    programs = Programs(fn, params, "compress", output)
+    if once is None:
+        return calibrated(programs, batches, options, rules, goal, progress)
+    call = fingerprint_of_call(programs, batches), repr(options), repr(rules), goal
+    keep: Once = lambda key, make: once((call, key), make)  # noqa: E731
+    return calibrated(programs, batches, options, rules, goal, progress, keep)
+
+
 _RATED_BITS = 6  # index width in memory: with so many levels, further ones would be too rarely used to matter
 
 
-def _check_data(fn: Any, batches: Any, sensitivity: Any, options: Options, params: Any) -> None:
+def _check_data(fn: Any, batches: Any, options: Options, params: Any) -> None:
     call = "nuqjax.compress(params, bits=4, fn=model.apply, batches=batches)"
     if fn is None or batches is None:
         missing, given = ("fn", "batches") if fn is None else ("batches", "fn")
         raise ValueError(f"compress: {given} is given, but no {missing}: {call}")
     if not callable(fn) or callable(getattr(fn, "init", None)):
         raise ValueError(f"compress: fn is a {type(fn).__name__}, but a function fn(params, *inputs) is wanted: {call}")
-    if sensitivity is not None:
-        raise ValueError(
-            "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
-        )
     if options.method != "knq":
         raise ValueError(f'compress: method={options.method!r} with fn, but levels are fitted to data by "knq" only')
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):

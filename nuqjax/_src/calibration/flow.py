@@ -1,5 +1,6 @@
 """The flow with data: split the batches, gather moments, choose widths, solve leaf by leaf, correct biases, measure."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,22 @@ from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.store.compared import build_report
 from nuqjax._src.store.store import file_sizes
 
+Once = Callable[[Any, Callable[[], Any]], Any]
+"""Returns what the function makes, or what was kept for the key that comes before it."""
+
+
+def _at_once(key: Any, make: Callable[[], Any]) -> Any:
+    return make()
+
 
 def calibrated(
-    programs: Programs, batches: Any, options: Options, rules: Any, goal: Goal | None, progress: bool
+    programs: Programs,
+    batches: Any,
+    options: Options,
+    rules: Any,
+    goal: Goal | None,
+    progress: bool,
+    once: Once = _at_once,
 ) -> tuple[Any, Callable[[], Any], tuple[str, ...]]:
     """Returns a compressed tree, a function that makes its report, and the warnings.
 
@@ -40,6 +54,7 @@ def calibrated(
       rules: the user's rules.
       goal: the budget or rate that decides the bits of each leaf; None leaves this to the options and rules.
       progress: whether to show progress bars.
+      once: keeps finished parts. Keys are unique within a call.
     """
     options = with_scales(options)
     flat, structure = jax.tree_util.tree_flatten_with_path(programs.params, is_leaf=is_codebook_array)
@@ -50,7 +65,7 @@ def calibrated(
     split = split_off(batches, thirds=goal is not None)
     if goal is not None and not split.tried:
         raise ValueError(f"compress: {goal.text} needs two batches or more: some are held out to measure on")
-    learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat))
+    learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat), once)
     allocation, rates, predicted = None, None, None
     with bars(progress) as shown:
         if goal is None:
@@ -197,6 +212,7 @@ class _Learned:
       planned: the plans of the leaves by the user's options.
       leaves: the arrays of the leaves.
       tied: by path, all paths of the same array, for arrays that occur more than once.
+      once: keeps finished leaves and what was measured.
       bits: by path, the widths that a budget gives; empty without one.
       means: the moments of all leaves without second moments; None before the first pass.
     """
@@ -206,6 +222,7 @@ class _Learned:
     planned: Sequence[LeafPlan]
     leaves: Sequence[Any]
     tied: Mapping[str, Sequence[str]]
+    once: Once = _at_once
     bits: Mapping[str, int] = field(default_factory=dict)
     means: Any = None
     _only: Any = None
@@ -270,9 +287,10 @@ class _Learned:
         table, prices = {}, {}
         for group, moments in self.groups(shown):
             plans = [plan if plan.path in group else _left(plan) for plan in self.plans(moments)]
-            found = sensitivities(self.programs, tried, moments, plans, (2, 3), shown)
-            table |= found[0]
-            prices |= found[1]
+            make = functools.partial(sensitivities, self.programs, tried, moments, plans, (2, 3), shown)
+            found = self.once(("sensitivity", sorted(group)), lambda make=make: dict(zip("tp", make(), strict=True)))
+            table |= found["t"]
+            prices |= found["p"]
         return table, prices
 
     def solved(
@@ -298,7 +316,8 @@ class _Learned:
                 here = moments.of(plan.path, plan.axes, plan.options.stack_axes)
                 found[plan.path] = here if isinstance(here, str) else here.without_values()
                 stages: dict[str, Any] = {} if rates is None else {"rate": rates.get(plan.path)}
-                made[plan.path] = solved(self.leaves[n], plan, None if isinstance(here, str) else here, **stages)
+                given = self.leaves[n], plan, None if isinstance(here, str) else here
+                made[plan.path] = self._kept("alone", *given, **stages)
         return made, found
 
     def solved_in_order(
@@ -308,8 +327,22 @@ class _Learned:
         sizes = sums_of_uses(self.programs, next(iter(self.batches)))
         groups = _groups(self.planned, {path: 2 * size for path, size in sizes.items()}, self.tied)
         return solved_in_order(
-            self.programs, self.batches, plans, self.leaves, self.tied, groups, list(sizes), rates, shown
+            self.programs,
+            self.batches,
+            plans,
+            self.leaves,
+            self.tied,
+            groups,
+            list(sizes),
+            rates,
+            shown,
+            functools.partial(self._kept, f"in order at {sorted((rates or {}).items())}"),
         )
+
+    def _kept(self, way: str, leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) -> Solved:
+        """Compresses a leaf as `solved` does, unless that was done and kept."""
+        key = way, repr(plan), self.batches.numbers, stages.get("rate")
+        return Solved(**self.once(key, lambda: solved(leaf, plan, found, **stages)._asdict()))
 
     def _gathered(self, batches: Any, group: frozenset[str]) -> Moments:
         def check(number: int, batch: Any, outputs: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """A function of parameters and inputs, compiled once for each shape of a batch; checks and splits of batches."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -148,6 +149,28 @@ class Programs:
                 "output=lambda outputs: … chooses them among what fn gives"
             )
         return found
+
+
+def fingerprint_of_call(programs: Programs, batches: Iterable[Any]) -> str:
+    """Returns a text that identifies a function, by its program, and all values of its parameters and inputs."""
+    digest = hashlib.sha256(f"{jax.__version__} {np.__version__}".encode())
+
+    def add(text: str, arrays: Iterable[Any]) -> None:
+        digest.update(text.encode(errors="surrogatepass"))
+        for array in map(np.asarray, arrays):
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+
+    known = set()
+    for batch in checked_batches(batches, programs.caller):
+        traced, key = programs.traced(batch), programs.key(batch)
+        if key not in known:
+            known.add(key)
+            text = re.sub("0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions differ from run to run
+            add(text, [*traced.jaxpr.consts, *(x for x in jax.tree.leaves(programs.params) if isinstance(x, ARRAYS))])
+        add(repr(key), [x for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, ARRAYS)])
+    names = jax.tree_util.tree_flatten_with_path(programs.params)[0]
+    add(repr([path_name(path) for path, _ in names]), [])
+    return digest.hexdigest()
 
 
 class Split(NamedTuple):

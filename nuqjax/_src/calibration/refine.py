@@ -1,6 +1,7 @@
 """Refinement of levels by distillation: gradient descent on the divergence from the float outputs, indices frozen."""
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -24,8 +25,8 @@ from nuqjax._src.leaf.qformat import QFormat
 from nuqjax._src.platform.meshes import on_automatic
 
 _EVERY = 10  # steps between two measurements on held-out batches
-_PATIENCE = 3  # measurements without a new best one after which refinement ends
-_RATE = 1e-2  # of the default optimizer, in units of the levels' own size
+_PATIENCE = 3  # measurements in a row without a new best one after which refinement ends
+_RATE = 1e-3  # of the default optimizer, in units of the levels' own size: of deep networks, 1e-2 leaves nothing
 
 
 class Refined(NamedTuple):
@@ -70,8 +71,9 @@ def refine(
     Each step goes down the gradient of KL(float ‖ compressed) of one batch with respect to all levels at once; no
     labels are needed. Indices, and with them the size, are unchanged. Levels stay on the values of their format, in
     their order, and a level of 0 stays 0. The divergence on held-out batches is measured before the first step and
-    after every tenth. The best tree of these is returned, so it is never worse than what came in; three measurements
-    in a row that are not the best one end the refinement.
+    after every tenth. Where it is not the least so far, refinement goes back to the values of the least, and on with
+    steps a quarter as large; three times in a row end it. The tree of the least divergence is returned, which is that
+    of `cparams` itself where no step made it better.
 
     Args:
       fn: `fn(params, *inputs)`, any function that JAX can trace.
@@ -81,7 +83,7 @@ def refine(
         last.
       held_out: other inputs, on which the divergence is measured.
       optimizer: an optax optimizer (or anything with its `init` and `update`); None for Adam with a learning rate that
-        falls from 0.01 to 0, for which optax must be installed. It sees each value in units of its codebook's size
+        falls from 0.001 to 0, for which optax must be installed. It sees each value in units of its codebook's size
         (a scale in units of itself), so that a learning rate is relative.
       steps: the largest number of steps.
       scales: refine scales, too.
@@ -124,7 +126,7 @@ def refine(
     optimizer = _adam(steps) if optimizer is None else optimizer
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(
-            f"refine: optimizer is a {type(optimizer).__name__}, but one of optax is wanted: optimizer=optax.adam(1e-2)"
+            f"refine: optimizer is a {type(optimizer).__name__}, but one of optax is wanted: optimizer=optax.adam(1e-3)"
         )
     leaves = [leaf for _, leaf in flat]
     exact = [finite(programs.outputs(params, batch), "the float parameters", "refine") for batch in held_out]
@@ -133,25 +135,39 @@ def refine(
         values = decompress(tree)
         return measured(zip(exact, (programs.outputs(values, batch) for batch in held_out), strict=True)).loss
 
-    before = least = loss_of(cparams)
-    taken, best, history = 0, cparams, []
-    step, values = _stepper(programs, leaves, parts, optimizer), [part.start for part in parts]
-    state = optimizer.init(values)
+    before = loss_of(cparams)
+    start = [part.start for part in parts]
+    best = _Best(cparams, before, 0, start, optimizer.init(start))
+    step, (values, state), size = _stepper(programs, leaves, parts, optimizer), best[3:], 1.0
+    history, worse = [], 0
     endless = (batch for _ in itertools.repeat(None) for batch in batches)
     with bars(progress) as shown:
         for number, batch in enumerate(shown(itertools.islice(endless, steps), "refine", steps), start=1):
-            values, state = step(batch, values, state)
+            values, state = step(batch, values, state, size)
             if number % _EVERY and number < steps:
                 continue
-            if not all(np.isfinite(value).all() for value in values):
+            tree, loss = None, math.nan
+            if all(np.isfinite(value).all() for value in values):
+                tree = structure.unflatten(_stored(leaves, parts, values))
+                loss = loss_of(tree)
+            history.append((number, loss))
+            if loss < best.loss:
+                best, worse = _Best(tree, loss, number, values, state), 0
+            elif (worse := worse + 1) < _PATIENCE:
+                values, state, size = best.values, best.state, size / 4
+            else:
                 break
-            tree = structure.unflatten(_stored(leaves, parts, values))
-            history.append((number, loss_of(tree)))
-            if history[-1][1] < least:
-                (taken, least), best = history[-1], tree
-            if sum(n > taken for n, _ in history) == _PATIENCE:
-                break
-    return Refined(best, before, least, taken, tuple(history))
+    return Refined(best.tree, before, best.loss, best.steps, tuple(history))
+
+
+class _Best(NamedTuple):
+    """The tree of least loss so far, after how many steps, and what to go on from: values and the optimizer's state."""
+
+    tree: Any
+    loss: float
+    steps: int
+    values: Any
+    state: Any
 
 
 def _checked(params: Any, cparams: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -270,8 +286,8 @@ def _stored(leaves: Sequence[Any], parts: Sequence[_Part], values: Sequence[Any]
 
 def _stepper(
     programs: Programs, leaves: Sequence[Any], parts: Sequence[_Part], optimizer: Any
-) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Returns a function of a batch, values and the optimizer's state that makes a step; compiled once for a shape."""
+) -> Callable[[Any, Any, Any, float], tuple[Any, Any]]:
+    """Returns a function of a batch, values, a state and a step's size; it is compiled once for a shape."""
     held = [leaf for leaf in leaves if is_codebook_array(leaf) or isinstance(leaf, ARRAYS)]
     place = [[n for n, leaf in enumerate(held) if any(leaf is leaves[k] for k in part.places)] for part in parts]
     held = jax.tree.map(lambda x: on_automatic(jax.device_put(x)), held)
@@ -301,19 +317,19 @@ def _stepper(
             return _divergence(exact, outputs([*with_values(held, values), *arrays[len(held) :]]))
 
         @jax.jit
-        def step(values, state, held, arrays) -> tuple[Any, Any]:
+        def step(values, state, size, held, arrays) -> tuple[Any, Any]:
             gradients = jax.grad(loss)(values, held, arrays)
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # which optax counts on
                 updates, state = optimizer.update(gradients, state, values)
-            return [_kept(part, v + u) for part, v, u in zip(parts, values, updates, strict=True)], state
+            return [_kept(part, v + size * u) for part, v, u in zip(parts, values, updates, strict=True)], state
 
         return step
 
-    def step(batch: Any, values: Any, state: Any) -> tuple[Any, Any]:
+    def step(batch: Any, values: Any, state: Any, size: float) -> tuple[Any, Any]:
         key = programs.key(batch)
         if key not in compiled:
             compiled[key] = program_of(batch)
-        return compiled[key](values, state, held, programs.arrays(programs.params, batch))
+        return compiled[key](values, state, np.float32(size), held, programs.arrays(programs.params, batch))
 
     return step
 
