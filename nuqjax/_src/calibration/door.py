@@ -61,7 +61,8 @@ def compress(
     loop slices a leaf. A fifth of the batches is held out: on these the report compares outputs with the float ones.
     They also decide whether leaves are compressed by their float inputs, or in the order of use by the inputs that
     compressed leaves leave them, which takes longer.
-    With a `budget` each leaf gets its own width; its effect on the outputs is measured on held-out inputs, too.
+    With a `budget` each leaf gets its own width; its effect on the outputs is measured on held-out inputs, too. What
+    each leaf alone costs the outputs adds up to the divergence that the report predicts.
 
     Args:
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
@@ -99,7 +100,7 @@ def compress(
         divergence of the outputs). Leaves get 2 to 8 bits. The report lists them as rules, with the predicted
         divergence.
       rate: in place of `bits`, for a file that `save(…, entropy_coding=True)` writes: `"2.5bpw"`, bits a weight of the
-        coded file (its header not counted). Indices are chosen by error and code length together: at the same outputs
+        whole file, which holds no report. Indices are chosen by error and code length together: at the same outputs
         the file is small, but each index takes 6 bits in memory.
 
     Returns:

@@ -88,7 +88,7 @@ def refine(
       steps: the largest number of steps.
       scales: refine scales, too.
       dense: a regular expression; floating leaves that are not compressed are refined, too, if it matches anywhere in
-        their path: `"bias$"`. Like `scales` this fits some hundred inputs too closely (docs/calibration.md).
+        their path: `"bias$"`.
       output: as in `nuqjax.compress`.
       progress: show a progress bar.
 

@@ -63,6 +63,15 @@ def sensitivity(
 
     Raises:
       ValueError: a batch was also used for the moments; there are no batches; `fn` fails.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    >>> params = {"a": jnp.sin(jnp.arange(512.0)).reshape(16, 32), "b": jnp.cos(jnp.arange(320.0)).reshape(32, 10)}
+    >>> batches = [jnp.sin(jnp.arange(512.0) * n).reshape(32, 16) for n in (1, 2, 3)]
+    >>> known = nuqjax.calibration.moments(fn, params, batches[:2])
+    >>> table = sensitivity(fn, params, batches[2:], known)
+    >>> list(table), list(table["a"]), table["a"][2] > table["a"][3]
+    (['a', 'b'], [2, 3, 4, 5, 6, 7, 8], True)
     """
     programs = Programs(fn, params, "sensitivity", output)
     for number, batch in enumerate(checked_batches(batches, "sensitivity")):
