@@ -51,6 +51,7 @@ def solved_in_order(
     most: int,
     rates: Mapping[str, float] | None,
     shown: Callable[..., Iterable[Any]],
+    solve: Callable[..., Solved] = solved,
 ) -> tuple[dict[str, Solved], Any, dict[str, str]]:
     """Compresses the leaves stage by stage; returns them by path, the tree, and by path why no offset takes a shift.
 
@@ -64,6 +65,7 @@ def solved_in_order(
       most: the most values in the moments of a stage of two leaves or more.
       rates: by path, prices of a bit of code in units of each layer's error; None without a rate.
       shown: shows progress.
+      solve: does what `solved` does.
     """
     structure = jax.tree.structure(programs.params, is_leaf=is_codebook_array)
     number = {plan.path: n for n, plan in enumerate(plans)}
@@ -73,7 +75,7 @@ def solved_in_order(
     work = [path for path in flat.last if path in number and plans[number[path]].reason is None]
     others = [plan for plan in plans if plan.reason is None and plan.path not in work]
     for plan in others:  # no use of theirs is known: by their weights alone
-        made[plan.path] = solved(leaves[number[plan.path]], plan, None)
+        made[plan.path] = solve(leaves[number[plan.path]], plan, None)
         now[number[plan.path]] = made[plan.path].leaf
     stages = stages_of(flat, work, sizes, most)
 
@@ -97,7 +99,7 @@ def solved_in_order(
                 given: dict[str, Any] = {} if rates is None else {"rate": rates.get(path)}
                 if isinstance(here, LeafMoments) and isinstance(cross, LeafMoments) and not here.is_diagonal:
                     given["cross"] = cross.second
-                made[path] = solved(leaves[n], plan, here if isinstance(here, LeafMoments) else None, **given)
+                made[path] = solve(leaves[n], plan, here if isinstance(here, LeafMoments) else None, **given)
             now[n] = made[path].leaf
         tree, uncorrected = with_offsets(programs.params, structure.unflatten(now), pair.exact, pair.seen, stage)
         now = jax.tree.leaves(tree, is_leaf=is_codebook_array)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 from nuqjax._src.calibration.biases import corrected
@@ -65,6 +66,15 @@ def sensitivity(
 
     Raises:
       ValueError: a batch was also used for the moments; there are no batches; `fn` fails.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    >>> params = {"a": jnp.sin(jnp.arange(512.0)).reshape(16, 32), "b": jnp.cos(jnp.arange(320.0)).reshape(32, 10)}
+    >>> batches = [jnp.sin(jnp.arange(512.0) * n).reshape(32, 16) for n in (1, 2, 3)]
+    >>> known = nuqjax.calibration.moments(fn, params, batches[:2])
+    >>> table = sensitivity(fn, params, batches[2:], known)
+    >>> list(table), list(table["a"]), table["a"][2] > table["a"][3]
+    (['a', 'b'], [2, 3, 4, 5, 6, 7, 8], True)
     """
     programs = Programs(fn, params, "sensitivity", output)
     for number, batch in enumerate(checked_batches(batches, "sensitivity")):
@@ -86,7 +96,7 @@ def sensitivities(
     shown: Callable[..., Iterable[Any]] = lambda work, name, count: work,
 ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
     """Returns the `sensitivity` of planned leaves, and by path the loss of the outputs per unit of a layer's error."""
-    leaves, structure = jax.tree.flatten(programs.params, is_leaf=is_codebook_array)
+    leaves = jax.tree.leaves(programs.params, is_leaf=is_codebook_array)
     exact = [programs.outputs(programs.params, batch) for batch in batches]
     work = [n for n, plan in enumerate(plans) if plan.reason is None]
     known: dict[tuple[int, str], tuple[dict[int, float], float]] = {}
@@ -99,14 +109,21 @@ def sensitivities(
                 plan = replanned_to(plans[n], width)
                 found = moments.of(plan.path, plan.axes, plan.options.stack_axes)
                 one = solved(leaves[n], plan, found if isinstance(found, LeafMoments) else None, refit=1)
-                swapped = [one.leaf if x is leaves[n] else x for x in leaves]
-                dense = decompress(corrected(programs.params, structure.unflatten(swapped), moments)[0])
-                outputs = (programs.outputs(dense, batch) for batch in batches)
-                losses[width] = measured(zip(exact, outputs, strict=True)).loss
+                losses[width] = loss_of_one(programs, leaves[n], one.leaf, moments, batches, exact)
                 price = losses[width] / one.error if one.error > 0 else 0.0
             known[same] = _at_every_width(losses, plans[n].options.method), price
         table[plans[n].path], prices[plans[n].path] = known[same]
     return table, prices
+
+
+def loss_of_one(
+    programs: Programs, leaf: Any, compressed: Any, means: Moments, batches: Iterable[Any], exact: Sequence[np.ndarray]
+) -> float:
+    """Returns the loss of the outputs where one leaf is compressed, wherever it stands, and its offsets corrected."""
+    leaves, structure = jax.tree.flatten(programs.params, is_leaf=is_codebook_array)
+    swapped = structure.unflatten([compressed if x is leaf else x for x in leaves])
+    dense = decompress(corrected(programs.params, swapped, means)[0])
+    return measured(zip(exact, (programs.outputs(dense, batch) for batch in batches), strict=True)).loss
 
 
 def replanned_to(plan: LeafPlan, bits: int) -> LeafPlan:
