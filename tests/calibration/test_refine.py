@@ -176,6 +176,7 @@ def wrong(**changes):
     refine(given.pop("fn", network), given.pop("params"), given.pop("cparams"), given.pop("batches"), **given)
 
 
+WEIGHTS = np.full((16, 32), 3, np.float32)
 BATCH = np.zeros((4, 16), np.float32)
 MISTAKES = {
     "learned from": ({"batches": [BATCH], "held_out": [BATCH.copy()]}, "batch 0 of held_out is also learned from"),
@@ -188,6 +189,12 @@ MISTAKES = {
         r"w has the shape \(2, 3\) in params, and \(32, 32\) in cparams",
     ),
     "nothing compressed": ({"params": {"w": np.ones(3)}, "cparams": {"w": np.ones(3)}}, "no compressed leaf"),
+    "a pattern of nothing": ({"dense": "kernel"}, "dense='kernel' is found in the path of no floating leaf"),
+    "no pattern": ({"dense": "("}, r"dense='\(' is not a regular expression"),
+    "a tree that overflows": (
+        {"params": {"w": WEIGHTS}, "cparams": nuqjax.compress({"w": WEIGHTS * 1e38}, 1), "fn": lambda p, x: x @ p["w"]},
+        "with cparams, outputs of fn for held_out are NaN",
+    ),
     "no optimizer": ({"optimizer": 0.1}, "optimizer is a float"),
     "shapes": ({"held_out": [np.ones((4, 7), np.float32)]}, "fails with a batch of float32"),
     "not finite": ({"fn": lambda p, x: network(p, x) / 0}, "NaN or infinite with the float parameters"),

@@ -122,7 +122,7 @@ def refine(
                 "give other batches"
             )
     flat, structure = _checked(params, cparams)
-    parts = _parts(flat, scales, re.compile(dense) if dense is not None else None)
+    parts = _parts(flat, scales, dense)
     optimizer = _adam(steps) if optimizer is None else optimizer
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(
@@ -136,6 +136,8 @@ def refine(
         return measured(zip(exact, (programs.outputs(values, batch) for batch in held_out), strict=True)).loss
 
     before = loss_of(cparams)
+    if not math.isfinite(before):
+        raise ValueError("refine: with cparams, outputs of fn for held_out are NaN or infinite; compress params again")
     start = [part.start for part in parts]
     best = _Best(cparams, before, 0, start, optimizer.init(start))
     step, (values, state), size = _stepper(programs, leaves, parts, optimizer), best[3:], 1.0
@@ -220,25 +222,31 @@ class _Part(NamedTuple):
     ascending: np.ndarray
 
 
-def _parts(flat: Sequence[tuple[str, Any]], scales: bool, dense: re.Pattern[str] | None) -> list[_Part]:
+def _parts(flat: Sequence[tuple[str, Any]], scales: bool, dense: str | None) -> list[_Part]:
     """Returns what is refined of the leaves; those that share their arrays are one."""
+    try:
+        named = [dense is not None and re.search(dense, path) is not None for path, _ in flat]
+    except re.error as error:
+        raise ValueError(f"refine: dense={dense!r} is not a regular expression: {error}") from error
     shared: dict[Any, list[int]] = {}
     for number, (_, leaf) in enumerate(flat):
         shared.setdefault(tuple(map(id, jax.tree.leaves(leaf))), []).append(number)
     parts = []
     for places in map(tuple, shared.values()):
-        path, leaf = flat[places[0]]
+        leaf = flat[places[0]][1]
         if is_codebook_array(leaf):
             parts.append(_part_of_levels(places, leaf))
             if scales and leaf.scale is not None:
                 unit = np.asarray(leaf.scale).astype(np.float32)
                 one = np.ones_like(unit)
                 parts.append(_Part(places, "scale", leaf.scale.dtype, unit, one, one / 4, one * 4, one < 0))
-        elif dense is not None and dense.search(path) and _is_floating(leaf):
+        elif named[places[0]] and _is_floating(leaf):
             values = np.asarray(leaf).astype(np.float32)
             unit = _power_of_two(np.sqrt(np.square(values).mean(keepdims=True)))
             ends = np.full_like(values, np.inf)
             parts.append(_Part(places, None, leaf.dtype, unit, values / unit, -ends, ends, ends < 0))
+    if dense is not None and all(part.field is not None for part in parts):
+        raise ValueError(f"refine: dense={dense!r} is found in the path of no floating leaf that is not compressed")
     return parts
 
 

@@ -76,8 +76,6 @@ def compress_with_data(
             if len(results):
                 kept = f"{os.fspath(target)}.partial has what is done"
                 error.add_note(f"{kept}; --resume (resume=True) goes on from there")
-            else:
-                results.remove()
             raise
         results.remove()
     return replace(made, nbytes_file=os.path.getsize(place.path) if os.path.exists(place.path) else None)
