@@ -34,6 +34,7 @@ from experiments.record.intervals import between, paired
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import listed
 
+WAYS = ("plain", "corrected", "calibrated")  # of compression to a number of bits
 _BATCH = 32
 
 
@@ -259,13 +260,19 @@ def table(results: dict[str, Any]) -> Table:
     return made
 
 
-def listed_cells(bits: Sequence[str], budgets: Sequence[str], levels: Sequence[str]) -> list[Cell]:
+def listed_cells(
+    bits: Sequence[str], budgets: Sequence[str], levels: Sequence[str], ways: Sequence[str] = WAYS
+) -> list[Cell]:
     """All ways of all widths, then the budgets, of all methods.
+
+    Raises:
+      ValueError: there is no such way.
 
     >>> [f"{cell.method} {cell.size}" for cell in listed_cells(["4"], ["3bpw"], ["knq"])]
     ['plain 4', 'corrected 4', 'calibrated 4', 'budget 3bpw']
     """
-    ways = ("plain", "corrected", "calibrated")
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise ValueError(f"unknown ways {', '.join(unknown)}: the known are {', '.join(WAYS)}")
     cells = [Cell(way, width, method) for width in bits for method in levels for way in ways]
     return cells + [Cell("budget", budget, method) for budget in budgets for method in levels]
 
@@ -275,6 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--network", required=True, choices=networks.NETWORKS)
     parser.add_argument("--data", help="folder with weights/ and images/ (default: $NUQJAX_DATA, else ../shared/data)")
     parser.add_argument("--bits", type=listed, default=["4", "3"], help="index widths, 1 to 8 (default: 4,3)")
+    parser.add_argument(
+        "--ways", type=listed, default=WAYS, help=f"of compression to --bits (default: {','.join(WAYS)})"
+    )
     parser.add_argument("--levels", type=listed, default=["knq"], help="methods that fit them (default: knq)")
     parser.add_argument("--budget", type=listed, default=[], help="budgets, such as 3.5bpw (default: none)")
     parser.add_argument("--learn", type=int, default=256, help="images that are learned from (default: 256)")
@@ -289,8 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     given = shlex.join(sys.argv[1:] if argv is None else argv)
     keep = keeper(args.json, [f"python -m experiments.studies.calibrated {given}"])
-    cells = listed_cells(args.bits, args.budget, args.levels)
     try:
+        cells = listed_cells(args.bits, args.budget, args.levels, args.ways)
         results = run(
             networks.get(args.network), images.data_folder(args.data), cells, learn=args.learn, count=args.images,
             on_cell=keep,

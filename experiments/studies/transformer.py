@@ -34,7 +34,7 @@ from experiments.networks.transformer import Blocks, CharacterModel, VisionTrans
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import listed
 from experiments.record.terminal import progress_bars
-from experiments.studies.calibrated import Cell, Measures, compare, divergences, kept_leaves, listed_cells, table
+from experiments.studies.calibrated import WAYS, Cell, Measures, compare, divergences, kept_leaves, listed_cells, table
 from experiments.studies.train import save
 
 _LENGTH = 128  # characters of a sequence
@@ -253,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bits", type=listed, default=["4", "3", "2"], help="index widths (default: 4,3,2)")
     parser.add_argument("--budget", type=listed, default=[], help="budgets, such as 3.5bpw (default: none)")
+    parser.add_argument(
+        "--ways", type=listed, default=WAYS, help=f"of compression to --bits (default: {','.join(WAYS)})"
+    )
     parser.add_argument("--levels", type=listed, default=["knq"], help="methods that fit them (default: knq)")
     parser.add_argument("--layers", type=int, default=24, help="blocks of the stack (default: 24)")
     parser.add_argument("--of", type=int, help="blocks of the stack that the time is told for (default: --layers)")
@@ -279,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(bar, completed=step, description=f"training, loss {loss:.3f}")
 
         try:
+            cells = listed_cells(args.bits, args.budget, args.levels, args.ways)
             subject = (
                 characters(args.weights, on_step)
                 if args.model == "characters"
@@ -286,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except (ValueError, FileNotFoundError) as error:
             parser.error(str(error))
-    results = run(subject, listed_cells(args.bits, args.budget, args.levels), on_cell=keep)
+    results = run(subject, cells, on_cell=keep)
     console.print(table(results))
     return 0
 
