@@ -133,6 +133,7 @@ def thresholds(levels: Any) -> Any:
 _COMPARE_LEVELS = 32  # up to this many, comparing with every threshold in one fused loop beats a binary search
 
 
+@np.errstate(under="ignore")  # as by default: what is below the least normal number is rounded to 0
 def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
     """Returns the index of each value's nearest level; a value exactly between two levels takes the lower one.
 
