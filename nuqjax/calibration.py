@@ -11,6 +11,7 @@ where a layer's inputs are no longer the float ones, because layers before it ar
 
 from nuqjax._src.calibration.biases import correct_bias
 from nuqjax._src.calibration.problem import Problem, Solution, shrunk, target
+from nuqjax._src.calibration.refine import Refined, refine
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, moments
 from nuqjax._src.calibration.solver import quantize
 from nuqjax._src.calibration.widths import Allocation, allocate, sensitivity
@@ -20,11 +21,13 @@ __all__ = [
     "LeafMoments",
     "Moments",
     "Problem",
+    "Refined",
     "Solution",
     "allocate",
     "correct_bias",
     "moments",
     "quantize",
+    "refine",
     "sensitivity",
     "shrunk",
     "target",

@@ -18,6 +18,7 @@ import safetensors.numpy
 
 import nuqjax
 from nuqjax import AutoQFormat, ChannelGroups, InputGroups, QFormat, cli
+from nuqjax._src.calibration import flow
 from nuqjax._src.cli import options
 
 
@@ -428,7 +429,11 @@ def test_what_is_quoted_of_the_arguments_moves_no_cursor(folder, capsys, words):
     assert r"\x1b[31m" in err
 
 
-def test_compress_with_a_function_and_its_inputs(folder, capsys):
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_compress_with_a_function_and_its_inputs(folder, capsys, monkeypatch):
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(16, 32)).astype(np.float32), "b": np.zeros(32, np.float32)}
     np.savez("in.npz", **params)
@@ -443,6 +448,17 @@ def test_compress_with_a_function_and_its_inputs(folder, capsys):
     wanted = nuqjax.compress(params, 3, fn=fn, batches=[x[:10], x[10:]])
     for one, other in zip(jax.tree.leaves(nuqjax.load("out.safetensors")), jax.tree.leaves(wanted), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    written = (folder / "out.safetensors").read_bytes()
+    with monkeypatch.context() as patch:  # interrupted behind the leaf
+        patch.setattr(flow, "corrected", interrupt)
+        status, _, err = run(command, capsys)
+    assert (status, err.splitlines()[-1]) == (
+        130,
+        "nuqjax: interrupted; out.safetensors.partial has what is done; --resume (resume=True) goes on from there",
+    )
+    assert run(command + " --resume --quiet", capsys) == (0, "", "")
+    assert (folder / "out.safetensors").read_bytes() == written
+    assert not os.path.exists("out.safetensors.partial")
     for changed, words in {
         "--batches inputs.npz": "given together",
         "a_model:run": "MODULE:FUNCTION",

@@ -56,17 +56,21 @@ WINGS: dict[str, Wing] = {
     "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
     "calibration": Wing(
         "fisher measures squares sweeps problem places level_formats stages rated solver "
-        "convolutions uses programs second_moments pairs biases layouts layers sequential widths flow door",
+        "convolutions uses flat programs progress second_moments pairs biases layouts layers sequential widths flow "
+        "refine door",
         "leaf trace fit fold report store compress",
-        ("rich",),
+        ("optax", "rich"),
     ),
     "checkpoint": Wing(
         "tree names journal locate "
-        "formats/safetensors formats/numpy formats/msgpack formats/orbax formats/hdf5 checkpoint convert",
-        "leaf report store compress",
+        "formats/safetensors formats/numpy formats/msgpack formats/orbax formats/hdf5 checkpoint convert "
+        "results calibrated",
+        "leaf report store compress calibration",
         ("flax", "h5py", "msgpack", "orbax"),
     ),
-    "cli": Wing("options parser process show compare commands", "leaf report checkpoint nuqjax", ("rich", "shtab")),
+    "cli": Wing(
+        "options parser process show compare commands", "leaf report compress checkpoint nuqjax", ("rich", "shtab")
+    ),
 }
 SOURCES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
 FACE = sorted(PACKAGE.glob("*.py"))

@@ -8,6 +8,7 @@ There are blocks of tables, each of what one or two commands (modules of `experi
 
 - `headlines`: six results, for the README;
 - `accuracy` against size (`studies.accuracy`), and what Fisher weights bring: `sensitivity` (`studies.sensitivity`);
+- `data`: compression with data beside compression without (`studies.calibrated`, `studies.transformer`);
 - `emulation`: networks on raw integers (`studies.emulation`), and the time it takes (`speed.emulation`);
 - `first_call` (`speed.first_call`), and the speed of the fit: `benchmark` (`speed.fit`);
 - `paper`: the paper's study in short (`paper.study`); `study`: all of it.
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 from experiments.documents import headlines
 from experiments.paper import tables as paper_tables
+from experiments.record.intervals import between
 from experiments.record.markdown import commands, markdown, percent
 from experiments.record.results import RESULTS
 from experiments.speed import tables as speed_tables
@@ -49,6 +51,52 @@ def _network(result: dict[str, Any]) -> str:
         parts.append(_one_by_one(ruled))
     parts.append(commands([result]))
     return "\n\n".join(parts)
+
+
+def calibrated(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown of what data bring: a table for each network, a row for each form."""
+    return "\n\n".join(_with_data(result) for result in results) + "\n"
+
+
+def _with_data(result: dict[str, Any]) -> str:
+    whole, pairs = result["float"], result.get("pairs", [])
+    task = "top1" if "top1" in whole else "nats"
+    shown = percent if task == "top1" else "{:.3f}".format
+    title = (
+        f"**{result['title']}**: {result['images']:,} inputs evaluate, {result['learned']:,} others without labels are "
+        f"learned from; float32: {whole['bytes']:,} bytes, {_TASKS[task]} {shown(whole[task])}."
+    )
+    rows = []
+    for cell in result["cells"]:
+        levels, predicted = cell.get("levels", "knq"), cell["predicted_kl"]
+        less = between(pairs, cell["size"], f"{cell['method']} {levels}")
+        rows.append(
+            [
+                levels, _WAYS[cell["method"]], f"{cell['bits_per_weight']:.2f}", shown(cell[task]),
+                percent(cell["agreement"]), f"{cell['kl']:.4f}", "" if predicted is None else f"{predicted:.4f}",
+                "" if less is None else "{:.4f} [{:.4f}, {:.4f}]".format(*less),
+            ]
+        )  # fmt: skip
+    header = [
+        "levels",
+        "how",
+        "bits a weight",
+        _TASKS[task],
+        "as float",
+        "KL",
+        "predicted",
+        "`knq` with data less this",
+    ]
+    return "\n\n".join([title, markdown(header, rows, left=2), commands([result])])
+
+
+_TASKS = {"top1": "top-1", "nats": "nats a character"}
+_WAYS = {
+    "plain": "by the weights alone",
+    "corrected": "the same, `correct_bias`",
+    "calibrated": "with data, one width",
+    "budget": "with data, a budget",
+}
 
 
 def _by_bits(cells: Sequence[dict[str, Any]]) -> str:
@@ -232,6 +280,7 @@ BLOCKS = {
     "headlines": _block("*.json", headlines.table, "studies.accuracy", "README.md"),
     "accuracy": _block("accuracy_*.json", accuracy, "studies.accuracy", "docs/results/accuracy.md"),
     "sensitivity": _block("sensitivity_*.json", sensitivity, "studies.sensitivity", "docs/results/accuracy.md"),
+    "data": _block("calibrated_*.json", calibrated, "studies.calibrated", "docs/results/data.md"),
     "emulation": _block("*emulation*.json", emulation, "studies.emulation", "docs/results/integers.md"),
     "first_call": _block("first_call*.json", first_call, "speed.first_call", "docs/results/speed.md"),
     "benchmark": _block("benchmark_fit*.json", speed_tables.tables, "speed.fit", "docs/results/speed.md"),

@@ -11,7 +11,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encodin
 
 
 def test_the_programs_of_the_page_run(capsys):
-    _, example, budget = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    _, example, budget, refinement = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {}
     exec(example, names)
     (_, alone), (_, learned), (_, one_alone), (_, one_learned) = (
@@ -23,3 +23,7 @@ def test_the_programs_of_the_page_run(capsys):
     report = names["report"]
     assert report.total["bits_per_weight"] <= 3
     assert report.calibration["measured"]["kl"] < 0.2
+    exec(refinement, names)
+    after = [float(share) for share in re.findall(r"([\d.]+) %", capsys.readouterr().out)]
+    assert after[0] > one_alone + 5
+    assert after[1] > one_learned - 1

@@ -1,7 +1,5 @@
 """Leaves compressed in the order of use: the moments of two trees side by side, and the choice between the two ways."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +7,10 @@ import pytest
 from jax import lax
 
 import nuqjax
-from nuqjax._src.calibration import sequential
+from nuqjax._src.calibration import flow, pairs
 from nuqjax._src.calibration.biases import with_offsets
-from nuqjax._src.calibration.pairs import gather_pair
-from nuqjax._src.calibration.programs import Programs
+from nuqjax._src.calibration.pairs import SideBySide
+from nuqjax._src.calibration.programs import Programs, Some
 from nuqjax._src.calibration.second_moments import gather_moments
 from nuqjax._src.calibration.sequential import stages_of
 
@@ -42,15 +40,23 @@ def trees():
     return params, other, batches
 
 
+def side_by_side(programs, other, batches, stage):
+    return SideBySide(programs, Some(batches, tuple(range(len(batches))))).moments(other, stage)
+
+
+def mean_of(found, name):
+    return np.concatenate([record.mean for record in found.records[name]])
+
+
 LEAVES = frozenset({"conv", "deep", "stack", "dense"})
 
 
 def test_moments_side_by_side_are_those_of_either_tree(trees):
     params, other, batches = trees
     programs = Programs(network, params, "test")
-    pair = gather_pair(programs, other, batches, wanted=LEAVES, now=LEAVES)
+    pair = side_by_side(programs, other, batches, LEAVES)
     exact, seen = gather_moments(programs, batches), gather_moments(Programs(network, other, "test"), batches)
-    same = gather_pair(programs, params, batches, wanted=LEAVES, now=LEAVES)
+    same = side_by_side(programs, params, batches, LEAVES)
     for name in sorted(LEAVES):
         for one, two in zip(pair.seen.records[name], seen.records[name], strict=True):
             np.testing.assert_allclose(one.mean, two.mean, atol=1e-5)
@@ -67,16 +73,9 @@ def test_cross_moments_are_those_of_an_outer_product():
     params = {"a": draw.normal(size=(6, 5)).astype(np.float32), "b": draw.normal(size=(5, 3)).astype(np.float32)}
     other = {**params, "a": params["a"] + draw.normal(size=(6, 5)).astype(np.float32)}
     x = draw.normal(size=(20, 6)).astype(np.float32)
-    pair = gather_pair(
-        Programs(lambda p, x: x @ p["a"] @ p["b"], params, "test"),
-        other,
-        [x],
-        wanted=frozenset("ab"),
-        now=frozenset("b"),
-    )
+    pair = side_by_side(Programs(lambda p, x: x @ p["a"] @ p["b"], params, "test"), other, [x], frozenset("b"))
     exact, seen = (x @ tree["a"] for tree in (params, other))
     np.testing.assert_allclose(pair.cross.of("b").second[0], exact.T @ seen / 20, rtol=1e-4, atol=1e-4)
-    assert not pair.cross.of("a").second.any()  # not wanted in this run
 
 
 def test_offsets_take_up_what_both_trees_differ_by():
@@ -90,21 +89,55 @@ def test_offsets_take_up_what_both_trees_differ_by():
 
     cparams = nuqjax.compress(params, bits=2)
     programs = Programs(fn, params, "test")
-    pair = gather_pair(programs, nuqjax.decompress(cparams), [x], wanted=frozenset(), now=frozenset())
+    pair = side_by_side(programs, nuqjax.decompress(cparams), [x], frozenset("ab"))
     tree, why = with_offsets(params, cparams, pair.exact, pair.seen)
     assert why == {"a": "nothing is added after it"}
     moved = np.asarray(nuqjax.apply(fn)(tree, x) - fn(params, x)).mean(axis=0)
     np.testing.assert_allclose(moved, 0, atol=1e-4)
 
 
-def test_stages_keep_the_order_and_the_groups():
-    order = [f"leaf{n}" for n in range(20)]
-    groups = [frozenset(order[:7]), frozenset(order[7:])]
-    stages = stages_of(order, groups)
-    assert sorted(path for stage in stages for path in stage) == sorted(order)
-    assert all(any(stage <= group for group in groups) for stage in stages)
-    places = [[order.index(path) for path in stage] for stage in stages]
-    assert all(max(a) < min(b) for a, b in itertools.pairwise(places))
+def test_leaves_of_a_stage_do_not_depend_on_one_another():
+    draw = np.random.default_rng(7)
+    params = {
+        name: jnp.asarray(draw.normal(size=(8, 8)), jnp.float32) for name in ("out", "query", "key", "value", "in")
+    }
+
+    @jax.jit
+    def attention(x, params):
+        query, key, value = (x @ params[name] for name in ("query", "key", "value"))
+        return jax.nn.softmax(query @ key.T) @ value @ params["out"].T
+
+    def fn(params, x):
+        return x @ params["in"] + attention(jnp.tanh(x @ params["in"]), params)
+
+    programs = Programs(fn, params, "test")
+    flat = SideBySide(programs, Some([np.ones((4, 8), np.float32)], (0,))).flat(np.ones((4, 8), np.float32))
+    assert stages_of(flat, list(params), dict.fromkeys(params, 1), 10) == [
+        frozenset({"in"}),
+        frozenset({"query", "key", "value"}),
+        frozenset({"out"}),
+    ]
+    assert len(stages_of(flat, list(params), dict.fromkeys(params, 6), 10)) == 5  # as much as memory holds
+
+
+@pytest.mark.parametrize("most", [0, 2**30])
+def test_stages_continue_from_the_values_at_hand(trees, monkeypatch, most):
+    """Moments at each stage are those of a run from the beginning, whether values are kept or too large."""
+    params, other, batches = trees
+    monkeypatch.setattr(pairs, "_STATE_BYTES", most)
+    together = SideBySide(Programs(network, params, "test"), Some(batches, (0, 1, 2)))
+    tree = dict(params)
+    for name in ("conv", "deep", "stack", "dense"):
+        pair = together.moments(tree, frozenset({name}))
+        whole = side_by_side(Programs(network, params, "test"), tree, batches, LEAVES)
+        for one, two in zip(pair, whole, strict=True):
+            assert one.images == 15
+            np.testing.assert_allclose(mean_of(one, name), mean_of(two, name), rtol=1e-5, atol=1e-6)
+        for one, two in zip(pair[:2], whole[:2], strict=True):
+            scale = np.abs(two.of(name).second).max()
+            np.testing.assert_allclose(one.of(name).second, two.of(name).second, atol=1e-6 * scale)
+        tree[name] = other[name]
+    assert any(together._values.values()) == bool(most)
 
 
 def test_a_tied_array_is_fitted_to_all_its_uses_and_stored_once(monkeypatch):
@@ -117,13 +150,14 @@ def test_a_tied_array_is_fitted_to_all_its_uses_and_stored_once(monkeypatch):
     def fn(params, x):
         return jnp.tanh(jnp.tanh(x @ params["first"]) @ params["middle"]) @ params["last"]
 
-    real = sequential.solved
+    real = flow.solved
 
     def solved(leaf, plan, found, **stages):
-        problems.append((plan.path, found, stages["cross"]))
+        if "cross" in stages:  # in the order of use
+            problems.append((plan.path, found, stages["cross"]))
         return real(leaf, plan, found, **stages)
 
-    monkeypatch.setattr(sequential, "solved", solved)
+    monkeypatch.setattr(flow, "solved", solved)
     cparams = nuqjax.compress(params, bits=2, fn=fn, batches=batches)
     np.testing.assert_array_equal(cparams["first"].packed, cparams["last"].packed)
     assert [path for path, *_ in problems] == ["first", "middle"]
@@ -177,9 +211,10 @@ def test_pruned_weights_stay_pruned(layers, monkeypatch):
     params, batches = layers
     params = [{**layer, "w": jnp.where(jnp.abs(layer["w"]) < 0.1, 0, layer["w"])} for layer in params]
     made = []
-    real = sequential.solved
-    monkeypatch.setattr(sequential, "solved", lambda *args, **given: made.append(real(*args, **given)) or made[-1])
+    real = flow.solved
+    monkeypatch.setattr(flow, "solved", lambda *args, **given: made.append(real(*args, **given)) or made[-1])
     nuqjax.compress(params, bits=2, fn=deep, batches=batches, keep_zero=True)
+    made = made[len(params) :]  # those in the order of use come second
     assert len(made) == len(params)
     for one, layer in zip(made, params, strict=True):
         assert not np.asarray(one.leaf)[np.asarray(layer["w"]) == 0].any()
@@ -191,6 +226,6 @@ def test_a_second_way_that_fails_leaves_the_first(layers, monkeypatch):
     def failing(*args, **given):
         raise ValueError("what b multiplies is not finite")
 
-    monkeypatch.setattr(sequential, "gather_pair", failing)
+    monkeypatch.setattr(SideBySide, "moments", failing)
     _, report = nuqjax.compress(params, bits=3, fn=deep, batches=batches[:3], return_report=True)
     assert any("could not be compressed in the order of use, too: what b" in line for line in report.notes)

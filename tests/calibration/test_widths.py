@@ -86,3 +86,23 @@ def test_rules_of_an_allocation_keep_what_the_users_rules_say():
     assert "scale=None" in repr(made.rules[0])
     assert made.rules[2].skip
     nuqjax.plan(params, rules=made.rules)
+
+
+LAYOUTS = {
+    "fp16": {"codebook_format": jnp.float16},
+    "codebooks of channels": {"granularity": "channel", "codebook_format": "float8_e4m3fn"},
+    "scales of groups": {"scale": nuqjax.InputGroups(5)},
+    "words": {"codebook_format": nuqjax.AutoQFormat(8), "granularity": nuqjax.ChannelGroups(8)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_allocation_counts_all_bytes_of_the_tree(layout):
+    params, batches = example()
+    given = {"min_size": 16, "rules": nuqjax.Rule("b$", bits=3, skip=False)} | LAYOUTS[layout]
+    known = moments(network, params, batches[:1])
+    made = allocate(params, costs(np.random.default_rng(1), "ab"), "16bpw", moments=known, **given)
+    given |= {"rules": made.rules, "return_report": True}
+    _, report = nuqjax.compress(params, fn=network, batches=batches[:1], **given)
+    assert report.total["nbytes_after"] == made.nbytes
+    assert report.total["bits_per_weight"] == pytest.approx(made.bits_per_weight)

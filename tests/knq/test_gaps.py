@@ -100,6 +100,10 @@ def test_the_proof_holds_and_the_search_alone_finds_as_much(name, length, num_le
     assert (np.asarray(searched.sse, np.float64) <= sse * (1 + 1e-6) + level_rounding(rows, weights, proven)).all()
 
 
+# Beside far values of next to no weight the first search has no path of K intervals, and its price is 0.
+FAR = (((), ()), ((1.7221562e9, 7.1385612e10), (7e-9, 2e-26)), ((3e4, -2e10), (1e-9, 1e-6)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "length", "given_arrays"),
@@ -112,17 +116,35 @@ def test_the_proof_holds_and_the_search_alone_finds_as_much(name, length, num_le
     ],
 )
 def test_host_and_traced_paths_agree_bit_for_bit(count, length, given_arrays):
-    rows = rows_of("outliers", count, length)
-    if count > 1:  # beside rows without gaps
-        rows[0] = np.random.default_rng(2).standard_normal(length)
-    options = {
-        "weights": weights_of(rows) if given_arrays == "weighted" else None,
-        "keep_zero": given_arrays == "held_zero",
-        "tolerance": None,
-    }
-    host = fit_knq(rows, 64, **options)
-    traced = jax.jit(lambda rows: fit_knq(rows, 64, **options))(jnp.asarray(rows))
-    np.testing.assert_array_equal(host.levels, traced.levels)
+    fit = functools.partial(fit_knq, num_levels=64, keep_zero=given_arrays == "held_zero", tolerance=None)
+    traced = jax.jit(fit)
+    for far, weights_of_far in FAR if given_arrays == "weighted" else FAR[:1]:
+        rows = rows_of("outliers", count, length)
+        weights = weights_of(rows) if given_arrays == "weighted" else None
+        if count > 1:  # beside rows without gaps
+            rows[0] = np.random.default_rng(2).standard_normal(length)
+        if far:
+            rows[:, [5, 30]], weights[:, [5, 30]] = far, weights_of_far
+        on_host = fit(rows, weights=weights)
+        np.testing.assert_array_equal(on_host.levels, traced(jnp.asarray(rows), weights=weights).levels)
+
+
+@pytest.mark.parametrize("sort", [sort_rows, sort_long_rows])
+@pytest.mark.parametrize("keep_zero", [False, True])
+def test_weights_have_the_same_units_on_the_host_and_traced(sort, keep_zero):
+    """XLA multiplies by the reciprocal where all of a row are divided by the same, unless it is kept from it."""
+    rows = np.random.default_rng(5).standard_normal((1, 4000)).astype(np.float32)
+    weights = np.maximum(weights_of(rows) ** np.linspace(1, 40, 4000, dtype=np.float32), np.float32(2e-38))
+    counted = np.arange(4000)[None] % 7 > 0
+    with x64():
+        on_host = sort(rows, np.full(1, 2.0), weights, counted, keep_zero)
+        traced = jax.jit(functools.partial(sort, keep_zero=keep_zero))(rows, np.full(1, 2.0), weights, counted)
+        size = int(on_host.size[0])
+        cuts = np.arange(size + 1)[None]
+        for a, b in zip(
+            (on_host.size, *on_host.sums_below(cuts)), (traced.size, *traced.sums_below(cuts)), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
 
 
 @settings(max_examples=25)

@@ -1,7 +1,7 @@
 """Depthwise convolutions in a form that is fast on CPUs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,17 +21,18 @@ def convolve(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
     XLA on CPUs runs grouped convolutions ten times slower than this. Only the order of the sums differs. Mapped over
     several kernels, they are convolved one after the other, as XLA would make a grouped convolution of them.
     """
-    one = jax.custom_batching.custom_vmap(lambda x, kernel: _convolved(eqn, x, kernel))
+    one = jax.custom_batching.custom_vmap(lambda x, kernel: convolved(eqn, x, kernel))
 
     @one.def_vmap
     def each(size: int, mapped: Sequence[bool], *operands: Any) -> tuple[Any, bool]:  # pyright: ignore[reportUnusedFunction]
         of = lambda n: (a[n] if is_mapped else a for a, is_mapped in zip(operands, mapped, strict=True))  # noqa: E731
-        return jnp.stack([_convolved(eqn, *of(n)) for n in range(size)]), True
+        return jnp.stack([convolved(eqn, *of(n)) for n in range(size)]), True
 
     return one(x, kernel)
 
 
-def _convolved(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
+def convolved(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
+    """Computes a convolution as `convolve` does, for a single kernel."""
     params = eqn.params
     numbers = params["dimension_numbers"]
     channels, taps = kernel.shape[numbers.rhs_spec[0]], [kernel.shape[a] for a in numbers.rhs_spec[2:]]
@@ -55,8 +56,13 @@ def _convolved(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:
     return result.transpose(np.argsort(places))
 
 
-def with_fast_convolutions(jaxpr: core.ClosedJaxpr, arrays: Sequence[Any]) -> list[Any]:
-    """Evaluates the function with its convolutions computed by `convolve`, and returns its outputs."""
+def with_fast_convolutions(
+    jaxpr: core.ClosedJaxpr, arrays: Sequence[Any], convolve: Callable[..., Any] = convolve
+) -> list[Any]:
+    """Evaluates the function with its convolutions computed by `convolve`, and returns its outputs.
+
+    With `convolved` in its place, which cannot be mapped over kernels, the outputs have gradients.
+    """
 
     def rule(interpreter: Any, site: Any, eqn: core.JaxprEqn, *operands: Any) -> Any:
         if eqn.primitive.name == "conv_general_dilated":

@@ -8,8 +8,8 @@ from typing import Literal, TypedDict, Unpack, overload
 import jax
 import jax.core
 
-from nuqjax._src.calibration.flow import calibrated
-from nuqjax._src.calibration.programs import Programs
+from nuqjax._src.calibration.flow import Once, calibrated
+from nuqjax._src.calibration.programs import Programs, fingerprint_of_call
 from nuqjax._src.calibration.widths import goal_of
 from nuqjax._src.compress.compress import compress_tree
 from nuqjax._src.compress.rules import Options, Rule
@@ -92,13 +92,15 @@ def compress(
     loop slices a leaf. A fifth of the batches is held out: on these the report compares outputs with the float ones.
     They also decide whether leaves are compressed by their float inputs, or in the order of use by the inputs that
     compressed leaves leave them, which takes longer.
-    With a `budget` each leaf gets its own width; its effect on the outputs is measured on held-out inputs, too.
+    With a `budget` each leaf gets its own width; its effect on the outputs is measured on held-out inputs, too. What
+    each leaf alone costs the outputs adds up to the divergence that the report predicts.
 
     Args:
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
       bits: index width, 1 to 8; a codebook has 2^bits levels.
       method: `"knq"` (global k-means optimum), `"enq"`, `"uniform"`, `"uniform_pow2"`, `"dfp"`, `"normal"`,
-        `"quantile"` or `"pow2"`; see `nuqjax.fit`.
+        `"quantile"` or `"pow2"`; see `nuqjax.fit`. With data, scales are refitted, and so are the levels of `"knq"`
+        and `"enq"` each, and the middle and step of `"uniform"`; the levels of other methods stay as fitted.
       granularity: which values share a codebook: `"tensor"`, `"channel"` (one for each output channel),
         `ChannelGroups(n)` (n neighbouring output channels) or `InputGroups(n)` (runs of n along the other axes of each
         output channel).
@@ -130,7 +132,7 @@ def compress(
         divergence of the outputs). Leaves get 2 to 8 bits. The report lists them as rules, with the predicted
         divergence.
       rate: in place of `bits`, for a file that `save(…, entropy_coding=True)` writes: `"2.5bpw"`, bits a weight of the
-        coded file (its header not counted). Indices are chosen by error and code length together: at the same outputs
+        whole file, which holds no report. Indices are chosen by error and code length together: at the same outputs
         the file is small, but each index takes 6 bits in memory.
 
     Returns:
@@ -164,32 +166,70 @@ def compress(
             if given is not None:
                 raise ValueError(f"compress: {name}= needs data: compress(params, {name}=…, fn=…, batches=…)")
         return compress_tree(params, options, rules, sensitivity, return_report=return_report, progress=progress)
-    _check_data(fn, batches, sensitivity, options, params)
-    goal = goal_of(budget, rate)
-    options = options if rate is None else replace(options, bits=_RATED_BITS)
-    assert fn is not None
-    programs = Programs(fn, params, "compress", output)
-    cparams, report, notes = calibrated(programs, batches, options, rules, goal, progress)
+    if sensitivity is not None:
+        raise ValueError(
+            "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
+        )
+    cparams, report, notes = compressed_with_data(
+        params, options, rules, fn=fn, batches=batches, output=output, budget=budget, rate=rate, progress=progress
+    )
     for note in notes:
         warnings.warn(f"compress: {note}", stacklevel=2)
     return (cparams, report()) if return_report else cparams
 
 
+def compressed_with_data(
+    params: PyTree,
+    options: Options,
+    rules: Rule | Iterable[Rule],
+    *,
+    fn: Callable[..., PyTree] | None,
+    batches: Iterable[PyTree] | None,
+    output: Callable[[PyTree], PyTree] | None = None,
+    budget: int | str | None = None,
+    rate: str | None = None,
+    progress: bool = False,
+    once: Once | None = None,
+) -> tuple[PyTree, Callable[[], Report], tuple[str, ...]]:
+    """Compresses as `compress` with data does; returns the tree, a function that makes its report, and the warnings.
+
+    Args:
+      params: the dense tree.
+      options: the user's options.
+      rules: the user's rules.
+      fn: as in `compress`, like `batches`, `output`, `budget`, `rate` and `progress`.
+      batches: the inputs.
+      output: selects the output to compare.
+      budget: bits a weight, bytes, or a divergence.
+      rate: bits a weight of a coded file.
+      progress: show progress bars.
+      once: called with a key and a function that makes a tree of plain values, arrays and compressed leaves; returns
+        that tree, or one that was kept for the key, which covers all that the tree depends on.
+    """
+    fn, batches = _checked(fn, batches, params)
+    goal = goal_of(budget, rate)
+    options = options if rate is None else replace(options, bits=_RATED_BITS)
+    programs = Programs(fn, params, "compress", output)
+    if once is None:
+        return calibrated(programs, batches, options, rules, goal, progress)
+    call = fingerprint_of_call(programs, batches), repr(options), repr(rules), goal
+    keep: Once = lambda key, make: once((call, key), make)  # noqa: E731
+    return calibrated(programs, batches, options, rules, goal, progress, keep)
+
+
 _RATED_BITS = 6  # index width in memory: with so many levels, further ones would be too rarely used to matter
 
 
-def _check_data(fn: object, batches: object, sensitivity: PyTree, options: Options, params: PyTree) -> None:
+def _checked(
+    fn: Callable[..., PyTree] | None, batches: Iterable[PyTree] | None, params: PyTree
+) -> tuple[Callable[..., PyTree], Iterable[PyTree]]:
+    """Returns the function and the batches, or raises ValueError."""
     call = "nuqjax.compress(params, bits=4, fn=model.apply, batches=batches)"
     if fn is None or batches is None:
         missing, given = ("fn", "batches") if fn is None else ("batches", "fn")
         raise ValueError(f"compress: {given} is given, but no {missing}: {call}")
     if not callable(fn) or callable(getattr(fn, "init", None)):
         raise ValueError(f"compress: fn is a {type(fn).__name__}, but a function fn(params, *inputs) is wanted: {call}")
-    if sensitivity is not None:
-        raise ValueError(
-            "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
-        )
-    if options.method != "knq":
-        raise ValueError(f'compress: method={options.method!r} with fn, but levels are fitted to data by "knq" only')
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError("compress: fn and batches need values: call it outside jit")
+    return fn, batches

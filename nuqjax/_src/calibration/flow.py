@@ -1,8 +1,8 @@
 """The flow with data: split the batches, gather moments, choose widths, solve leaf by leaf, correct biases, measure."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,47 +15,36 @@ from nuqjax._src.calibration.layouts import as_used, with_scales
 from nuqjax._src.calibration.measures import Measured, as_numbers, finite, measured
 from nuqjax._src.calibration.pairs import NotMapped
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
+from nuqjax._src.calibration.progress import Counted, bars
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
 from nuqjax._src.calibration.sequential import solved_in_order
-from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
+from nuqjax._src.calibration.stages import form_of
+from nuqjax._src.calibration.widths import Goal, allocated, loss_of_one, replanned_to, sensitivities
 from nuqjax._src.compress.compress import check_arrays
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
-from nuqjax._src.compress.rules import Options
+from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.leaf.codebook_array import is_codebook_array
 from nuqjax._src.leaf.codebooks import decompress
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.store.compared import build_report
+from nuqjax._src.store.store import file_sizes
+
+Once = Callable[[Any, Callable[[], Any]], Any]
+"""Returns what the function makes, or what was kept for the key that comes before it."""
 
 
-@contextmanager
-def _bars(show: bool) -> Iterator[Callable[[Sequence[Any] | Iterable[Any], str, int], Iterable[Any]]]:
-    """Yields a function that shows a progress bar for some work with a known number of steps."""
-    if not show:
-        yield lambda work, name, count: work
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-    from nuqjax._src.report.bars import progress_bars
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with progress_bars(*columns) as bars:
-        yield lambda work, name, count: bars.track(work, total=count, description=name)
-
-
-@dataclass(frozen=True)
-class _Counted:
-    """Batches that show a progress bar for each pass over them."""
-
-    batches: Some
-    shown: Callable[..., Iterable[Any]]
-    name: str
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.shown(self.batches, self.name, len(self.batches.numbers)))
+def _at_once(key: Any, make: Callable[[], Any]) -> Any:
+    return make()
 
 
 def calibrated(
-    programs: Programs, batches: Any, options: Options, rules: Any, goal: Goal | None, progress: bool
+    programs: Programs,
+    batches: Any,
+    options: Options,
+    rules: Any,
+    goal: Goal | None,
+    progress: bool,
+    once: Once = _at_once,
 ) -> tuple[Any, Callable[[], Any], tuple[str, ...]]:
     """Returns a compressed tree, a function that makes its report, and the warnings.
 
@@ -66,19 +55,22 @@ def calibrated(
       rules: the user's rules.
       goal: the budget or rate that decides the bits of each leaf; None leaves this to the options and rules.
       progress: whether to show progress bars.
+      once: keeps finished parts. Keys are unique within a call.
     """
     options = with_scales(options)
     flat, structure = jax.tree_util.tree_flatten_with_path(programs.params, is_leaf=is_codebook_array)
     leaves = [leaf for _, leaf in flat]
     planned = plan_leaves(programs.params, options, rules)
     check_arrays(leaves, planned)
+    if goal is not None and goal.kind == "rate":
+        _check_rated(planned)
     batches = checked_batches(batches, programs.caller)
     split = split_off(batches, thirds=goal is not None)
     if goal is not None and not split.tried:
         raise ValueError(f"compress: {goal.text} needs two batches or more: some are held out to measure on")
-    learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat))
-    allocation, rates = None, None
-    with _bars(progress) as shown:
+    learned = _Learned(programs, Some(batches, split.learned), planned, leaves, _tied(flat), once)
+    allocation, rates, predicted = None, None, None
+    with bars(progress) as shown:
         if goal is None:
             made, found = learned.solved(shown)
         else:
@@ -86,14 +78,15 @@ def calibrated(
             if split.tried != split.measured:  # the tried batches are no longer held out: learn from them, too
                 learned = learned.of_more(Some(batches, tuple(sorted(split.learned + split.tried))), shown)
             if goal.kind == "rate":
-                made, found, rates = _at_rate(learned, table, prices, goal, shown)
+                made, found, rates = _at_rate(learned, structure, table, prices, goal, shown)
+                predicted = _predicted_at(made, rates, prices, table)
             else:
                 allocation = allocated(planned, learned.plans(learned.means), table, goal, options)
                 learned.bits = allocation.bits
                 made, found = learned.solved(shown)
-        plans = learned.plans(learned.means)
-        results = [made[plan.path].leaf if plan.reason is None else x for plan, x in zip(plans, leaves, strict=True)]
-        cparams, uncorrected = corrected(programs.params, structure.unflatten(results), learned.means)
+                predicted = {path: table[path][bits] for path, bits in allocation.bits.items()}
+        plans, first = learned.plans(learned.means), made
+        cparams, uncorrected = corrected(programs.params, structure.unflatten(learned.leaves_of(made)), learned.means)
         score, ways = None, ""
         if split.measured:
             held = Some(batches, split.measured)
@@ -101,7 +94,7 @@ def calibrated(
             try:
                 in_order = learned.solved_in_order(plans, shown, rates)
                 other = _measured(programs, in_order[1], held, shown, "then measured")
-                over = rates is not None and goal is not None and _file_bits(in_order[0], plans) > goal.amount
+                over = rates is not None and goal is not None and learned.file_bits(in_order[1]) > goal.amount
                 better = other.loss < score.loss and not over
                 ways = _ways(score, other, better)
                 if better:
@@ -109,71 +102,117 @@ def calibrated(
             except (NotMapped, ValueError) as error:  # the first way is at hand, and was measured
                 ways = f"leaves could not be compressed in the order of use, too: {error}"
     notes = (*Plan(tuple(plans)).notes, *_few(found, plans))
-    told = _Told(
-        learned.means.images,
-        _examples(Some(batches, split.tried)) if goal is not None else 0,
-        _examples(Some(batches, split.measured)),
-        goal is not None and split.tried == split.measured,
-        score,
-        allocation,
-        _file_bits(made, plans) if goal is not None and goal.kind == "rate" else None,
-        {path: text for path, text in found.items() if isinstance(text, str)},
-        uncorrected,
-        {path: one.errors for path, one in made.items() if one.errors},
-        ways,
-    )
 
     def report() -> Any:
         fits = {path: (one.method, one.certificate) for path, one in made.items()}
         reasons = {plan.path: plan.reason for plan in plans if plan.reason is not None}
-        whole = build_report(programs.params, cparams, reasons, fits, (*notes, *told.lines()))
-        return replace(whole, calibration=told.numbers())
+        whole = build_report(programs.params, cparams, reasons, fits, notes)
+        tried, by_leaf = Some(batches, split.tried), predicted
+        if goal is None and split.measured:
+            tried = _at_least(_TRIED, batches, split.measured)
+            with bars(progress) as shown:
+                by_leaf = learned.losses(first, tried, shown)
+        told = _Told(
+            learned.means.images,
+            _examples(tried) if by_leaf is not None else 0,
+            _examples(Some(batches, split.measured)),
+            goal is not None and split.tried == split.measured,
+            score,
+            goal,
+            by_leaf,
+            () if allocation is None else allocation.rules,
+            learned.file_bits(cparams, 0) if goal is not None and goal.kind == "rate" else None,
+            {path: text for path, text in found.items() if isinstance(text, str)},
+            uncorrected,
+            {path: one.errors for path, one in made.items() if one.errors},
+            ways,
+        )
+        return replace(whole, notes=(*notes, *told.lines()), calibration=told.numbers())
 
     return cparams, report, notes
 
 
+def _check_rated(planned: Sequence[LeafPlan]) -> None:
+    """Raises ValueError for a leaf whose levels cannot begin at equal distances."""
+    for plan in planned:
+        if plan.reason is None and form_of(plan.options.method) == "fixed":
+            raise ValueError(
+                f"compress: {plan.path}: method={plan.options.method!r} with rate=, which begins with levels at equal "
+                'distances; method="knq", "enq" or "uniform" goes with it'
+            )
+
+
+_TRIED = 32  # examples that tell what each leaf alone costs, where nothing was to be decided by it
+
+
+def _at_least(count: int, batches: Iterable[Any], numbers: Sequence[int]) -> Some:
+    """Returns the first of these batches that have this many examples together, or all of them."""
+    taken, examples = [], 0
+    for number in numbers:
+        if examples < count:
+            taken.append(number)
+            examples += _examples(Some(batches, (number,)))
+    return Some(batches, tuple(taken))
+
+
+def _predicted_at(
+    made: Mapping[str, Solved],
+    rates: Mapping[str, float],
+    prices: Mapping[str, float],
+    table: Mapping[str, Mapping[int, float]],
+) -> dict[str, float]:
+    """Returns by path the loss that each leaf is expected to cause: its layer's error at the price of an error."""
+    return {
+        path: prices[path] * max(one.error - rates[path] * one.code_bits, 0)
+        if one.errors
+        else table[path][one.leaf.bits]
+        for path, one in made.items()
+    }
+
+
 def _at_rate(
-    learned: "_Learned", table: Mapping[str, Mapping[int, float]], prices: Mapping[str, float], goal: Goal, shown: Any
+    learned: "_Learned",
+    structure: Any,
+    table: Mapping[str, Mapping[int, float]],
+    prices: Mapping[str, float],
+    goal: Goal,
+    shown: Any,
 ) -> tuple[dict[str, Solved], dict[str, LeafMoments | str], dict[str, float]]:
     """Compresses the leaves to the rate of `goal` by searching for one price of a bit, in nats of divergence.
 
-    A price four times as high saves about one bit a weight, so a few steps find the price for the rate.
+    A price four times as high saves about one bit a weight where levels are many, so a few steps of the secant's rule
+    find the price for the rate.
     """
     if not table:
         raise ValueError(f"compress: {goal.text}: no leaf is compressed; min_size= and rules choose them")
     weights = sum(math.prod(plan.shape) for plan in learned.planned if plan.path in table)
     least = 1e-3 * sorted(prices.values())[len(prices) // 2] or 1e-12
-    price = max(math.fsum(cost[3] for cost in table.values()) / max(weights, 1), 1e-12) * 4.0 ** (2.8 - goal.amount)
-    best = None
+    start = max(math.fsum(cost[3] for cost in table.values()) / max(weights, 1), 1e-12)
+    power, slope, wanted = 2.8 - goal.amount, 1.0, goal.amount * (1 - _CLOSE / 2)
+    best, last = None, None
     for _ in range(_RATE_STEPS):
-        rates = {path: price / max(here, least) for path, here in prices.items()}
+        rates = {path: start * 4.0**power / max(here, least) for path, here in prices.items()}
         made, found = learned.solved(shown, rates)
-        bits = _file_bits(made, learned.plans(learned.means))
+        bits = learned.file_bits(structure.unflatten(learned.leaves_of(made)))
         if bits <= goal.amount and (best is None or bits > best[0]):
             best = bits, made, found, rates
-        if goal.amount * 0.995 < bits <= goal.amount:
+        if goal.amount * (1 - _CLOSE) < bits <= goal.amount:
             break
-        price *= 4.0 ** (bits - goal.amount * 0.998)
+        if last is not None and last[0] != power:
+            slope = min(max((last[1] - bits) / (power - last[0]), 0.2), 2.0)
+        last = power, bits
+        power += (bits - wanted) / slope
     if best is None:
-        raise ValueError(f"compress: {goal.text}: the tree takes {bits:.3f} bits a weight at any price of a bit")  # pyright: ignore[reportPossiblyUnboundVariable]
+        raise ValueError(
+            f"compress: {goal.text}: the file takes {bits:.3f} bits a weight, its header and what stays dense counted, "  # pyright: ignore[reportPossiblyUnboundVariable]
+            "however high the price of a bit"
+        )
     return best[1:]
 
 
 _RATE_STEPS = 6
-
-
-def _file_bits(made: Mapping[str, Solved], plans: Sequence[LeafPlan]) -> float:
-    """Returns the bits a weight of the tree when its indices are entropy-coded."""
-    bits, weights = 0.0, 0
-    for plan in plans:
-        weights += math.prod(plan.shape)
-        if plan.reason is None:
-            one = made[plan.path]
-            scales = 0 if one.leaf.scale is None else one.leaf.scale.nbytes
-            bits += one.code_bits + 8 * (one.leaf.levels.nbytes + scales)
-        else:
-            bits += 8 * plan.nbytes_after
-    return bits / max(weights, 1)
+_SLACK = 6  # bytes for each coded leaf by which a file may be larger than predicted: a word and some digits
+_CLOSE = 0.005  # of the rate: a file that is smaller by no more than this is near enough
 
 
 @dataclass
@@ -186,6 +225,7 @@ class _Learned:
       planned: the plans of the leaves by the user's options.
       leaves: the arrays of the leaves.
       tied: by path, all paths of the same array, for arrays that occur more than once.
+      once: keeps finished leaves and what was measured.
       bits: by path, the widths that a budget gives; empty without one.
       means: the moments of all leaves without second moments; None before the first pass.
     """
@@ -195,6 +235,7 @@ class _Learned:
     planned: Sequence[LeafPlan]
     leaves: Sequence[Any]
     tied: Mapping[str, Sequence[str]]
+    once: Once = _at_once
     bits: Mapping[str, int] = field(default_factory=dict)
     means: Any = None
     _only: Any = None
@@ -212,7 +253,7 @@ class _Learned:
             )
         groups = _groups(self.planned, sizes, self.tied)
         for group in groups:
-            moments = self._gathered(_Counted(self.batches, shown, "moments"), group).joined(self.tied)
+            moments = self._gathered(Counted(self.batches, shown, "moments"), group).joined(self.tied)
             if self.means is None:
                 self.means = moments.without_second()
             if len(groups) == 1:
@@ -230,14 +271,39 @@ class _Learned:
         used = [as_used(plan, moments) for plan in self.planned]
         return [replanned_to(p, self.bits[p.path]) if p.path in self.bits and p.reason is None else p for p in used]
 
+    def leaves_of(self, made: Mapping[str, Solved]) -> list[Any]:
+        """Returns the leaves of the tree, compressed or as they were."""
+        return [made[p.path].leaf if p.path in made else x for p, x in zip(self.planned, self.leaves, strict=True)]
+
+    def file_bits(self, tree: Any, slack: int = _SLACK) -> float:
+        """Returns the bits a weight of the entropy-coded file of a tree, with some bytes more for each coded leaf."""
+        sizes = file_sizes(tree)
+        if sizes is None:
+            raise ValueError("compress: rate= is for files, but nuqjax.save cannot write this tree")
+        weights = sum(math.prod(plan.shape) for plan in self.planned)
+        coded = sum(map(is_codebook_array, jax.tree.leaves(tree, is_leaf=is_codebook_array)))
+        return 8 * (sizes[1] + slack * (coded + 1)) / max(weights, 1)
+
+    def losses(self, made: Mapping[str, Solved], tried: Some, shown: Any) -> dict[str, float]:
+        """Returns by path the loss that each compressed leaf causes alone."""
+        exact = [self.programs.outputs(self.programs.params, batch) for batch in tried]
+        found: dict[int, float] = {}
+        place = {plan.path: n for n, plan in enumerate(self.planned)}
+        for path in shown(list(made), "leaf by leaf", len(made)):
+            leaf = self.leaves[place[path]]
+            if id(leaf) not in found:
+                found[id(leaf)] = loss_of_one(self.programs, leaf, made[path].leaf, self.means, tried, exact)
+        return {path: found[id(self.leaves[place[path]])] for path in made}
+
     def sensitivities(self, tried: Some, shown: Any) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
         """Returns by path the loss that each leaf causes at each width, and the loss per unit of its layer's error."""
         table, prices = {}, {}
         for group, moments in self.groups(shown):
             plans = [plan if plan.path in group else _left(plan) for plan in self.plans(moments)]
-            found = sensitivities(self.programs, tried, moments, plans, (2, 3), shown)
-            table |= found[0]
-            prices |= found[1]
+            make = functools.partial(sensitivities, self.programs, tried, moments, plans, (2, 3), shown)
+            found = self.once(("sensitivity", sorted(group)), lambda make=make: dict(zip("tp", make(), strict=True)))
+            table |= found["t"]
+            prices |= found["p"]
         return table, prices
 
     def solved(
@@ -263,7 +329,8 @@ class _Learned:
                 here = moments.of(plan.path, plan.axes, plan.options.stack_axes)
                 found[plan.path] = here if isinstance(here, str) else here.without_values()
                 stages: dict[str, Any] = {} if rates is None else {"rate": rates.get(plan.path)}
-                made[plan.path] = solved(self.leaves[n], plan, None if isinstance(here, str) else here, **stages)
+                given = self.leaves[n], plan, None if isinstance(here, str) else here
+                made[plan.path] = self._kept("alone", *given, **stages)
         return made, found
 
     def solved_in_order(
@@ -271,10 +338,23 @@ class _Learned:
     ) -> tuple[dict[str, Solved], Any, dict[str, str]]:
         """Compresses every leaf with the inputs that the leaves before it leave it; see `sequential`."""
         sizes = sums_of_uses(self.programs, next(iter(self.batches)))
-        groups = _groups(self.planned, {path: 2 * size for path, size in sizes.items()}, self.tied)
         return solved_in_order(
-            self.programs, self.batches, plans, self.leaves, self.tied, groups, list(sizes), rates, shown
+            self.programs,
+            self.batches,
+            plans,
+            self.leaves,
+            self.tied,
+            sizes,
+            _MOMENT_VALUES // 2,
+            rates,
+            shown,
+            functools.partial(self._kept, f"in order at {sorted((rates or {}).items())}"),
         )
+
+    def _kept(self, way: str, leaf: Any, plan: LeafPlan, found: LeafMoments | None, **stages: Any) -> Solved:
+        """Compresses a leaf as `solved` does, unless that was done and kept."""
+        key = way, repr(plan), self.batches.numbers, stages.get("rate")
+        return Solved(**self.once(key, lambda: solved(leaf, plan, found, **stages)._asdict()))
 
     def _gathered(self, batches: Any, group: frozenset[str]) -> Moments:
         def check(number: int, batch: Any, outputs: Sequence[Any]) -> None:
@@ -301,24 +381,36 @@ class _Told:
     held: int
     same: bool
     score: Measured | None
-    allocation: Allocation | None
+    goal: Goal | None
+    by_leaf: Mapping[str, float] | None
+    rules: Sequence[Rule]
     file_bits: float | None
     alone: Mapping[str, str]
     uncorrected: Mapping[str, str]
     errors: Mapping[str, Mapping[str, float]]
     ways: str
 
+    @property
+    def predicted(self) -> float | None:
+        """The sum of what each leaf alone costs the outputs."""
+        return None if self.by_leaf is None else math.fsum(self.by_leaf.values())
+
     def lines(self) -> list[str]:
         """Returns the facts as lines of text."""
         lines = [f"levels, scales and indices were fitted to {self.learned} examples"]
-        if self.allocation is not None:
-            by = "others" if self.same else "of them, before they were learned from"
+        if self.by_leaf:
+            worst, most = max(self.by_leaf.items(), key=lambda item: item[1])
+            if self.goal is None:
+                how = f"each leaf was compressed alone, on {self.tried} of those that were held out"
+            else:
+                by = "others" if self.same else "of them, before they were learned from"
+                how = f"bits were allocated by {self.tried} {by}"
             what = "a relative error of" if self.score is not None and self.score.kl is None else "a KL of"
-            lines.append(
-                f"bits were allocated by {self.tried} {by}: {what} {self.allocation.predicted:.4g} is predicted"
-            )
+            lines.append(f"{how}: {what} {self.predicted:.4g} is predicted, of which {most:.4g} from {worst}")
         if self.file_bits is not None:
-            lines.append(f"coded, the tree takes {self.file_bits:.3f} bits a weight, a file's header not counted")
+            lines.append(
+                f"saved with entropy coding, without this report, {self.file_bits:.3f} bits a weight are taken"
+            )
         if self.score is not None:
             which = "that decided on bits" if self.same else "that were held out"
             lines.append(f"on {self.held} examples {which}, beside the float outputs: {self.score}")
@@ -337,8 +429,9 @@ class _Told:
             "held_out": self.held,
             "measured": None if self.score is None else as_numbers(self.score),
             "file_bits_per_weight": self.file_bits,
-            "predicted": None if self.allocation is None else self.allocation.predicted,
-            "rules": [] if self.allocation is None else [repr(rule) for rule in self.allocation.rules],
+            "predicted": self.predicted,
+            "predicted_by_leaf": dict(self.by_leaf or {}),
+            "rules": [repr(rule) for rule in self.rules],
             "by_weights_alone": dict(self.alone),
             "uncorrected": dict(self.uncorrected),
             "layer_errors": {path: dict(errors) for path, errors in self.errors.items()},

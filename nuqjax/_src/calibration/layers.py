@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nuqjax._src.calibration.problem import Problem, Solution, shrunk, target
+from nuqjax._src.calibration.problem import Problem, Solution, ahead, shrunk
 from nuqjax._src.calibration.second_moments import LeafMoments
 from nuqjax._src.calibration.solver import quantize
 from nuqjax._src.compress.leaf import compress_leaf, leaf_of
@@ -53,18 +53,10 @@ def problems(array: np.ndarray, plan: LeafPlan, found: LeafMoments, cross: np.nd
         hessian = shrunk(moment.reshape(-1, *moment.shape[-2:]), found.images, positions).reshape(moment.shape)
         weights = np.ascontiguousarray(rows.to_channels(one, plan.axes))
         if other is not None:
-            moved = target(weights, moment, other, _ridged(hessian)).astype(weights.dtype)
+            moved = ahead(weights, moment, other, hessian, found.images, positions).astype(weights.dtype)
             weights = np.where(weights == 0, weights, moved) if plan.options.keep_zero else moved
         made.append(Problem(weights, hessian))
     return made
-
-
-def _ridged(hessian: np.ndarray) -> np.ndarray:
-    size = hessian.shape[-1]
-    return hessian + RIDGE * np.einsum("...ii->...", hessian)[..., None, None] / max(size, 1) * np.eye(size)
-
-
-RIDGE = 1.0  # of the mean of the diagonal; with 0.1 weights follow what few inputs show by chance
 
 
 def solved(
@@ -83,16 +75,16 @@ def solved(
       ValueError: a value is NaN or infinite. The message names the leaf.
     """
     if found is None or 0 in plan.shape:
-        return _swapped(compress_leaf(leaf, None, plan), "knq")
+        return _swapped(compress_leaf(leaf, None, plan), plan.options.method)
     array = np.asarray(leaf)
     check_finite(array, plan.path)
     if found.is_diagonal:
         importance = _importance(plan, found)
-        return _swapped(compress_leaf(array, importance, plan), "knq, weighted")
+        return _swapped(compress_leaf(array, importance, plan), f"{plan.options.method}, weighted")
     array = array.astype(native_dtype(array.dtype), copy=False)
     options = plan.options
     given = {"bits": options.bits, "granularity": options.granularity, "scale": options.scale} | stages
-    given["keep_zero"] = options.keep_zero
+    given |= {"method": options.method, "keep_zero": options.keep_zero}
     each = problems(array, plan, found, cross)
     made = [quantize(problem, codebook_format=options.codebook_format, **given) for problem in each]
     made = _of_one_format(each, made, given)
@@ -103,7 +95,7 @@ def solved(
         result = jax.device_put(result, shardings(result, leaf.sharding))
     names = list(dict.fromkeys(name for one in made for name in one.errors))
     errors = {name: math.fsum(_after(one, names, name) for one in made) for name in names}
-    start = "knq" if stages.get("rate") is None else "rated"
+    start = options.method if stages.get("rate") is None else "rated"
     method = "+".join([start, *(name for name in names if name != "nearest")])
     return Solved(result, method, errors, None, sum(one.bits_per_weight * one.indices.size for one in made))
 

@@ -1,15 +1,23 @@
-"""Moments where two trees run side by side: the float parameters, and those of which some are compressed."""
+"""Moments where two trees run side by side: the float parameters, and those of which some are compressed.
 
-from collections.abc import Iterable, Mapping, Sequence
+The function runs once for both trees, stage by stage: it stops before the leaves of a stage meet their inputs, takes
+their moments, and continues from there when they are compressed. Between stages the values at hand are kept, for all
+batches, unless they take too much memory; then the next stage begins further back.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from nuqjax._src.calibration.programs import Programs, example_count
+from nuqjax._src.calibration.flat import Flat, environment, flat_of, lowered, steps
+from nuqjax._src.calibration.programs import Programs, Some, example_count
 from nuqjax._src.calibration.second_moments import Moments, gathered
-from nuqjax._src.calibration.uses import PATHS, Recorder, Sums, run
+from nuqjax._src.calibration.uses import PATHS, Recorder, Sums
+
+_STATE_BYTES = 2**30
 
 
 class Pair(NamedTuple):
@@ -34,74 +42,133 @@ class NotMapped(Exception):
     """JAX cannot map the function over two trees."""
 
 
-def gather_pair(
-    programs: Programs,
-    other: Any,
-    batches: Iterable[Any],
-    *,
-    wanted: frozenset[str],
-    now: frozenset[str],
-    positions: int = 64,
-    widest: int = 4096,
-) -> Pair:
-    """Computes moments with the float tree and with another one of the same structure, side by side.
+@dataclass(eq=False)
+class SideBySide:
+    """Runs the float tree and another one over batches, stage by stage.
 
-    Both trees are stacked along a new axis, and the function is mapped over it, so that wherever a leaf is used, what
-    it multiplies in either tree is at hand.
-
-    Args:
+    Attributes:
       programs: the function and the float tree.
-      other: a dense tree like it.
-      batches: the inputs.
-      wanted: the leaves with second moments in any run; one program serves all of them.
-      now: those of them for which second moments are computed in this run.
+      batches: the batches.
       positions: as in `moments`.
       widest: as in `moments`.
-
-    Raises:
-      NotMapped: a part of the function has no batched form.
     """
 
-    def program_of(batch: Any) -> tuple[Any, Recorder]:
-        key = programs.key(batch), wanted, positions, widest, "pair"
-        if key not in programs.collectors:
-            made = Recorder(wanted.__contains__, example_count(batch), positions, widest, {})
-            programs.collectors[key] = _compile_pair(programs, batch, made), made
-        program, made = programs.collectors[key]
-        return lambda: (None, program(_flags(programs, batch, now), *_stacked(programs, other, batch))), made
+    programs: Programs
+    batches: Some
+    positions: int = 64
+    widest: int = 4096
+    _flats: dict[Any, Flat] = field(default_factory=dict)
+    _begins: dict[Any, int] = field(default_factory=dict)  # by shape: the equation that the values at hand are for
+    _values: dict[int, list[Any]] = field(default_factory=dict)  # by batch: the values at hand, `[2, …]` each
 
-    seen, cross, exact = gathered(programs, batches, program_of)
-    return Pair(seen, cross, exact)
+    def flat(self, batch: Any) -> Flat:
+        """Returns the function as a list of equations, for the shapes of a batch."""
+        key = self.programs.key(batch)
+        if key not in self._flats:
+            jaxpr, names = self.programs.traced(batch).jaxpr, self.programs.names(batch)
+            self._flats[key] = flat_of(jaxpr, names, self._recorder(batch, frozenset()))
+        return self._flats[key]
+
+    def moments(self, other: Any, stage: frozenset[str]) -> Pair:
+        """Computes the moments of a stage's leaves.
+
+        Args:
+          other: a dense tree like the float one. From one stage to the next, only leaves change that no equation before
+            the next stage reads, other than those of the first.
+          stage: paths of leaves.
+
+        Raises:
+          NotMapped: a part of the function has no batched form.
+        """
+        made: dict[Any, tuple[_Segment, Any]] = {}
+        numbers = iter(self.batches.numbers)
+
+        def program_of(batch: Any) -> tuple[Any, Recorder]:
+            key, number = self.programs.key(batch), next(numbers)
+            if key not in made:
+                segment = self._segment(batch, stage)
+                made[key] = segment, segment.parameters(self.programs.arrays(other, batch))
+            segment, parameters = made[key]
+
+            def run() -> tuple[None, Any]:
+                inputs = segment.inputs(self.programs.arrays(self.programs.params, batch))
+                values = self._values.get(number, []) if segment.start else []
+                sums, values = segment.program(parameters, inputs, values)
+                if segment.keep is not None:
+                    self._values[number] = values
+                return None, sums
+
+            return run, segment.recorder
+
+        found = Pair(*gathered(self.programs, self.batches, program_of))
+        self._begins |= {key: segment.keep for key, (segment, _) in made.items() if segment.keep is not None}
+        return found
+
+    def _recorder(self, batch: Any, wanted: frozenset[str], paired: bool = False) -> Recorder:
+        return Recorder(wanted.__contains__, example_count(batch), self.positions, self.widest, paired)
+
+    def _segment(self, batch: Any, stage: frozenset[str]) -> "_Segment":
+        """Compiles what to run for a stage: from the values at hand to the last use of its leaves."""
+        key, flat = self.programs.key(batch), self.flat(batch)
+        start, keep = self._begins.get(key, 0), min(flat.first[path] for path in stage)
+        start = start if start <= keep else 0  # a tied array has uses further back
+        before, after = flat.live_at(start), flat.live_at(keep)
+        if 2 * len(self.batches.numbers) * sum(v.aval.size * v.aval.dtype.itemsize for v in after) > _STATE_BYTES:
+            keep, after = None, []
+        numbers = flat.needed(range(start, 1 + max(flat.last[path] for path in stage)))
+        read = {v for n in numbers for v in flat.variables(n)}
+        arrays = zip(flat.jaxpr.jaxpr.invars, self.programs.arrays(self.programs.params, batch), strict=True)
+        dense = [x if v in read else None for v, x in arrays]
+        recorder = self._recorder(batch, stage, paired=True)
+        recorder.biases, recorder.others = list(flat.biases), {path: list(whys) for path, whys in flat.others.items()}
+        segment = _Segment(flat, dense, start, keep, recorder, None)
+
+        def one(parameters: Mapping[int, Any], inputs: Mapping[int, Any], values: Sequence[Any]) -> tuple[Any, Any]:
+            here = self._recorder(batch, stage, paired=True)
+            env = environment(flat, [{**inputs, **parameters}.get(n) for n in range(len(flat.names))])
+            env.update(zip(before, values, strict=True))
+            recorded = []
+            for n, records in steps(flat, numbers, env, here):
+                recorded += [(use, *rest) for use, (_, *rest) in zip(flat.uses.get(n, ()), records, strict=True)]
+            recorded = [record for record in recorded if record[0].name in stage]
+            recorder.records = [(use, count, Sums(None, None)) for use, count, _ in recorded]
+            return [sums for *_, sums in recorded], lowered(env[v] for v in after)
+
+        both = jax.vmap(one, in_axes=(0, None, 0), out_axes=(None, 0), axis_name=PATHS, axis_size=2)
+        values = [jax.ShapeDtypeStruct((2, *v.aval.shape), v.aval.dtype) for v in before]
+        given = segment.parameters(dense), segment.inputs(dense), values
+        try:
+            return segment._replace(program=jax.jit(both).lower(*given).compile())
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise NotMapped(f"fn cannot be mapped over two trees: {text}") from error
 
 
-def _flags(programs: Programs, batch: Any, now: frozenset[str]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(name in now) for name in programs.names(batch) if name is not None}
+class _Segment(NamedTuple):
+    """A part of the function, for inputs of one shape.
 
+    Attributes:
+      flat: the function.
+      dense: the float parameters and the inputs that it reads; None for others.
+      start: the equation that it starts with.
+      keep: the equation before which values are kept for the next stage; None if they are too large.
+      recorder: what it records; no sums.
+      program: takes parameters, inputs and the values at hand; returns sums, and the values to keep.
+    """
 
-def _stacked(programs: Programs, other: Any, batch: Any) -> list[Any]:
-    """Returns the arrays that the function takes; a parameter is `[2, …]`, that of the float tree and of `other`."""
-    arrays = zip(
-        programs.names(batch), programs.arrays(programs.params, batch), programs.arrays(other, batch), strict=True
-    )
-    return [x if name is None else jnp.stack([x, y]) for name, x, y in arrays]
+    flat: Flat
+    dense: Sequence[Any]
+    start: int
+    keep: int | None
+    recorder: Recorder
+    program: Any
 
+    def parameters(self, other: Sequence[Any]) -> dict[int, Any]:
+        """Returns by number the parameters, `[2, …]`: of the float tree and of the other one."""
+        each = enumerate(zip(self.flat.names, self.dense, other, strict=True))
+        return {n: jnp.stack([x, y]) for n, (name, x, y) in each if name is not None and x is not None}
 
-def _compile_pair(programs: Programs, batch: Any, recorder: Recorder) -> Any:
-    names, jaxpr = programs.names(batch), programs.traced(batch).jaxpr
-
-    def collect(flags, *arrays) -> list[Sums]:
-        recorder.flags = flags
-
-        def both(*arrays) -> list[Sums]:
-            run(jaxpr, arrays, names, recorder)
-            return [sums for _, _, sums in recorder.records]
-
-        axes = [None if name is None else 0 for name in names]
-        return jax.vmap(both, in_axes=axes, out_axes=None, axis_name=PATHS, axis_size=2)(*arrays)
-
-    arrays = _stacked(programs, programs.params, batch)
-    try:
-        return jax.jit(collect).lower(_flags(programs, batch, frozenset()), *arrays).compile()
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise NotMapped(f"fn cannot be mapped over two trees: {text}") from error
+    def inputs(self, arrays: Sequence[Any]) -> dict[int, Any]:
+        """Returns by number the arrays that both trees share."""
+        each = enumerate(zip(self.flat.names, self.dense, arrays, strict=True))
+        return {n: y for n, (name, x, y) in each if name is None and x is not None}

@@ -1,6 +1,7 @@
 """A function of parameters and inputs, compiled once for each shape of a batch; checks and splits of batches."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.platform.meshes import on_automatic
 from nuqjax._src.trace.traced import Traced, trace
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def checked_batches(batches: Any, caller: str) -> Iterable[Any]:
@@ -25,7 +26,7 @@ def checked_batches(batches: Any, caller: str) -> Iterable[Any]:
       ValueError: they are not such an iterable, or there are none.
     """
     wanted = "a sequence of inputs is wanted, each an array or a tuple of arrays: batches=[images[:32], images[32:64]]"
-    if isinstance(batches, _ARRAYS):
+    if isinstance(batches, ARRAYS):
         raise ValueError(f"{caller}: batches is one array of shape {batches.shape}, but {wanted}")
     if isinstance(batches, Iterator):
         raise ValueError(f"{caller}: batches is an iterator, which one pass uses up; give list(batches)")
@@ -43,13 +44,13 @@ def inputs_of(batch: Any) -> tuple[Any, ...]:
 
 def example_count(batch: Any) -> int:
     """Returns the number of examples in a batch: the length of its first array, at least 1."""
-    shapes = [np.shape(x) for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, _ARRAYS)]
+    shapes = [np.shape(x) for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, ARRAYS)]
     return max(1, next((shape[0] for shape in shapes if shape), 1))
 
 
 def fingerprint(batch: Any) -> str:
     """Returns a text that identifies a batch: dtype, shape and a digest of its first array."""
-    first = next((x for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, _ARRAYS)), np.zeros(0))
+    first = next((x for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, ARRAYS)), np.zeros(0))
     data = np.ascontiguousarray(np.asarray(first)).view(np.uint8).reshape(-1)
     digest = hashlib.sha1(data[: 2**16].tobytes() + data[-(2**16) :].tobytes(), usedforsecurity=False)
     return f"{first.dtype}{first.shape}{digest.hexdigest()}"
@@ -58,7 +59,7 @@ def fingerprint(batch: Any) -> str:
 def shapes_of(batch: Any) -> str:
     """Describes the inputs of a batch for messages: `float32[32, 8], int32[32]`."""
     leaves = jax.tree.leaves(inputs_of(batch))
-    return ", ".join(f"{x.dtype}{list(x.shape)}" if isinstance(x, _ARRAYS) else type(x).__name__ for x in leaves)
+    return ", ".join(f"{x.dtype}{list(x.shape)}" if isinstance(x, ARRAYS) else type(x).__name__ for x in leaves)
 
 
 @dataclass(eq=False)
@@ -89,7 +90,7 @@ class Programs:
     def key(self, batch: Any) -> Any:
         """Returns a key that is equal for batches that share a program: structure, shapes, dtypes, other values."""
         leaves, structure = jax.tree.flatten(inputs_of(batch))
-        return structure, tuple((np.shape(x), x.dtype) if isinstance(x, _ARRAYS) else x for x in leaves)
+        return structure, tuple((np.shape(x), x.dtype) if isinstance(x, ARRAYS) else x for x in leaves)
 
     def traced(self, batch: Any) -> Traced:
         """Returns the function traced for inputs with the shapes of a batch.
@@ -118,7 +119,7 @@ class Programs:
 
     def arrays(self, params: Any, batch: Any) -> list[Any]:
         """Returns the arrays that the traced function takes, in order."""
-        return [on_automatic(x) for x in jax.tree.leaves((params, *inputs_of(batch))) if isinstance(x, _ARRAYS)]
+        return [on_automatic(x) for x in jax.tree.leaves((params, *inputs_of(batch))) if isinstance(x, ARRAYS)]
 
     def outputs(self, params: Any, batch: Any) -> np.ndarray:
         """Runs the function with other parameters of the same structure; returns the output to compare."""
@@ -129,21 +130,47 @@ class Programs:
         return self.compared(batch, self._compiled[key](*self.arrays(params, batch)))
 
     def compared(self, batch: Any, outputs: Sequence[Any]) -> np.ndarray:
-        """Selects the output to compare from all outputs.
+        """Selects the output to compare from all outputs, as `chosen` does, and returns its values."""
+        return np.asarray(self.chosen(batch, outputs))
+
+    def chosen(self, batch: Any, outputs: Sequence[Any]) -> Any:
+        """Selects the output to compare from all outputs, which may be traced.
 
         Raises:
           ValueError: no output is an array of floating values.
         """
         tree = jax.tree.unflatten(self.traced(batch).outputs, list(outputs)[: self.traced(batch).outputs.num_leaves])
         chosen = tree if self.output is None else self.output(tree)
-        found = next((x for x in jax.tree.leaves(chosen) if isinstance(x, _ARRAYS)), None)
+        found = next((x for x in jax.tree.leaves(chosen) if isinstance(x, ARRAYS)), None)
         if found is None or not jnp.issubdtype(found.dtype, jnp.floating) or found.size == 0:
             got = "no array" if found is None else f"{found.dtype}{list(found.shape)}"
             raise ValueError(
                 f"{self.caller}: the output to compare is {got}, but floating values are wanted: "
                 "output=lambda outputs: … chooses them among what fn gives"
             )
-        return np.asarray(found)
+        return found
+
+
+def fingerprint_of_call(programs: Programs, batches: Iterable[Any]) -> str:
+    """Returns a text that identifies a function, by its program, and all values of its parameters and inputs."""
+    digest = hashlib.sha256(f"{jax.__version__} {np.__version__}".encode())
+
+    def add(text: str, arrays: Iterable[Any]) -> None:
+        digest.update(text.encode(errors="surrogatepass"))
+        for array in map(np.asarray, arrays):
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+
+    known = set()
+    for batch in checked_batches(batches, programs.caller):
+        traced, key = programs.traced(batch), programs.key(batch)
+        if key not in known:
+            known.add(key)
+            text = re.sub("0x[0-9a-f]+", "", str(traced.jaxpr))  # addresses of functions differ from run to run
+            add(text, [*traced.jaxpr.consts, *(x for x in jax.tree.leaves(programs.params) if isinstance(x, ARRAYS))])
+        add(repr(key), [x for x in jax.tree.leaves(inputs_of(batch)) if isinstance(x, ARRAYS)])
+    names = jax.tree_util.tree_flatten_with_path(programs.params)[0]
+    add(repr([path_name(path) for path, _ in names]), [])
+    return digest.hexdigest()
 
 
 class Split(NamedTuple):

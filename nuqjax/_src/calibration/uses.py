@@ -7,7 +7,7 @@ use is static: which entry of the leaf each entry of the operand is, is computed
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -136,8 +136,7 @@ class Recorder:
       positions: the largest number of positions to take from an example.
       widest: the largest number of inputs between which to take second moments; a use with more inputs has its moments
         within stretches of them.
-      flags: by path, whether second moments are wanted in this run, for programs that run with several sets of leaves;
-        None if two trees do not run side by side, along the axis `PATHS`.
+      paired: whether two trees run side by side, along the axis `PATHS`.
       records: for each use, the use, its number of rows, and its sums.
       biases: the leaves that could take a correction.
       others: by path, the uses that are not understood.
@@ -147,14 +146,14 @@ class Recorder:
     images: int
     positions: int
     widest: int
-    flags: Mapping[str, Any] | None = None
+    paired: bool = False
     records: list[tuple[Use, int, Sums]] = field(default_factory=list)
     biases: list[Bias] = field(default_factory=list)
     others: dict[str, list[str]] = field(default_factory=dict)
 
     def inside(self) -> "Recorder":
         """Returns an empty recorder with the same options, for the body of a loop."""
-        return Recorder(self.wanted, self.images, self.positions, self.widest, self.flags)
+        return Recorder(self.wanted, self.images, self.positions, self.widest, self.paired)
 
     def note(self, parameter: Any, why: str) -> None:
         """Records a use of a parameter that is not understood, once for each reason."""
@@ -190,8 +189,13 @@ def run(jaxpr: core.ClosedJaxpr, arrays: Sequence[Any], names: Sequence[str | No
       recorder: the recorder to fill.
     """
     lifted = [x if name is None else Parameter(x, name) for x, name in zip(arrays, names, strict=True)]
-    interpreter = _Collector(_is_lifted, _lower, _RULES, _default, recorder)
+    interpreter = collector(recorder)
     return interpreter.lower_all(interpreter.evaluate(jaxpr, lifted))
+
+
+def collector(recorder: Recorder) -> Interpreter:
+    """Returns an interpreter whose lifted values are `Parameter`s and outputs, and that fills the recorder."""
+    return _Collector(_is_lifted, _lower, _RULES, _default, recorder)
 
 
 @dataclass(frozen=True)
@@ -268,8 +272,10 @@ def _wide(x: Any) -> Any:
 def _sums(x: Any, recorder: Recorder, use: Use) -> Sums:
     """Computes the sums over R of rows `[B, R, I]`."""
     x = _wide(x)
-    if recorder.flags is not None:
-        return _sums_of_both(lax.all_gather(x, PATHS), recorder.wanted(use.name), recorder.flags[use.name], use)
+    if recorder.paired:
+        exact, x = lax.all_gather(x, PATHS)
+        second, cross = (_products(f, x, use) if recorder.wanted(use.name) else None for f in (x, exact))
+        return Sums(x.sum(axis=1), second, exact.sum(axis=1), cross)
     first = x.sum(axis=1)
     return Sums(first, _products(x, x, use) if recorder.wanted(use.name) else None)
 
@@ -280,20 +286,6 @@ def _products(x: Any, y: Any, use: Use) -> Any:
         return (x * y).sum(axis=1)
     x, y = (a.reshape(*a.shape[:2], use.stretches, -1) for a in (x, y))
     return lax.dot_general(x, y, (((1,), (1,)), ((0, 2), (0, 2))), precision=lax.Precision.HIGHEST)
-
-
-def _sums_of_both(both: Any, wanted: bool, flag: Any, use: Use) -> Sums:
-    """Computes the sums over R of rows `[2, B, R, I]` of two trees; second moments only where `flag` is true."""
-    exact, x = both
-    if not wanted:
-        return Sums(x.sum(axis=1), None, exact.sum(axis=1))
-
-    def computed() -> tuple[Any, Any]:
-        return _products(x, x, use), _products(exact, x, use)
-
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(computed))
-    second, cross = lax.cond(flag, computed, lambda: zeros)
-    return Sums(x.sum(axis=1), second, exact.sum(axis=1), cross)
 
 
 def _stretches(inputs: int, widest: int) -> int:
@@ -422,7 +414,7 @@ def _gather(interpreter: Any, site: Site, eqn: core.JaxprEqn, table: Any, index:
     use = Use(table.name, table.moves, shape, order, (1, outputs, shape[axis]), site, 0)
     counts = jnp.zeros(shape[axis], jnp.float32).at[index.reshape(-1)].add(1, mode="drop")[None]
     second = counts if recorder.wanted(table.name) else None
-    if recorder.flags is not None:  # where the trees look up different entries, their counts are averaged
+    if recorder.paired:  # where the trees look up different entries, their counts are averaged
         counts = lax.pmean(counts, PATHS)
         second = None if second is None else counts
         sums = Sums(counts, second, counts, second)
@@ -450,8 +442,8 @@ def _scan(interpreter: Any, site: Site, eqn: core.JaxprEqn, *operands) -> Sequen
             Parameter(s, x.name, (*x.moves, mark)) if isinstance(x, Parameter) else s
             for x, s in zip(xs, slices, strict=True)
         ]
-        collector = _Collector(_is_lifted, _lower, _RULES, _default, inner)
-        outputs = collector.lower_all(collector.evaluate(body, (*consts, *carry, *inside), site.scope))
+        within = collector(inner)
+        outputs = within.lower_all(within.evaluate(body, (*consts, *carry, *inside), site.scope))
         found.append(inner)
         sums = [s for _, _, s in inner.records]
         stacked = [mark in use.moves for use, _, _ in inner.records]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 from nuqjax._src.calibration.biases import corrected
@@ -17,6 +18,7 @@ from nuqjax._src.calibration.level_formats import scale_dtype
 from nuqjax._src.calibration.measures import measured
 from nuqjax._src.calibration.programs import Programs, checked_batches, fingerprint
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments
+from nuqjax._src.calibration.stages import form_of
 from nuqjax._src.compress.plan import LeafPlan, plan_leaves, replanned, scale_groups
 from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.leaf.codebook_array import is_codebook_array
@@ -28,6 +30,8 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 # The least mean squared errors of 2^bits levels for a normal distribution (Max, 1960): the effect of a bit on a loss.
 _NORMAL = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 6.442e-4, 7: 1.637e-4, 8: 4.13e-5}
+# The same of levels at equal distances (the same source to 5 bits; beyond, the same minimum by quadrature).
+_NORMAL_UNIFORM = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 1.040e-3, 7: 3.043e-4, 8: 8.77e-5}
 
 
 def sensitivity(
@@ -62,6 +66,15 @@ def sensitivity(
 
     Raises:
       ValueError: a batch was also used for the moments; there are no batches; `fn` fails.
+
+    >>> import jax.numpy as jnp, nuqjax
+    >>> fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    >>> params = {"a": jnp.sin(jnp.arange(512.0)).reshape(16, 32), "b": jnp.cos(jnp.arange(320.0)).reshape(32, 10)}
+    >>> batches = [jnp.sin(jnp.arange(512.0) * n).reshape(32, 16) for n in (1, 2, 3)]
+    >>> known = nuqjax.calibration.moments(fn, params, batches[:2])
+    >>> table = sensitivity(fn, params, batches[2:], known)
+    >>> list(table), list(table["a"]), table["a"][2] > table["a"][3]
+    (['a', 'b'], [2, 3, 4, 5, 6, 7, 8], True)
     """
     programs = Programs(fn, params, "sensitivity", output)
     for number, batch in enumerate(checked_batches(batches, "sensitivity")):
@@ -83,7 +96,7 @@ def sensitivities(
     shown: Callable[..., Iterable[Any]] = lambda work, name, count: work,
 ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
     """Returns the `sensitivity` of planned leaves, and by path the loss of the outputs per unit of a layer's error."""
-    leaves, structure = jax.tree.flatten(programs.params, is_leaf=is_codebook_array)
+    leaves = jax.tree.leaves(programs.params, is_leaf=is_codebook_array)
     exact = [programs.outputs(programs.params, batch) for batch in batches]
     work = [n for n, plan in enumerate(plans) if plan.reason is None]
     known: dict[tuple[int, str], tuple[dict[int, float], float]] = {}
@@ -96,14 +109,21 @@ def sensitivities(
                 plan = replanned_to(plans[n], width)
                 found = moments.of(plan.path, plan.axes, plan.options.stack_axes)
                 one = solved(leaves[n], plan, found if isinstance(found, LeafMoments) else None, refit=1)
-                swapped = [one.leaf if x is leaves[n] else x for x in leaves]
-                dense = decompress(corrected(programs.params, structure.unflatten(swapped), moments)[0])
-                outputs = (programs.outputs(dense, batch) for batch in batches)
-                losses[width] = measured(zip(exact, outputs, strict=True)).loss
+                losses[width] = loss_of_one(programs, leaves[n], one.leaf, moments, batches, exact)
                 price = losses[width] / one.error if one.error > 0 else 0.0
-            known[same] = _at_every_width(losses), price
+            known[same] = _at_every_width(losses, plans[n].options.method), price
         table[plans[n].path], prices[plans[n].path] = known[same]
     return table, prices
+
+
+def loss_of_one(
+    programs: Programs, leaf: Any, compressed: Any, means: Moments, batches: Iterable[Any], exact: Sequence[np.ndarray]
+) -> float:
+    """Returns the loss of the outputs where one leaf is compressed, wherever it stands, and its offsets corrected."""
+    leaves, structure = jax.tree.flatten(programs.params, is_leaf=is_codebook_array)
+    swapped = structure.unflatten([compressed if x is leaf else x for x in leaves])
+    dense = decompress(corrected(programs.params, swapped, means)[0])
+    return measured(zip(exact, (programs.outputs(dense, batch) for batch in batches), strict=True)).loss
 
 
 def replanned_to(plan: LeafPlan, bits: int) -> LeafPlan:
@@ -111,12 +131,12 @@ def replanned_to(plan: LeafPlan, bits: int) -> LeafPlan:
     return replanned(plan, replace(plan.options, bits=bits, skip=False))
 
 
-def _at_every_width(losses: Mapping[int, float]) -> dict[int, float]:
+def _at_every_width(losses: Mapping[int, float], method: str) -> dict[int, float]:
     """Returns the loss at every width: as measured, or inferred from the nearest measured width; it never rises."""
-    table, least = {}, math.inf
+    table, least, normal = {}, math.inf, _NORMAL_UNIFORM if form_of(method) == "grid" else _NORMAL
     for width in WIDTHS:
         near = min(losses, key=lambda b: (abs(b - width), b))
-        least = table[width] = min(least, max(losses[near], 1e-12) * _NORMAL[width] / _NORMAL[near])
+        least = table[width] = min(least, max(losses[near], 1e-12) * normal[width] / normal[near])
     return table
 
 

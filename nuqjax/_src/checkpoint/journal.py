@@ -11,7 +11,7 @@ from nuqjax._src.report.report import Report
 from nuqjax._src.store.describe import checksum
 from nuqjax._src.store.file import Stored, parse_json
 from nuqjax._src.store.report import report_from_json, report_to_json
-from nuqjax._src.store.target import naming
+from nuqjax._src.store.target import forget, naming
 from nuqjax._src.store.write import to_json
 
 _CHUNK = 1 << 24
@@ -71,11 +71,9 @@ class Journal:
         return len(self._records)
 
     def remove(self) -> None:
-        """Removes all records and the files that hold them."""
+        """Removes all records and the files that hold them, and what a run with data has left."""
         self._records = {}
-        for name in (_TENSORS, _LINES):
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._folder, name))
+        forget(self._folder)
 
     def _take_over(self, lines: BinaryIO, head: str) -> int:
         """Reads the complete records; returns the length of the journal up to its last complete line."""

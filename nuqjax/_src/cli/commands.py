@@ -18,8 +18,10 @@ from rich.progress import (
 )
 
 import nuqjax
+from nuqjax._src.checkpoint.calibrated import compress_with_data
 from nuqjax._src.cli.parser import parser
 from nuqjax._src.cli.show import as_json, say_skipped
+from nuqjax._src.compress.rules import Options
 from nuqjax._src.leaf.paths import printable
 from nuqjax._src.report.render import plain_console
 
@@ -58,8 +60,6 @@ def _compress_with_data(source: str, target: str, quiet: bool, options: dict[str
     """Compresses the whole tree at once, since only the whole function shows how its leaves are used."""
     if data["fn"] is None or data["batches"] is None:
         raise ValueError("--fn and --batches are given together: --fn module:function --batches inputs.npz")
-    if options.pop("resume"):
-        raise ValueError("--resume is for compression tensor by tensor, without --fn")
     size = data["batch_size"] or 32
     with np.load(data["batches"], allow_pickle=False) as file:
         arrays = [file[name] for name in file.files] if hasattr(file, "files") else []
@@ -72,10 +72,10 @@ def _compress_with_data(source: str, target: str, quiet: bool, options: dict[str
     batches = [tuple(x[n : n + size] for x in arrays) for n in range(0, len(arrays[0]), size)]
     checkpoint = nuqjax.open_checkpoint(source, *(options.pop(name) for name in ("format", "separator", "skip")))
     say_skipped(checkpoint)
-    saving = {name: options.pop(name) for name in ("entropy_coding", "max_shard_size")}
+    kept = {name: options.pop(name) for name in ("entropy_coding", "max_shard_size", "resume")}
     given = {name: data[name] for name in ("fn", "budget", "rate")} | {"batches": batches, "progress": not quiet}
-    cparams, report = nuqjax.compress(checkpoint.read(), return_report=True, **given, **options)
-    nuqjax.save(target, cparams, report=report, **saving)
+    rules = options.pop("rules")
+    report = compress_with_data(checkpoint, target, Options(**options), rules, **given, **kept)
     if not quiet:
         print(report)
 

@@ -69,13 +69,13 @@ def parser() -> argparse.ArgumentParser:
     add("--format", choices=sources, help="of IN, where it is not seen by itself")
     skip(add)
     add("--separator", help='what parts a tensor\'s name into keys (default: "/" where names have it, else ".")')
-    add("--resume", action="store_true", help="go on where an interrupted run ended")
+    add("--resume", action="store_true", help="go on where an interrupted run ended, with the same options")
     add("--fn", type=function, metavar="MODULE:FUNCTION",
         help="with --batches: what is fn(params, *inputs); levels are fitted to what its layers multiply")  # fmt: skip
     add("--batches", metavar="FILE.npz", help="inputs for --fn, in the order of their names, with all examples each")
     add("--batch-size", type=int, metavar="N", help="examples that --fn takes at a time (default: 32)")
     add("--budget", type=budget, metavar="SIZE", help="with --fn, in place of --bits: 3bpw, bytes, or kl=0.05")
-    add("--rate", metavar="SIZE", help="with --fn, of a file with --entropy-coding: 2.5bpw")
+    add("--rate", metavar="SIZE", help="with --fn, of a file with --entropy-coding: 2.5bpw, header counted")
     add("--quiet", action="store_true", help="no progress and no report")
 
     add = command("decompress", "write a compressed file as a dense checkpoint").add_argument

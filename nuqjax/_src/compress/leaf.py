@@ -27,6 +27,7 @@ from nuqjax._src.platform.host import to_jax
 from nuqjax._src.platform.meshes import explicit_sharding, run_as_automatic
 
 
+@np.errstate(under="ignore")  # as by default: what is below the least normal number is rounded to 0
 def compress_leaf(array: Any, importance: Any, plan: LeafPlan) -> tuple[CodebookArray, float | None]:
     """Returns the compressed leaf and its certificate, which is None where nothing is proven."""
     sharding = explicit_sharding(array)

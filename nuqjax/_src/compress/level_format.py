@@ -25,7 +25,8 @@ def most_scaled(factors: Any, dtype: np.dtype) -> Any:
     most = factors.astype(wide).max()
     if xp is jnp:  # so that a quotient that is rounded up is not too large
         most = most * (1 + 4 * float(jnp.finfo(wide).eps))
-    return float(finest.max) / xp.maximum(most, float(jnp.finfo(wide).tiny))
+    # Scales of zero, or near it, take no level beyond the dtype: the quotient stays finite.
+    return float(finest.max) / xp.maximum(most, 2 * (float(finest.max) / float(jnp.finfo(wide).max)))
 
 
 def round_levels(levels: Any, codebook_format, dtype: np.dtype, most_scaled: Any) -> tuple[Any, Any]:

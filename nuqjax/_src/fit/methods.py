@@ -33,6 +33,7 @@ def check_method(method: str) -> None:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
 
+@np.errstate(under="ignore")  # as by default: what is below the least normal number is rounded to 0
 def fit(
     rows: jax.Array,
     num_levels: int,

@@ -56,7 +56,8 @@ def fit_knq(
     Args:
       rows: `[R, N]` finite values of any floating dtype; denormal values may count as zero.
       num_levels: K, 1 to 256.
-      weights: `[R, N]` non-negative, or None for 1 each; a value of weight 0 does not count.
+      weights: `[R, N]` non-negative, or None for 1 each; a value of weight 0 does not count. XLA takes denormal weights
+        for 0, NumPy does not.
       mask: `[R, N]` bool, False where a value does not count, or None.
       keep_zero: whether one level is exactly 0; the optimum is then the best among such levels.
       tolerance: the relative gap between `sse` and `lower_bound` at which the search may stop. None leaves

@@ -49,7 +49,13 @@ class Fit(NamedTuple):
     scale: jax.Array
 
 
-def row_scale(rows: A, mask: A | None = None) -> A:
+@overload
+def row_scale(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+@overload
+def row_scale(rows: jax.Array, mask: jax.Array | None = None) -> jax.Array: ...
+@overload
+def row_scale(rows: Array, mask: Array | None = None) -> Any: ...
+def row_scale(rows: Array, mask: Array | None = None) -> Array:
     """Returns a power of two near each row's largest magnitude.
 
     Args:
@@ -74,9 +80,11 @@ def row_scale(rows: A, mask: A | None = None) -> A:
 
 
 @overload
-def largest_magnitude(rows: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+def largest_magnitude(rows: np.ndarray, mask: Array | None = None) -> np.ndarray: ...
 @overload
-def largest_magnitude(rows: jax.Array, mask: jax.Array | None = None) -> jax.Array: ...
+def largest_magnitude(rows: jax.Array, mask: Array | None = None) -> jax.Array: ...
+@overload
+def largest_magnitude(rows: Array, mask: Array | None = None) -> Array: ...
 def largest_magnitude(rows: Array, mask: Array | None = None) -> Array:
     """Returns `[R]` the largest magnitude of each row, in the working dtype; 0 where no value counts."""
     dtype = working_dtype(rows.dtype)
@@ -142,6 +150,7 @@ def thresholds(levels: Array) -> Array:
 _COMPARE_LEVELS = 32  # up to this many, comparing with every threshold in one fused loop beats a binary search
 
 
+@np.errstate(under="ignore")  # as by default: what is below the least normal number is rounded to 0
 def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
     """Returns the index of each value's nearest level; a value exactly between two levels takes the lower one.
 
@@ -286,7 +295,8 @@ def distortion(
     """
     if on_host(rows, levels, weights, mask):
         x, level, weight, counted = (row_by_row(to_numpy(x)) for x in (rows, levels, weights, mask))
-        assert x is not None and level is not None
+        assert x is not None
+        assert level is not None
         return to_jax(distortion_on_host(x, level, weight, counted))
     dtype = working_dtype(rows.dtype)
     nearest = look_up(levels, assign(rows, levels))
@@ -305,7 +315,7 @@ def distortion_on_host(
     levels: np.ndarray,
     weights: np.ndarray | None,
     mask: np.ndarray | None,
-    unit: float | np.ndarray = 1.0,
+    unit: float | np.floating | np.ndarray = 1.0,
 ) -> np.ndarray:
     """Computes `distortion` in NumPy, of rows and levels both multiplied by `unit`, a number or `[R, 1]`.
 

@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 from nuqjax._src.platform.types import Array
 
 # jax 0.7 has it in `jax.experimental`.
-enable_x64: Callable[[bool], AbstractContextManager] = getattr(
+enable_x64: Callable[[bool], AbstractContextManager] = getattr(  # noqa: B009
     jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64"
-)  # noqa: B009
+)
 
 
 def bind_primitive(primitive: core.Primitive, operands: Sequence[ArrayLike], params: dict[str, Any]) -> list[jax.Array]:

@@ -22,6 +22,7 @@ from nuqjax._src.store.file import Bundle, Stored, open_bundle, shard_size
 from nuqjax._src.store.layout import LayoutBuilder, metadata, read_layout
 from nuqjax._src.store.place import placed, placed_alike, places_of
 from nuqjax._src.store.report import report_entry, report_from_json
+from nuqjax._src.store.target import Target
 from nuqjax._src.store.tree import Structure, tree_to_nodes
 from nuqjax._src.store.write import header, write
 
@@ -64,15 +65,32 @@ def save(
     >>> same["kernel"], bool((same["kernel"].packed == cparams["kernel"].packed).all())
     (CodebookArray(float32[64, 64], bits=4, granularity='tensor', 2112 bytes), True)
     """
-    _save(path, cparams, report, entropy_coding, shard_size(max_shard_size))
+    save_at(path, cparams, report, entropy_coding, shard_size(max_shard_size))
 
 
 def save_by_name(path: str | os.PathLike[str], cparams: Any) -> None:
     """Saves like `save`, but joins no small tensors: each has its own name, for readers that do not know nuqjax."""
-    _save(path, cparams, pooled=False)
+    save_at(path, cparams, pooled=False)
 
 
-def _save(path, cparams, report=None, entropy_coding=False, limit=None, pooled=True) -> None:
+def save_at(
+    path: str | os.PathLike[str] | Target,
+    cparams: Any,
+    report: Report | None = None,
+    entropy_coding: bool = False,
+    limit: int | None = None,
+    pooled: bool = True,
+) -> None:
+    """Saves like `save`, at a path or at a target that is claimed already.
+
+    Args:
+      path: the file, or the claimed target.
+      cparams: the tree.
+      report: as in `save`.
+      entropy_coding: as in `save`.
+      limit: bytes of tensors in a shard.
+      pooled: whether small tensors are joined.
+    """
     tensors, text = _laid_out(cparams, report, encode if entropy_coding else None, limit, pooled)
     write(path, tensors, *metadata(text), limit)
 

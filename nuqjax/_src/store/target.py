@@ -22,6 +22,7 @@ except ImportError:  # Windows has no such locks: a second writer is not detecte
     fcntl = None
 
 _LOCK, _PLACED, _PART = "lock", "shards", ".part"
+RESULT = ".result"  # ends the name of a file with a finished part of the work, for resuming
 _MARKS = {  # files that the folder of a target may hold, and the bytes with which each begins
     _LOCK: (b"nuqjax: ",),
     _PLACED: (b"nuqjax: ",),
@@ -182,7 +183,7 @@ def check_folder(folder: str) -> None:
     if stat.S_ISDIR(os.lstat(folder).st_mode):
         names = set(os.listdir(folder))
         marked = [_begins(os.path.join(folder, name), _MARKS[name]) for name in names & set(_MARKS)]
-        others = [name for name in names - set(_MARKS) - _OTHERS if not name.endswith(_PART)]
+        others = [name for name in names - set(_MARKS) - _OTHERS if not name.endswith((_PART, RESULT))]
         if not names or (marked and all(marked) and not others):
             return
     raise FileExistsError(f"{folder} was not left by nuqjax: move it away, or name another target")
@@ -220,6 +221,12 @@ def clear(target: Target) -> None:
         folder = os.path.dirname(target.path)
         _remove(os.path.join(folder, name) for name in names if _is_shard(name, target.path) and name not in named)
     os.unlink(placed)
+
+
+def forget(folder: str) -> None:
+    """Removes the finished parts of the work that a folder keeps for resuming."""
+    kept = [name for name in os.listdir(folder) if name in ("journal", *_OTHERS) or name.endswith(RESULT)]
+    _remove(os.path.join(folder, name) for name in kept)
 
 
 def _remove(paths: Iterable[str]) -> None:

@@ -76,14 +76,15 @@ class Interpreter:
             name = eqn.primitive.name
             ordinal = seen.get((here, name), 0)
             seen[here, name] = ordinal + 1
-            with _as_written(eqn):
-                outputs = self._equation(Site(here, name, ordinal), eqn, operands)
+            with as_written(eqn):
+                outputs = self.step(Site(here, name, ordinal), eqn, operands)
             env.update(zip(eqn.outvars, outputs, strict=True))
             for var in last_use.get(number, ()):  # so that eager evaluation frees arrays after their last use
                 del env[var]
         return [v.val if isinstance(v, core.Literal) else env[v] for v in inner.outvars]
 
-    def _equation(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Value]) -> Sequence[Value]:
+    def step(self, site: Site, eqn: core.JaxprEqn, operands: Sequence[Value]) -> Sequence[Value]:
+        """Evaluates one equation and returns its outputs; operands and outputs may be lifted."""
         if not any(map(self.is_lifted, operands)):
             return bind(eqn, operands)
         rule = self.rules.get(site.primitive) or CONTROL_FLOW.get(site.primitive) or self.default
@@ -119,7 +120,7 @@ def bind(eqn: core.JaxprEqn, operands: Sequence[Value]) -> list[jax.Array]:
         return bind_primitive(eqn.primitive, given, eqn.params)
 
 
-def _as_written(eqn: core.JaxprEqn) -> AbstractContextManager:
+def as_written(eqn: core.JaxprEqn) -> AbstractContextManager:
     """Returns a context in which bound primitives get the equation's scope, inside the current one, and source line."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)

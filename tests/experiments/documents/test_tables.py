@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from experiments.documents import guide_pictures, headlines, tables
+from experiments.documents import guide_pictures, headlines, pareto, tables
 from experiments.paper import study
 from experiments.paper import tables as paper_tables
 from experiments.record.settings import Setting, product
@@ -119,6 +119,22 @@ def other_results(folder):
         "cells": [_weighting("none", 3, 0.25), _weighting("fisher", 3, 0.5), _weighting("fisher", 4, 0.75)],
     }
     (folder / "sensitivity_network.json").write_text(json.dumps(sensitivity))
+    data = {
+        "title": "Network",
+        "images": 500,
+        "learned": 100,
+        "commands": ["python -m experiments.studies.calibrated --network network"],
+        "float": {"bytes": 8000, "top1": 0.9},
+        "cells": [
+            {**cell, "size": "3", "bits_per_weight": 3.125, "top1": 0.5, "agreement": 0.75, "predicted_kl": None}
+            for cell in (
+                {"method": "plain", "levels": "uniform", "kl": 0.5},
+                {"method": "calibrated", "levels": "knq", "kl": 0.25},
+            )
+        ],
+        "pairs": [{"size": "3", "one": "calibrated knq", "other": "plain uniform", "kl": [-0.25, -0.5, -0.125]}],
+    }
+    (folder / "calibrated_network.json").write_text(json.dumps(data))
     emulation = {
         "network": "network",
         "title": "Network",
@@ -294,6 +310,31 @@ def test_what_was_measured_whole_lacks_nothing():
     ]
 
 
+DATA = """
+**Network**: 500 inputs evaluate, 100 others without labels are learned from; float32: 8,000 bytes, top-1 90.0 %.
+
+| levels | how | bits a weight | top-1 | as float | KL | predicted | `knq` with data less this |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| uniform | by the weights alone | 3.12 | 50.0 % | 75.0 % | 0.5000 |  | -0.2500 [-0.5000, -0.1250] |
+| knq | with data, one width | 3.12 | 50.0 % | 75.0 % | 0.2500 |  |  |
+
+```sh
+python -m experiments.studies.calibrated --network network
+```
+"""
+
+
+def test_forms_with_data_stand_beside_those_without(other_results, capsys):
+    assert tables.main(["--results", str(other_results), "--blocks", "data"]) == 0
+    assert capsys.readouterr().out.strip() == DATA.strip()
+
+
+def test_each_network_with_data_has_a_picture(other_results, tmp_path, monkeypatch):
+    monkeypatch.setattr(pareto, "RESULTS", other_results)
+    pareto.main(tmp_path)
+    assert np.ptp(matplotlib.image.imread(tmp_path / "data_network.png")) > 0
+
+
 def test_each_document_has_its_own_blocks(other_results, capsys):
     document = other_results / "docs" / "results" / "study.md"
     document.parent.mkdir(parents=True)
@@ -317,7 +358,7 @@ def test_several_blocks_are_written_and_checked_together(other_results, capsys):
     document.write_text("".join(f"<!-- {name} tables: begin -->\n<!-- {name} tables: end -->\n" for name in names))
     arguments = ["--results", str(other_results), "--blocks", ",".join(names)]
     assert tables.main([*arguments, "--check", str(document)]) == 1
-    every = "accuracy and sensitivity and emulation and first_call and benchmark and paper"
+    every = "accuracy and sensitivity and data and emulation and first_call and benchmark and paper"
     assert f"the {every} tables differ" in capsys.readouterr().err
     assert tables.main([*arguments, "--write", str(document)]) == 0
     assert tables.main([*arguments, "--check", str(document)]) == 0

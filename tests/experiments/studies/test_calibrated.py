@@ -14,6 +14,7 @@ from experiments import networks
 from experiments.data import images
 from experiments.data.images import LabelledImages
 from experiments.networks import Network
+from experiments.record.intervals import between
 from experiments.studies import calibrated
 from experiments.studies.calibrated import Cell, kept_leaves, run, table
 
@@ -52,6 +53,19 @@ def test_data_win_at_the_same_bytes_and_a_budget_is_kept(network):
     assert budget["bits_per_weight"] <= 6
     assert budget["predicted_kl"] > 0
     assert table(results).row_count == 5
+
+
+def test_forms_of_one_size_are_compared_in_pairs_and_a_grid_with_data_is_worse_than_free_levels(network):
+    cells = [Cell(method, "3", levels) for levels in ("knq", "uniform") for method in ("plain", "calibrated")]
+    results = run(network, Path(), cells)
+    plain, learned, plain_grid, learned_grid = (cell["kl"] for cell in results["cells"])
+    assert learned < learned_grid < min(plain, plain_grid)
+    assert len(results["pairs"]) == 4 + 6  # with the float network, and with one another
+    for one, other in (("calibrated uniform", learned_grid), ("plain knq", plain)):
+        difference, low, high = between(results["pairs"], "3", one)
+        assert difference == pytest.approx(learned - other)
+        assert low < difference < high < 0
+    assert between(results["pairs"], "4", "plain knq") is None
 
 
 def test_only_leaves_that_the_function_needs_are_kept(network):

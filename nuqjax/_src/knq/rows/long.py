@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nuqjax._src.knq.rows.sorted import binary_search, fraction_bits, places_of_rows, take
+from nuqjax._src.knq.rows.sorted import binary_search, fraction_bits, over_largest, places_of_rows, take
 from nuqjax._src.leaf.rows import namespace
 from nuqjax._src.platform.rounding import rounded_first
 
@@ -352,7 +352,7 @@ def sort_long_rows(
         weights = xp.where(counted, weights, 0).astype(xp.float64)
         largest = xp.max(weights, axis=1, keepdims=True)
         largest = lax.pmax(largest, axes) if axes else largest
-        weights = weights / xp.where(largest > 0, largest, 1.0)
+        weights = over_largest(weights, largest)
     keys = rows if counted is None else xp.where(counted, rows, xp.inf)
     added_zero = int(keep_zero)
     if keep_zero:

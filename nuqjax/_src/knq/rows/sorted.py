@@ -184,6 +184,15 @@ def fraction_bits(length: int) -> int:
     return min(50, 58 - max(length, 1).bit_length())
 
 
+def over_largest(shares, largest) -> Any:
+    """Returns weights `[R, N]` over the largest `[R, 1]`, each quotient rounded once; 0 for 0.
+
+    XLA would multiply by the reciprocal of a divisor that is the same for all of a row, so that weights in units would
+    differ from NumPy's in the last place. The divisor is chosen for each weight, which keeps the division.
+    """
+    return shares / namespace(shares).where(shares > 0, largest, 1.0)
+
+
 def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep_zero: bool) -> SortedRows:
     """Sorts rows `[R, N]` and joins equal values; call or trace it where 64-bit types are enabled.
 
@@ -205,8 +214,7 @@ def sort_rows(rows: Any, scale: Any, weights: Any | None, mask: Any | None, keep
     keys, shares = rows if counted is None else xp.where(counted, rows, xp.inf), None
     if weights is not None:
         shares = xp.where(counted, weights, 0).astype(xp.float64)
-        largest = xp.max(shares, axis=1, keepdims=True)
-        shares = shares / xp.where(largest > 0, largest, 1.0)
+        shares = over_largest(shares, xp.max(shares, axis=1, keepdims=True))
     elif keep_zero:
         shares = xp.ones(rows.shape) if counted is None else counted.astype(xp.float64)
     if keep_zero:

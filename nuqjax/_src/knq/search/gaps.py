@@ -274,6 +274,12 @@ def _weights_beside(rows: Rows, cuts, keep_zero: bool) -> Any:
     here = rows.sums_below(cuts)[0]
     if here.dtype == xp.int64:
         above = below = xp.ones(cuts.shape)
+    elif isinstance(rows, SortedRows):
+        here, last = rows.mass, xp.maximum(rows.size[:, None] - 1, 0)
+        below, above = (take(here, xp.clip(c, 0, last)).astype(xp.float64) * 2.0**-rows.frac for c in (cuts - 1, cuts))
+        # A value is rounded by half a unit, and not at all to 0 units: by no more than its rounded weight.
+        off = _count(rows, keep_zero) * 2.0**-rows.frac
+        below, above = (xp.maximum(x - off, x / 2) for x in (below, above))
     else:
         below = here - rows.sums_below(rows.before_ties(xp.maximum(cuts - 1, 0)))[0]
         above = rows.sums_below(rows.after_ties(xp.minimum(cuts + 1, rows.size[:, None])))[0] - here

@@ -64,7 +64,8 @@ def coarse_cuts(rows: Rows, count: int) -> Any:
     share = xp.arange(1, quarter, dtype=xp.int64)
     even = share * size // quarter
     low, high = rows.value_at(xp.zeros_like(size)), rows.value_at(size)
-    grid = rows.cut_below(low + rounded_first((high - low) * (share / quarter)))
+    parts = np.arange(1, quarter) / quarter  # by NumPy: XLA multiplies by the reciprocal of a constant
+    grid = rows.cut_below(low + rounded_first((high - low) * parts))
     edges = xp.arange(4 * count + 1, dtype=xp.int64) * size // (4 * count)
     ends = rows.value_at(edges)
     gaps = xp.minimum(ends[:, 1:] - ends[:, :-1], 4.0)  # wider ones lie beside values of next to no weight
@@ -99,7 +100,8 @@ def even_cuts(rows: Rows, cuts, cells: int) -> Any:
     half = xp.arange(cells // 2, dtype=xp.int64)
     ranks = low + (high - low) * half // (cells // 2)
     least, most = rows.value_at(low), rows.value_at(xp.maximum(high - 1, 0))
-    wanted = least + rounded_first((most - least) * ((half + 0.5) / (cells // 2)))
+    parts = (np.arange(cells // 2) + 0.5) / (cells // 2)  # by NumPy, as in `coarse_cuts`
+    wanted = least + rounded_first((most - least) * parts)
     count = wanted.shape[0]
     by_value = rows.cut_below(wanted.reshape(count, -1))
     chosen = xp.concatenate([rows.before_ties(ranks.reshape(count, -1)), by_value, size], axis=1)
