@@ -66,7 +66,8 @@ def compress(
       params: any pytree of arrays: Flax linen variables, NNX modules and states, equinox modules, dicts.
       bits: index width, 1 to 8; a codebook has 2^bits levels.
       method: `"knq"` (global k-means optimum), `"enq"`, `"uniform"`, `"uniform_pow2"`, `"dfp"`, `"normal"`,
-        `"quantile"` or `"pow2"`; see `nuqjax.fit`.
+        `"quantile"` or `"pow2"`; see `nuqjax.fit`. With data, scales are refitted, and so are the levels of `"knq"`
+        and `"enq"` each, and the middle and step of `"uniform"`; the levels of other methods stay as fitted.
       granularity: which values share a codebook: `"tensor"`, `"channel"` (one for each output channel),
         `ChannelGroups(n)` (n neighbouring output channels) or `InputGroups(n)` (runs of n along the other axes of each
         output channel).
@@ -157,7 +158,5 @@ def _check_data(fn: Any, batches: Any, sensitivity: Any, options: Options, param
         raise ValueError(
             "compress: sensitivity and fn are both given, but batches already weigh what counts; give one of them"
         )
-    if options.method != "knq":
-        raise ValueError(f'compress: method={options.method!r} with fn, but levels are fitted to data by "knq" only')
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError("compress: fn and batches need values: call it outside jit")

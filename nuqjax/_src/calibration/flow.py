@@ -17,6 +17,7 @@ from nuqjax._src.calibration.pairs import NotMapped
 from nuqjax._src.calibration.programs import Programs, Some, checked_batches, example_count, split_off
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, gather_moments, sums_of_uses
 from nuqjax._src.calibration.sequential import solved_in_order
+from nuqjax._src.calibration.stages import form_of
 from nuqjax._src.calibration.widths import Allocation, Goal, allocated, replanned_to, sensitivities
 from nuqjax._src.compress.compress import check_arrays
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
@@ -72,6 +73,8 @@ def calibrated(
     leaves = [leaf for _, leaf in flat]
     planned = plan_leaves(programs.params, options, rules)
     check_arrays(leaves, planned)
+    if goal is not None and goal.kind == "rate":
+        _check_rated(planned)
     batches = checked_batches(batches, programs.caller)
     split = split_off(batches, thirds=goal is not None)
     if goal is not None and not split.tried:
@@ -130,6 +133,16 @@ def calibrated(
         return replace(whole, calibration=told.numbers())
 
     return cparams, report, notes
+
+
+def _check_rated(planned: Sequence[LeafPlan]) -> None:
+    """Raises ValueError for a leaf whose levels cannot begin at equal distances."""
+    for plan in planned:
+        if plan.reason is None and form_of(plan.options.method) == "fixed":
+            raise ValueError(
+                f"compress: {plan.path}: method={plan.options.method!r} with rate=, which begins with levels at equal "
+                'distances; method="knq", "enq" or "uniform" goes with it'
+            )
 
 
 def _at_rate(

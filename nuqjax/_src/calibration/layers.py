@@ -83,16 +83,16 @@ def solved(
       ValueError: a value is NaN or infinite. The message names the leaf.
     """
     if found is None or 0 in plan.shape:
-        return _swapped(compress_leaf(leaf, None, plan), "knq")
+        return _swapped(compress_leaf(leaf, None, plan), plan.options.method)
     array = np.asarray(leaf)
     check_finite(array, plan.path)
     if found.is_diagonal:
         importance = _importance(plan, found)
-        return _swapped(compress_leaf(array, importance, plan), "knq, weighted")
+        return _swapped(compress_leaf(array, importance, plan), f"{plan.options.method}, weighted")
     array = array.astype(native_dtype(array.dtype), copy=False)
     options = plan.options
     given = {"bits": options.bits, "granularity": options.granularity, "scale": options.scale} | stages
-    given["keep_zero"] = options.keep_zero
+    given |= {"method": options.method, "keep_zero": options.keep_zero}
     each = problems(array, plan, found, cross)
     made = [quantize(problem, codebook_format=options.codebook_format, **given) for problem in each]
     made = _of_one_format(each, made, given)
@@ -103,7 +103,7 @@ def solved(
         result = jax.device_put(result, shardings(result, leaf.sharding))
     names = list(dict.fromkeys(name for one in made for name in one.errors))
     errors = {name: math.fsum(_after(one, names, name) for one in made) for name in names}
-    start = "knq" if stages.get("rate") is None else "rated"
+    start = options.method if stages.get("rate") is None else "rated"
     method = "+".join([start, *(name for name in names if name != "nearest")])
     return Solved(result, method, errors, None, sum(one.bits_per_weight * one.indices.size for one in made))
 

@@ -1,6 +1,6 @@
 """The solver of the layer-wise problem: computes levels, scales and indices of small output error.
 
-It works in stages, and no stage raises tr((W − Ŵ) H (W − Ŵ)ᵀ). First, k-means levels and the nearest level of each
+It works in stages, and no stage raises tr((W − Ŵ) H (W − Ŵ)ᵀ). First, levels by the method and the nearest one of each
 weight. Second, *error feedback* with these levels. Then rounds of *refit*: least squares fits levels, then scales, for
 the current indices and rounds them to their stored formats; coordinate descent then chooses indices for these levels.
 Every later round begins with error feedback again. A change that does not lower the error is dropped: indices for each
@@ -27,13 +27,14 @@ from nuqjax._src.calibration.stages import (
     Task,
     better_indices,
     evaluated,
+    form_of,
     nearest,
     refitted,
     stored_levels,
     stored_scale,
 )
 from nuqjax._src.calibration.sweeps import descent_matrix, feedback_matrix, sweep
-from nuqjax._src.fit.methods import fit
+from nuqjax._src.fit.methods import check_method, fit
 from nuqjax._src.leaf.qformat import AutoQFormat, CodebookFormat
 from nuqjax._src.leaf.rows import Granularity, InputGroups, Scale, row_mask, to_rows
 
@@ -45,6 +46,7 @@ def quantize(
     problem: Problem,
     *,
     bits: int,
+    method: str = "knq",
     granularity: Granularity = "tensor",
     scale: Scale = "channel",
     codebook_format: CodebookFormat = None,
@@ -60,6 +62,8 @@ def quantize(
     Args:
       problem: the weights, and the moments of what they multiply.
       bits: index width, 1 to 8.
+      method: the levels to begin with, and what refit may change of them: each level of `"knq"` and `"enq"`, middle and
+        step of `"uniform"`, nothing of other methods.
       granularity: which weights share a codebook, as in `nuqjax.compress`.
       scale: None, `"channel"` or `InputGroups(n)`: which weights share a factor. Its initial value is a power mean of
         their magnitudes: the root mean square for 1 bit, and higher powers for more bits, where the largest weights
@@ -87,6 +91,7 @@ def quantize(
     ['nearest', 'feedback', 'refit']
     """
     _check(problem, bits, rate)
+    check_method(method)
     weights = np.asarray(problem.weights)
     dtype = np.dtype(weights.dtype)
     unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
@@ -97,11 +102,13 @@ def quantize(
     places = places_of(len(weights), order, stretches, granularity, scale)
     visits = visited(channels, places)
     pinned = visits == 0 if keep_zero else None
-    task = Task(visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0)
+    task = Task(
+        visits, hessian.astype(np.float32), places, pinned, codebook_format, dtype, unit, 1.0, form_of(method)
+    )  # fmt: skip
     matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
     if rate is None:
         factors = _power_means(channels, scale, 2 * bits)  # 6 to 15 % less error than with power 2
-        levels = _kmeans(task, channels, factors, pivots, 2**bits, granularity, scale, keep_zero)
+        levels = _fitted(task, channels, factors, pivots, 2**bits, method, granularity, scale, keep_zero)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = _stages(task, levels, factors, matrix, refit)
     else:
@@ -218,11 +225,11 @@ def _as_stored(
     return task, levels, None if factors is None else stored_scale(task, factors).reshape(-1)
 
 
-def _kmeans(
-    task: Task, channels: np.ndarray, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, granularity: Any,
-    scale: Any, keep_zero: bool,
+def _fitted(
+    task: Task, channels: np.ndarray, factors: np.ndarray | None, pivots: np.ndarray, num_levels: int, method: str,
+    granularity: Any, scale: Any, keep_zero: bool,
 ) -> np.ndarray:  # fmt: skip
-    """Returns the `[R, K]` k-means levels of weights divided by factors.
+    """Returns the `[R, K]` levels of weights divided by factors.
 
     Squared errors are weighted by the geometric mean of the input's moment (the weight of an error by itself) and of
     its pivot (the weight after error feedback); this is better than either. For long rows a sample is fitted.
@@ -240,7 +247,9 @@ def _kmeans(
         importance = importance * spread**2
     given = to_rows(channels, granularity), to_rows(importance, granularity), row_mask(outputs, inputs, granularity)
     rows, weights, mask = (sampled(x, inputs) for x in given)
-    return np.asarray(fit(rows, num_levels, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=None).levels)
+    return np.asarray(
+        fit(rows, num_levels, method, weights=weights, mask=mask, keep_zero=keep_zero, tolerance=None).levels
+    )
 
 
 def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:

@@ -34,6 +34,19 @@ class Task(NamedTuple):
     dtype: np.dtype
     level_unit: float  # factor of the stored levels
     scale_unit: float  # factor of the stored scales; the weights were divided by the product of both factors
+    form: str = "free"  # what refit may change of the levels, as `form_of` tells
+
+
+def form_of(method: str) -> str:
+    """Returns what refit may change of a method's levels.
+
+    `"free"`: each level (those of `knq` and `enq` are means of the weights that they represent). `"grid"`: middle and
+    step of levels at equal distances. `"fixed"`: nothing; only scales are refitted.
+
+    >>> form_of("uniform")
+    'grid'
+    """
+    return {"knq": "free", "enq": "free", "uniform": "grid"}.get(method, "fixed")
 
 
 def stored_levels(task: Task, levels: np.ndarray) -> np.ndarray:
@@ -180,7 +193,9 @@ def refitted(task: Task, state: State, descent: np.ndarray) -> State:
 def with_better_values(task: Task, state: State) -> State:
     """Improves levels, then scales, by least squares for the current indices."""
     places = task.places
-    state = better_values(state, _with_better_levels(task, state), places.system, places.systems)
+    steps = {"free": [_with_better_levels], "grid": [_with_better_middle, _with_better_step], "fixed": []}
+    for better in steps[task.form]:
+        state = better_values(state, better(task, state), places.system, places.systems)
     if state.scale is None:
         return state
     return better_values(state, _with_better_scales(task, state), places.output, _outputs(places))
@@ -203,6 +218,35 @@ def _with_better_levels(task: Task, state: State) -> State:
     rank = np.argsort(order, axis=1).astype(np.uint8)
     indices = rank.reshape(-1)[books * num_levels + state.indices]
     return evaluated(task, np.take_along_axis(levels, order, axis=1), state.scale, indices)
+
+
+def _with_better_middle(task: Task, state: State) -> State:
+    """Moves grids by least squares, unless one of their levels is to stay 0."""
+    if task.pinned is not None:
+        return state
+    moved = _least_squares_of_grids(task, state, np.zeros(task.places.books), np.ones(1, np.float32))
+    return evaluated(task, stored_levels(task, state.levels + moved[:, None]), state.scale, state.indices)
+
+
+def _with_better_step(task: Task, state: State) -> State:
+    """Widens or narrows grids by least squares, around their middle or the level that is to stay 0."""
+    num_levels = state.levels.shape[1]
+    still = (num_levels - 1) / 2 if task.pinned is None else num_levels // 2
+    place = (np.arange(num_levels) - still).astype(np.float32)
+    step = (state.levels[:, -1] - state.levels[:, 0]).astype(np.float64) / (num_levels - 1)
+    middle = state.levels.mean(axis=1, dtype=np.float64) if task.pinned is None else np.zeros(len(step))
+    found = np.clip(_least_squares_of_grids(task, state, step, place), 0.3 * step, 3 * step)  # as scales
+    levels = stored_levels(task, middle[:, None] + found[:, None] * place)
+    return evaluated(task, levels, state.scale, state.indices)
+
+
+def _least_squares_of_grids(task: Task, state: State, values: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Returns one number x for each codebook, such that levels which contain x · `place` lower the error."""
+    factors = _factors(task, state.scale) * (place[state.indices] if place.size > 1 else place)
+    several = min(task.places.books // task.places.systems, _LEVEL_STEPS)
+    return least_squares(
+        values, book_of(task.places), factors, state.pull, task.hessian, systems=task.places.systems, steps=several
+    )
 
 
 def _with_better_scales(task: Task, state: State) -> State:

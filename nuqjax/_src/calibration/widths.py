@@ -17,6 +17,7 @@ from nuqjax._src.calibration.level_formats import scale_dtype
 from nuqjax._src.calibration.measures import measured
 from nuqjax._src.calibration.programs import Programs, checked_batches, fingerprint
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments
+from nuqjax._src.calibration.stages import form_of
 from nuqjax._src.compress.plan import LeafPlan, plan_leaves, replanned, scale_groups
 from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.leaf.codebook_array import is_codebook_array
@@ -28,6 +29,8 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 # The least mean squared errors of 2^bits levels for a normal distribution (Max, 1960): the effect of a bit on a loss.
 _NORMAL = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499, 6: 6.442e-4, 7: 1.637e-4, 8: 4.13e-5}
+# The same of levels at equal distances (the same source to 5 bits; beyond, the same minimum by quadrature).
+_NORMAL_UNIFORM = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.003495, 6: 1.040e-3, 7: 3.043e-4, 8: 8.77e-5}
 
 
 def sensitivity(
@@ -101,7 +104,7 @@ def sensitivities(
                 outputs = (programs.outputs(dense, batch) for batch in batches)
                 losses[width] = measured(zip(exact, outputs, strict=True)).loss
                 price = losses[width] / one.error if one.error > 0 else 0.0
-            known[same] = _at_every_width(losses), price
+            known[same] = _at_every_width(losses, plans[n].options.method), price
         table[plans[n].path], prices[plans[n].path] = known[same]
     return table, prices
 
@@ -111,12 +114,12 @@ def replanned_to(plan: LeafPlan, bits: int) -> LeafPlan:
     return replanned(plan, replace(plan.options, bits=bits, skip=False))
 
 
-def _at_every_width(losses: Mapping[int, float]) -> dict[int, float]:
+def _at_every_width(losses: Mapping[int, float], method: str) -> dict[int, float]:
     """Returns the loss at every width: as measured, or inferred from the nearest measured width; it never rises."""
-    table, least = {}, math.inf
+    table, least, normal = {}, math.inf, _NORMAL_UNIFORM if form_of(method) == "grid" else _NORMAL
     for width in WIDTHS:
         near = min(losses, key=lambda b: (abs(b - width), b))
-        least = table[width] = min(least, max(losses[near], 1e-12) * _NORMAL[width] / _NORMAL[near])
+        least = table[width] = min(least, max(losses[near], 1e-12) * normal[width] / normal[near])
     return table
 
 
