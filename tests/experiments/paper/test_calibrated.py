@@ -1,0 +1,108 @@
+"""The study with data on a small network made here: every method is treated alike, and everything is counted."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import nuqjax
+from experiments import networks
+from experiments.data import sources
+from experiments.data.images import LabelledImages
+from experiments.networks import Network
+from experiments.paper import calibrated, study
+from experiments.paper.calibrated import counted, grid
+from experiments.record.settings import Setting
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(16, (3, 3), use_bias=False)(x)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A small network of random weights, and 128 images that differ."""
+    made = Network(
+        name="small", title="Small", module=Small(), weights="", convert=dict, images="cifar10", size=8,
+        preprocess=lambda pixels: pixels.astype(np.float32) / 255,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    low = rng.uniform(0, 255, size=(128, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    pixels = np.clip(low + rng.normal(size=(128, 8, 8, 3)) * 20, 0, 255).astype(np.uint8)
+    variables = jax.jit(made.module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    monkeypatch.setattr(networks, "get", lambda name: made)
+    monkeypatch.setattr(networks, "load_features", lambda *_: variables)
+    monkeypatch.setattr(sources, "load", lambda *_: LabelledImages(pixels, np.arange(128) % 10))
+    return made
+
+
+def run(file, *options):
+    arguments = ["--network", "resnet20", "--data", str(file.parent), "--json", str(file), *options]
+    assert calibrated.main(arguments) == 0
+    return json.loads(file.read_text())
+
+
+WEIGHTS, CHANNELS = [3 * 3 * 3 * 16, 16 * 10], [16, 10]
+OFFSETS = 2 * 26  # bytes: float16, and nothing is left of the batch-norm
+
+
+def test_data_win_for_every_method_and_everything_is_counted(network, tmp_path):
+    options = ["--bits", "3", "--plain", "3,9", "--budget", "6bpw"]
+    results = run(tmp_path / "r.json", *options)
+    cells = {(c["cell"]["method"], c["cell"]["budget"] or c["cell"]["bits"]): c for c in results["cells"]}
+    assert results["images"] == results["learned"] == 64
+    assert results["float"]["bytes"] == 4 * sum(WEIGHTS) + OFFSETS
+    for method in calibrated.LEARNING:
+        learned = cells[f"{method}, data", 3]
+        assert learned["kl"] < cells[method, 3]["kl"]
+        indices, tables = sum(3 * n / 8 for n in WEIGHTS), 2 * 8 if method != "uniform" else 4
+        assert learned["stored_bytes"] >= indices + 2 * tables + 2 * sum(CHANNELS) + OFFSETS
+        assert learned["stored_bytes"] <= learned["bytes"]
+        budget = cells[f"{method}, data", "6bpw"]
+        assert budget["bytes"] * 8 / (sum(WEIGHTS) + 26) <= 6
+        assert budget["kl"] < learned["kl"]
+    # Without data: a step a channel and no tables.
+    assert cells["dfp", 9]["stored_bytes"] == sum(-(-9 * n // 8) for n in WEIGHTS) + sum(CHANNELS) + OFFSETS
+    assert cells["uniform", 3]["stored_bytes"] == sum(-(-3 * n // 8) for n in WEIGHTS) + 2 * sum(CHANNELS) + OFFSETS
+    assert cells["knq", 3]["stored_bytes"] == cells["knq", 3]["bytes"]
+
+
+def test_a_rerun_measures_what_is_missing_and_only_that(network, tmp_path, capsys):
+    file = tmp_path / "r.json"
+    first = run(file, "--plain", "4", "--learn", "48")
+    first["cells"][0]["seconds"] = -1  # a mark
+    file.write_text(json.dumps(first))
+    second = run(file, "--plain", "4,5", "--learn", "48", "--method", "knq", "--bits", "4")
+    assert [cell["seconds"] == -1 for cell in second["cells"]].count(True) == 1
+    assert len(second["cells"]) == len(first["cells"]) + 8 + 1
+    assert [command.split("--plain ")[1].split()[0] for command in second["commands"]] == ["4", "4,5"]
+    assert str(tmp_path) not in " ".join(second["commands"])
+    with pytest.raises(SystemExit):
+        run(file, "--plain", "4", "--learn", "32")
+    assert "learned 48, not 32: give another file" in capsys.readouterr().err
+
+
+def test_the_grid_has_each_cell_once_and_no_codebook_of_more_than_8_bits():
+    cells = grid(calibrated.LEARNING, [4], ["4bpw"], [8, 9])
+    assert len({str(cell.to_dict()) for cell in cells}) == len(cells)
+    plain = {(cell.setting.method, cell.setting.bits) for cell in cells if not cell.data}
+    assert plain == {*itertools.product(study.METHODS, [8]), *itertools.product(study.FIXED_POINT, [9])}
+    learned = [(cell.setting.method, cell.to_dict()["bits"], cell.budget) for cell in cells if cell.data]
+    assert learned == [(m, *size) for size in ((4, None), (None, "4bpw")) for m in calibrated.LEARNING]
+    with pytest.raises(ValueError, match="with data the known are knq, enq, uniform"):
+        grid(["dfp"], [4])
+
+
+def test_a_grid_counts_two_numbers_and_a_codebook_its_table():
+    params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64)}
+    cparams, report = nuqjax.compress(params, 4, codebook_format=jnp.float16, return_report=True)
+    assert counted(report, "knq") == cparams["kernel"].nbytes
+    assert counted(report, "uniform") == cparams["kernel"].nbytes - 16 * 2 + 4
+    assert study.stored_bytes(Setting("uniform"), report.to_dict()["leaves"]) == 2048 + 4
