@@ -209,7 +209,7 @@ def cells_table(results: dict[str, Any]) -> Table:
             lost,
             _number(cell["agreement"], 1, 100),
             _number(cell.get("kl"), 4),
-            _number(cell["output_sqnr_db"], 1),
+            _number(cell.get("output_sqnr_db"), 1),
         )
     return table
 

@@ -10,6 +10,9 @@ are folded in every cell, and the leaves that this makes neutral are left out. H
 learned from; the other half evaluates. The file that `--json` names is kept after every cell, and the same command
 goes on where it stopped.
 
+Cells without data are measured (`--plain`), or taken from what `experiments.paper.study` measured of fixed point on the
+same images (`--study`): with a step a channel, kernels are the same before and after a batch-norm is folded.
+
 Everything counts: indices with the padding of their rows, codebooks, scales, and offsets, which are of 16 bits as
 levels are; of fixed point, steps and no tables. With data, methods are called "knq, data" and the like.
 """
@@ -37,7 +40,7 @@ from experiments.networks import Network, Variables
 from experiments.networks.importing import load_file
 from experiments.paper import study
 from experiments.paper.answers import EACH, answers_table, cells_table
-from experiments.paper.scores import outcomes, summary
+from experiments.paper.scores import of_bools, outcomes, summary, unpack
 from experiments.record.results import circumstances, keeper, read
 from experiments.record.settings import Setting, listed
 from experiments.studies.accuracy import sizes
@@ -147,6 +150,38 @@ def counted(report: Any, method: str) -> int:
     return total
 
 
+def of_study(measured: dict[str, Any], params: dict[str, Any], of_float: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of fixed point with a step for each channel of every kernel, on every other image of the study's.
+
+    Args:
+      measured: what `experiments.paper.study.run` gave.
+      params: the kernels and the offsets, as they are counted here.
+      of_float: the summary of the float network here.
+
+    Raises:
+      ValueError: the float network of the study is right on other images.
+    """
+    right = unpack(of_float["right"])
+    there = unpack(measured["float"]["right"])[::2] if measured["float"]["top1"] is not None else right[:0]
+    if there.size != right.size or np.mean(there != right) > 0.01:
+        raise ValueError("the study's results are of other images or weights: its float network is right on others")
+    found = []
+    for entry in measured["cells"]:
+        cell = entry["cell"]
+        wanted = cell["method"] in study.FIXED_POINT and cell["granularity"] == "channel" and cell["word"] is None
+        if not wanted or not cell["rules"]:
+            continue
+        step = 2 if cell["method"] == "uniform" else 1
+        stored = sum(
+            leaf.nbytes if leaf.ndim < 2 else -(-leaf.size * cell["bits"] // 8) + step * leaf.shape[-1]
+            for leaf in params.values()
+        )
+        here, agrees = unpack(entry["right"])[::2], unpack(entry["agrees"])[::2]
+        fields = {"cell": cell | {"codebook_format": _FORMAT, "budget": None}, "sqnr_db": entry["sqnr_db"]}
+        found.append(fields | {"stored_bytes": stored, "bytes": stored} | of_bools(here, agrees, right))
+    return found
+
+
 def run(
     network: Network,
     variables: Variables,
@@ -156,6 +191,7 @@ def run(
     learn: int = 256,
     batch: int = 25,
     known: dict[str, Any] | None = None,
+    measured: dict[str, Any] | None = None,
     on_cell: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Evaluates the float network and every cell on the images that nothing was learned from.
@@ -168,6 +204,7 @@ def run(
       learn: images that are learned from, at most.
       batch: images a step of the evaluation.
       known: results of before, whose cells stay at the front.
+      measured: results of `experiments.paper.study` on the same images, whose cells of fixed point are taken.
       on_cell: called with the results so far after each cell.
 
     Returns:
@@ -201,6 +238,11 @@ def run(
     }
     study.check_same(known, results)
     done = [cell["cell"] for cell in results["cells"]]
+    if measured is not None:
+        results["cells"] += [
+            entry for entry in of_study(measured, params, results["float"]) if entry["cell"] not in done
+        ]
+        on_cell(results)
     learner = Learner(lambda params, x: fn(whole(params), x), params, inputs)
     for cell in cells:
         if cell.to_dict() in done:
@@ -237,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=listed, default=[], help="one width for all leaves, 1 to 8 (default: none)")
     parser.add_argument("--budget", type=listed, default=[], help="bits a weight, such as 3.5bpw (default: none)")
     parser.add_argument("--plain", type=listed, default=[], help="widths without data, 2 to 16 (default: none)")
+    parser.add_argument("--study", type=Path, help="results of experiments.paper.study on the same images")
     parser.add_argument("--learn", type=int, default=256, help="images that are learned from (default: 256)")
     parser.add_argument("--images", type=int, help="labelled images in all; half evaluate (default: all)")
     parser.add_argument("--batch", type=int, default=25, help="images a step of the evaluation (default: 25)")
@@ -249,7 +292,8 @@ def _command(args: argparse.Namespace) -> str:
     words = ["python", "-m", "experiments.paper.calibrated"]
     for name, value in vars(args).items():
         if name not in ("data", "json") and value != _parser().get_default(name):
-            kept = value.name if isinstance(value, Path) else ",".join(value) if isinstance(value, list) else value
+            kept = ",".join(value) if isinstance(value, list) else value
+            kept = value.name if name == "weights" else kept
             words += ["--" + name, str(kept)]
     return shlex.join(words)
 
@@ -270,8 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"the images of {args.source} do not fit into memory: take fewer with --images")
         known = read(args.json) if args.json is not None and args.json.exists() else None
         keep = keeper(args.json, [*(known or {}).get("commands", []), _command(args)])
+        measured = None if args.study is None else read(args.study)
         results = run(
-            network, variables, source, cells, learn=args.learn, batch=args.batch, known=known, on_cell=keep
+            network, variables, source, cells, learn=args.learn, batch=args.batch, known=known, measured=measured,
+            on_cell=keep,
         )  # fmt: skip
         keep(results)
     except (ValueError, FileNotFoundError) as error:

@@ -184,9 +184,10 @@ def _of_halves(against: dict[str, list[tuple[str, Answer]]]) -> str:
         half = [title for title, answer in entries if (answer.ratios[name] or math.inf) <= 0.5]
         more = [title for title, _ in entries if title not in half]
         sure = [title for title, answer in entries if title in half and (answer.intervals[name] or [0, 1])[1] <= 0.5]
-        words = f"`{_LEARNED}` takes {min(ratios):.2f} to {max(ratios):.2f} times what {name} takes: "
+        ends = dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}"))
+        words = f"`{_LEARNED}` takes {' to '.join(ends)} times what {name} takes: "
         words += f"half or less on {_listed(half)}" + (f" (surely so on {_listed(sure)})" if half else "")
-        parts.append(words + (f", not on {_listed(more)}" if more else ""))
+        parts.append(words + (f", not on {_listed(more)}" if half and more else ""))
     return "; ".join(parts)
 
 

@@ -14,8 +14,10 @@ from experiments import networks
 from experiments.data import sources
 from experiments.data.images import LabelledImages
 from experiments.networks import Network
+from experiments.paper import __main__ as door
 from experiments.paper import calibrated, study
-from experiments.paper.calibrated import counted, grid
+from experiments.paper.calibrated import counted, grid, of_study
+from experiments.paper.scores import pack, unpack
 from experiments.record.settings import Setting
 
 
@@ -54,9 +56,8 @@ OFFSETS = 2 * 26  # bytes: float16, and nothing is left of the batch-norm
 
 
 def test_data_win_for_every_method_and_everything_is_counted(network, tmp_path):
-    options = ["--bits", "3", "--plain", "3,9", "--budget", "6bpw"]
-    results = run(tmp_path / "r.json", *options)
-    cells = {(c["cell"]["method"], c["cell"]["budget"] or c["cell"]["bits"]): c for c in results["cells"]}
+    results = run(tmp_path / "r.json", "--bits", "3", "--plain", "3,9")
+    cells = {(c["cell"]["method"], c["cell"]["bits"]): c for c in results["cells"]}
     assert results["images"] == results["learned"] == 64
     assert results["float"]["bytes"] == 4 * sum(WEIGHTS) + OFFSETS
     for method in calibrated.LEARNING:
@@ -65,13 +66,29 @@ def test_data_win_for_every_method_and_everything_is_counted(network, tmp_path):
         indices, tables = sum(3 * n / 8 for n in WEIGHTS), 2 * 8 if method != "uniform" else 4
         assert learned["stored_bytes"] >= indices + 2 * tables + 2 * sum(CHANNELS) + OFFSETS
         assert learned["stored_bytes"] <= learned["bytes"]
-        budget = cells[f"{method}, data", "6bpw"]
-        assert budget["bytes"] * 8 / (sum(WEIGHTS) + 26) <= 6
-        assert budget["kl"] < learned["kl"]
     # Without data: a step a channel and no tables.
     assert cells["dfp", 9]["stored_bytes"] == sum(-(-9 * n // 8) for n in WEIGHTS) + sum(CHANNELS) + OFFSETS
     assert cells["uniform", 3]["stored_bytes"] == sum(-(-3 * n // 8) for n in WEIGHTS) + 2 * sum(CHANNELS) + OFFSETS
     assert cells["knq", 3]["stored_bytes"] == cells["knq", 3]["bytes"]
+    check_that_the_study_s_cells_are_those_measured(results)
+
+
+def check_that_the_study_s_cells_are_those_measured(results):
+    """As if `study` had seen every image twice."""
+
+    def twice(entry):
+        return entry | {name: pack(np.repeat(unpack(entry[name]), 2)) for name in ("right", "agrees")}
+
+    measured = {"float": twice(results["float"]), "cells": [twice(entry) for entry in results["cells"]]}
+    params = {f"kernel{n}": np.zeros((n // c, c), np.float32) for n, c in zip(WEIGHTS, CHANNELS, strict=True)}
+    params |= {f"bias{c}": np.zeros(c, np.float16) for c in CHANNELS}
+    taken = of_study(measured, params, results["float"])
+    same = [entry for entry in results["cells"] if entry["cell"]["rules"]]
+    assert len(taken) == len(same) == 6
+    for one, other in zip(taken, same, strict=True):
+        assert {name for name, value in one.items() if value != other[name]} <= {"bytes"}  # a table in memory
+    with pytest.raises(ValueError, match="right on others"):
+        of_study(measured, params, results["float"] | {"right": pack(~unpack(results["float"]["right"]))})
 
 
 def test_a_rerun_measures_what_is_missing_and_only_that(network, tmp_path, capsys):
@@ -79,9 +96,16 @@ def test_a_rerun_measures_what_is_missing_and_only_that(network, tmp_path, capsy
     first = run(file, "--plain", "4", "--learn", "48")
     first["cells"][0]["seconds"] = -1  # a mark
     file.write_text(json.dumps(first))
-    second = run(file, "--plain", "4,5", "--learn", "48", "--method", "knq", "--bits", "4")
+    second = run(file, "--plain", "4,5", "--learn", "48", "--method", "uniform", "--budget", "6bpw")
     assert [cell["seconds"] == -1 for cell in second["cells"]].count(True) == 1
     assert len(second["cells"]) == len(first["cells"]) + 8 + 1
+    budget = second["cells"][-1]
+    assert (budget["cell"]["method"], budget["cell"]["bits"], budget["cell"]["budget"]) == (
+        "uniform, data",
+        None,
+        "6bpw",
+    )
+    assert budget["bytes"] * 8 / (sum(WEIGHTS) + 26) <= 6
     assert [command.split("--plain ")[1].split()[0] for command in second["commands"]] == ["4", "4,5"]
     assert str(tmp_path) not in " ".join(second["commands"])
     with pytest.raises(SystemExit):
@@ -106,3 +130,10 @@ def test_a_grid_counts_two_numbers_and_a_codebook_its_table():
     assert counted(report, "knq") == cparams["kernel"].nbytes
     assert counted(report, "uniform") == cparams["kernel"].nbytes - 16 * 2 + 4
     assert study.stored_bytes(Setting("uniform"), report.to_dict()["leaves"]) == 2048 + 4
+
+
+def test_one_command_asks_both_questions(monkeypatch):
+    monkeypatch.setattr(calibrated, "main", lambda words: ("calibrated", words))
+    monkeypatch.setattr(study, "main", lambda words: ("study", words))
+    assert door.main(["--calibrated", "--bits", "3"]) == ("calibrated", ["--bits", "3"])
+    assert door.main(["--bits", "3"]) == ("study", ["--bits", "3"])
