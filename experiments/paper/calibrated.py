@@ -1,7 +1,7 @@
 """The paper's question with data: how little memory does each method need where some hundred inputs are at hand?
 
-    python -m experiments.paper.calibrated --network resnet20 --images 4000 --plain 4,5,6,7,8 \\
-        --budget 3bpw,3.5bpw,4bpw --json FILE
+    python -m experiments.paper.calibrated --network resnet20 --images 2000 --budget 3bpw,4bpw \\
+        --study experiments/results/paper/resnet20.json --json FILE
 
 The codebooks `knq` and `enq` and the fixed point `uniform` all get the same treatment by `nuqjax.compress` with data:
 error feedback, refitted scales, corrected offsets, the better of two ways on held-out images, and with a budget a

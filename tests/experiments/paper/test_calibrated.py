@@ -17,7 +17,8 @@ from experiments.networks import Network
 from experiments.paper import __main__ as door
 from experiments.paper import calibrated, study
 from experiments.paper.calibrated import counted, grid, of_study
-from experiments.paper.scores import pack, unpack
+from experiments.paper.scores import of_bools, pack, unpack
+from experiments.record.results import RESULTS, read
 from experiments.record.settings import Setting
 
 
@@ -130,6 +131,19 @@ def test_a_grid_counts_two_numbers_and_a_codebook_its_table():
     assert counted(report, "knq") == cparams["kernel"].nbytes
     assert counted(report, "uniform") == cparams["kernel"].nbytes - 16 * 2 + 4
     assert study.stored_bytes(Setting("uniform"), report.to_dict()["leaves"]) == 2048 + 4
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "paper_with_data").glob("*.json")), ids=lambda path: path.stem)
+def test_what_is_kept_is_of_the_images_and_no_cell_stands_twice(path):
+    results = read(path)
+    right = unpack(results["float"]["right"])
+    assert right.size == results["images"]
+    for entry in results["cells"]:
+        found = of_bools(unpack(entry["right"]), unpack(entry["agrees"]), right)
+        for name in ("top1", "top1_interval", "loss", "loss_interval", "agreement", "agreement_interval"):
+            assert entry[name] == pytest.approx(found[name], abs=1e-12)
+        assert 0 < entry["stored_bytes"] <= entry["bytes"] < results["float"]["bytes"]
+    assert len({json.dumps(entry["cell"], sort_keys=True) for entry in results["cells"]}) == len(results["cells"])
 
 
 def test_one_command_asks_both_questions(monkeypatch):
