@@ -293,7 +293,7 @@ def _command(args: argparse.Namespace) -> str:
     for name, value in vars(args).items():
         if name not in ("data", "json") and value != _parser().get_default(name):
             kept = ",".join(value) if isinstance(value, list) else value
-            kept = value.name if name == "weights" else kept
+            kept = value.name if name == "weights" and isinstance(value, Path) else kept
             words += ["--" + name, str(kept)]
     return shlex.join(words)
 
