@@ -64,7 +64,6 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         right.set_ylabel(f"top-1 of {result['images']:,} images")
     else:
-        right.set_yscale("log")
         right.set_ylabel(f"nats a character, of {result['images']:,} sequences")
     figure.suptitle(f"{result['title']}: {result['learned']} unlabelled inputs, no training", fontsize=11)
     handles, names = left.get_legend_handles_labels()

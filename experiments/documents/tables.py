@@ -11,7 +11,8 @@ There are blocks of tables, each of what one or two commands (modules of `experi
 - `data`: compression with data beside compression without (`studies.calibrated`, `studies.transformer`);
 - `emulation`: networks on raw integers (`studies.emulation`), and the time it takes (`speed.emulation`);
 - `first_call` (`speed.first_call`), and the speed of the fit: `benchmark` (`speed.fit`);
-- `paper`: the paper's study in short (`paper.study`); `study`: all of it.
+- `paper`: the paper's study in short (`paper.study`); `study`: all of it; `with_data`: the same question with data
+  (`paper.calibrated`).
 
 `BLOCKS` names the document of each. There a block stands between a line `<!-- NAME tables: begin -->` and a line
 `<!-- NAME tables: end -->`.
@@ -285,6 +286,7 @@ BLOCKS = {
     "first_call": _block("first_call*.json", first_call, "speed.first_call", "docs/results/speed.md"),
     "benchmark": _block("benchmark_fit*.json", speed_tables.tables, "speed.fit", "docs/results/speed.md"),
     "paper": _block("paper/*.json", paper_tables.summary, "paper.study", "docs/results/study.md"),
+    "with_data": _block("paper_with_data/*.json", paper_tables.with_data, "paper.calibrated", "docs/results/study.md"),
     "study": _block("paper/*.json", paper_tables.study, "paper.study", "docs/results/study.md"),
 }
 DOCUMENTS = tuple(dict.fromkeys(block.document for block in BLOCKS.values()))

@@ -7,7 +7,7 @@ images drawn again with replacement: the whole search is done anew for each draw
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ BUDGETS = {  # points: percent of the images; few cells choose as the float netw
 }
 SIZES = ("stored_bytes", "bytes")
 BASELINES = ("uniform", "uniform_pow2", "dfp")
+EACH: Mapping[str, Sequence[str]] = {name: (name,) for name in BASELINES}
 _DRAWS = 1000
 _NOTHING = np.iinfo(np.int64).max
 
@@ -49,12 +50,15 @@ class Answer(NamedTuple):
     intervals: dict[str, list[float] | None]
 
 
-def answers(results: dict[str, Any], size: str = "stored_bytes") -> list[Answer]:
+def answers(
+    results: dict[str, Any], size: str = "stored_bytes", baselines: Mapping[str, Sequence[str]] = EACH
+) -> list[Answer]:
     """The answers of a results file, of the cells in float activations.
 
     Args:
       results: what `experiments.paper.study.run` gives.
       size: which bytes are compared, one of `SIZES`.
+      baselines: by name, methods of which the one that needs least is the baseline.
     """
     cells = [cell for cell in results["cells"] if cell["cell"]["word"] is None]
     methods = list(dict.fromkeys(cell["cell"]["method"] for cell in cells))
@@ -69,10 +73,14 @@ def answers(results: dict[str, Any], size: str = "stored_bytes") -> list[Answer]
             for method in methods:
                 ratios: dict[str, float | None] = {}
                 intervals: dict[str, list[float] | None] = {}
-                for baseline in (name for name in BASELINES if name in methods and name != method):
-                    mine, other = least[method], least[baseline]
-                    ratios[baseline] = mine[size] / other[size] if mine and other else None
-                    intervals[baseline] = _interval(resampled[method], resampled[baseline])
+                for baseline, names in baselines.items():
+                    others = [name for name in names if name in methods]
+                    if not others or method in others:
+                        continue
+                    mine, sizes = least[method], [cell[size] for name in others if (cell := least[name])]
+                    ratios[baseline] = mine[size] / min(sizes) if mine and sizes else None
+                    of_draws = np.min([resampled[name] for name in others], axis=0)
+                    intervals[baseline] = _interval(resampled[method], of_draws)
                 sure = smallest(cells, method, criterion, budget, size, surely=True)
                 found.append(Answer(method, criterion, budget, least[method], sure, ratios, intervals))
     return found
@@ -138,7 +146,7 @@ def name_of(cell: dict[str, Any]) -> str:
     >>> name_of({"bits": 5, "granularity": "channel", "codebook_format": "fixed:8", "word": None})
     '5 bits, channel, 8-bit levels'
     """
-    words = [f"{cell['bits']} bits", cell["granularity"]]
+    words = [cell.get("budget") or f"{cell['bits']} bits", cell["granularity"]]
     if cell.get("scale", "none") != "none":
         words.append(f"scale per {cell['scale']}")
     kind, _, word = cell["codebook_format"].partition(":")
@@ -201,15 +209,17 @@ def cells_table(results: dict[str, Any]) -> Table:
             lost,
             _number(cell["agreement"], 1, 100),
             _number(cell.get("kl"), 4),
-            _number(cell["output_sqnr_db"], 1),
+            _number(cell.get("output_sqnr_db"), 1),
         )
     return table
 
 
-def answers_table(results: dict[str, Any], size: str = "stored_bytes") -> Table:
+def answers_table(
+    results: dict[str, Any], size: str = "stored_bytes", baselines: Mapping[str, Sequence[str]] = EACH
+) -> Table:
     """The answers, for the terminal."""
-    found = answers(results, size)
-    baselines = [name for name in BASELINES if any(name in answer.ratios for answer in found)]
+    found = answers(results, size, baselines)
+    baselines = {name: of for name, of in baselines.items() if any(name in answer.ratios for answer in found)}
     table = Table(title=f"{results['title']}: least memory within each loss ({size}), over the fixed-point baselines")
     for name in (
         "criterion",

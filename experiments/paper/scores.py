@@ -111,25 +111,31 @@ def summary(measured: Outcomes, of_float: Outcomes) -> dict[str, Any]:
       measured: of the cell.
       of_float: of the float network, on the same images.
     """
-    agreement = float(measured.agrees.mean())
     found: dict[str, Any] = {
         "top1": None,
         "top5": None,
-        "agreement": agreement,
+        "agreement": float(measured.agrees.mean()),
         "agreement_interval": share_interval(measured.agrees),
         "agrees": pack(measured.agrees),
         "output_sqnr_db": measured.sqnr_db,
     }
     if measured.top1 is None or measured.top5 is None or measured.kl is None or of_float.top1 is None:
         return found
-    return found | {
-        "top1": float(measured.top1.mean()),
-        "top1_interval": share_interval(measured.top1),
-        "top5": float(measured.top5.mean()),
-        "loss": float(of_float.top1.mean() - measured.top1.mean()),
-        "loss_interval": paired_interval(of_float.top1, measured.top1),
-        "kl": float(measured.kl.mean()),
-        "right": pack(measured.top1),
+    scored = of_bools(measured.top1, measured.agrees, of_float.top1)
+    return found | scored | {"top5": float(measured.top5.mean()), "kl": float(measured.kl.mean())}
+
+
+def of_bools(right: np.ndarray, agrees: np.ndarray, right_in_float: np.ndarray) -> dict[str, Any]:
+    """What a results file holds of a cell whose choices alone are known: `[N]` bools of each image."""
+    return {
+        "top1": float(right.mean()),
+        "top1_interval": share_interval(right),
+        "loss": float(right_in_float.mean() - right.mean()),
+        "loss_interval": paired_interval(right_in_float, right),
+        "right": pack(right),
+        "agreement": float(agrees.mean()),
+        "agreement_interval": share_interval(agrees),
+        "agrees": pack(agrees),
     }
 
 

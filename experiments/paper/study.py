@@ -49,7 +49,7 @@ from experiments.studies.accuracy import describe, sizes
 CODEBOOKS = ("knq", "enq")
 FIXED_POINT = ("uniform", "uniform_pow2", "dfp")
 METHODS = (*CODEBOOKS, *FIXED_POINT)
-_STEP_BYTES = {"uniform": 4, "uniform_pow2": 1, "dfp": 1}  # a float32, or an exponent
+_EXPONENTS = ("uniform_pow2", "dfp")  # their steps are powers of two
 _INSIST = (("kernel", "skip=false"),)
 _MOST_BITS = 8  # of an index; words of fixed point may be longer (`experiments.paper.wide_words`)
 
@@ -129,9 +129,9 @@ def grid(
 def stored_bytes(setting: Setting, leaves: Sequence[dict[str, Any]]) -> int:
     """Bytes that hardware would store: indices at their bits, levels at their words' bits, no padding but to a byte.
 
-    A fixed-point grid needs no table, only its step: 4 bytes for a float, 1 for an exponent, as many as there would be
-    codebooks. Fixed-point levels need a byte a layer for their fraction bits, scales 4 bytes a channel. What stays
-    dense counts as it is.
+    A fixed-point grid needs no table, only its step: a float of the codebook's format, or a byte for an exponent, as
+    many as there would be codebooks. Fixed-point levels need a byte a layer for their fraction bits, scales 4 bytes a
+    channel. What stays dense counts as it is.
 
     Args:
       setting: how the leaves were compressed.
@@ -147,8 +147,9 @@ def stored_bytes(setting: Setting, leaves: Sequence[dict[str, Any]]) -> int:
         total += -(-leaf["weights"] * leaf["bits"] // 8)
         if setting.scale == "channel":
             total += 4 * leaf["shape"][-1]
-        if setting.method in _STEP_BYTES:
-            total += (leaf["levels_available"] >> leaf["bits"]) * _STEP_BYTES[setting.method]
+        if setting.method in FIXED_POINT:
+            steps = leaf["levels_available"] >> leaf["bits"]
+            total += steps * (1 if setting.method in _EXPONENTS else word_bits // 8)
         else:
             total += -(-leaf["levels_available"] * word_bits // 8) + (kind == "fixed")
     return total
@@ -250,13 +251,13 @@ def run(
         "float": {"bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)), **summary(of_float, of_float)},
         "cells": list(measured_before),
     }
-    _check_same(known, results)
+    check_same(known, results)
     folded = _fold(network, variables) if any(cell.word for cell in remaining) else None
     for cell in remaining:
         start = time.perf_counter()
         bars.reset(image_bar, description=f"compress {cell}")
         tree = params if cell.word is None or folded is None else folded[1]["params"]
-        compressed = _compress(cell.setting, tree)
+        compressed = compressed_by(cell.setting, tree)
         if cell.word is None or folded is None:
             found = outputs(program, variables | {"params": compressed.decoded()}, str(cell))
         else:
@@ -280,7 +281,7 @@ def run(
     return results
 
 
-class _Compressed(NamedTuple):
+class Compressed(NamedTuple):
     """A tree as one setting leaves it: compressed, or of long words, which stay dense."""
 
     params: Any
@@ -294,23 +295,26 @@ class _Compressed(NamedTuple):
 _decompress = jax.jit(nuqjax.decompress)
 
 
-def _compress(setting: Setting, tree: Any) -> _Compressed:
+def compressed_by(setting: Setting, tree: Any) -> Compressed:
+    """A tree as one setting leaves it, with its leaves' sizes and errors."""
     if setting.bits > _MOST_BITS:
         params, leaves = wide_words.quantize(tree, setting.method, setting.bits, setting.granularity)
         stored = stored_bytes(setting, leaves)
-        return _Compressed(params, leaves, {**wide_words.sizes(leaves, stored), "stored_bytes": stored})
+        return Compressed(params, leaves, {**wide_words.sizes(leaves, stored), "stored_bytes": stored})
     cparams = nuqjax.compress(tree, **setting.options())
     leaves = nuqjax.report(tree, cparams).to_dict()["leaves"]
-    return _Compressed(cparams, leaves, {**sizes(tree, cparams), "stored_bytes": stored_bytes(setting, leaves)})
+    return Compressed(cparams, leaves, {**sizes(tree, cparams), "stored_bytes": stored_bytes(setting, leaves)})
 
 
-def _check_same(known: dict[str, Any] | None, results: dict[str, Any]) -> None:
+def check_same(known: dict[str, Any] | None, results: dict[str, Any]) -> None:
     """A results file goes on with what it was begun with."""
     if known is None:
         return
-    for name in ("network", "images"):
-        if known[name] != results[name]:
-            raise ValueError(f"the results so far are of {name} {known[name]}, not {results[name]}: give another file")
+    for name in ("network", "images", "learned"):
+        if known.get(name) != results.get(name):
+            raise ValueError(
+                f"the results so far are of {name} {known.get(name)}, not {results.get(name)}: give another file"
+            )
     if known["float"].get("right") != results["float"].get("right"):
         raise ValueError("the results so far are of other weights or images: the float network chooses differently")
 

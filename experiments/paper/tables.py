@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.paper import answers as paper_answers
+from experiments.paper import calibrated
 from experiments.paper import study as paper
 from experiments.paper.answers import Answer, answers, name_of
 from experiments.paper.plots import PLAIN
@@ -100,14 +101,15 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _least(answer: Answer | None) -> str:
+def _least(answer: Answer | None, named: bool = False) -> str:
     if answer is None or answer.cell is None:
         return "none"
     cell = answer.cell["cell"]
-    words = [str(cell["bits"])]
+    words = [cell["method"]] if named else []
+    words.append(cell.get("budget") or str(cell["bits"]))
     if cell["granularity"] != "tensor":
         words.append(f"per {cell['granularity']}")
-    if cell["scale"] != "none":
+    if cell["scale"] != "none" and "budget" not in cell:  # with data, every codebook has scales
         words.append(f"scale per {cell['scale']}")
     kind, _, word = cell["codebook_format"].partition(":")
     if kind == "fixed":
@@ -121,6 +123,72 @@ def _ratio(answer: Answer | None, baseline: str) -> str:
         return "–"
     interval = answer.intervals[baseline]
     return f"{ratio:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
+
+
+def with_data(all_results: Sequence[dict[str, Any]]) -> str:
+    """What data bring to each method: a sentence for each budget, and a row for each network and budget."""
+    sentences, rows = [], []
+    for budget in paper_answers.BUDGETS["top1"]:
+        against: dict[str, list[tuple[str, Answer]]] = {name: [] for name in calibrated.BASELINES}
+        for results in all_results:
+            found = answers(results, _SIZE, calibrated.BASELINES)
+            of = {a.method: a for a in found if (a.criterion, a.budget) == ("top1", budget)}
+            mine = of.get(_LEARNED)
+            for name, entries in against.items():
+                if mine is not None and mine.ratios.get(name) is not None:
+                    entries.append((results["title"], mine))
+            least = [_least(of.get(method)) for method in (_LEARNED, *calibrated.OTHERS)]
+            plain = min((of[m] for m in calibrated.BASELINES["fixed point"] if m in of), key=_bytes, default=None)
+            ratios = [_ratio(mine, name) for name in calibrated.BASELINES]
+            rows.append([results["title"], f"{budget:g}", *least, _least(plain, named=True), *ratios])
+        sentences.append(f"Within {budget:g} point{'s' * (budget != 1)} of top-1: {_of_halves(against)}.")
+    networks = markdown(
+        ["network", "images", "learned from", "float top-1", "float bytes"],
+        [[r["title"], *map(_thousands, (r["images"], r["learned"])), *_of_float(r["float"])] for r in all_results],
+        left=1,
+    )
+    head = ["network", "points", *(f"{name}" for name in (_LEARNED, *calibrated.OTHERS)), "fixed point"]
+    head += [f"{_LEARNED} / {name}" for name in calibrated.BASELINES]
+    caption = (
+        "Least kilobytes, everything counted, within so many points of the float network's top-1 (bits a weight of a "
+        "budget, or index bits), and their ratio with its 95 % interval over the images drawn again. `fixed point` is "
+        "the least of `uniform`, `uniform_pow2` and `dfp` without data, `fixed point, data` is `uniform` with data."
+    )
+    table = markdown(head, sorted(rows, key=lambda row: row[0]), left=1)
+    return "\n\n".join([*sentences, caption, table, networks, commands(all_results)]) + "\n"
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}"
+
+
+def _of_float(of_float: dict[str, Any]) -> list[str]:
+    return [percent(of_float["top1"]), _thousands(of_float["bytes"])]
+
+
+_LEARNED = f"knq{calibrated.WITH_DATA}"
+
+
+def _bytes(answer: Answer) -> float:
+    return math.inf if answer.cell is None else answer.cell[_SIZE]
+
+
+def _of_halves(against: dict[str, list[tuple[str, Answer]]]) -> str:
+    """For which networks it is a half, and how sure that is."""
+    parts = []
+    for name, entries in against.items():
+        if not entries:
+            parts.append(f"beside {name} nothing can be compared")
+            continue
+        ratios = [answer.ratios[name] or math.inf for _, answer in entries]
+        half = [title for title, answer in entries if (answer.ratios[name] or math.inf) <= 0.5]
+        more = [title for title, _ in entries if title not in half]
+        sure = [title for title, answer in entries if title in half and (answer.intervals[name] or [0, 1])[1] <= 0.5]
+        ends = dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}"))
+        words = f"`{_LEARNED}` takes {' to '.join(ends)} times what {name} takes: "
+        words += f"half or less on {_listed(half)}" + (f" (surely so on {_listed(sure)})" if half else "")
+        parts.append(words + (f", not on {_listed(more)}" if half and more else ""))
+    return "; ".join(parts)
 
 
 def study(all_results: Sequence[dict[str, Any]]) -> str:

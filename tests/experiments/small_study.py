@@ -1,5 +1,7 @@
 """A small results file of the study, made up, for the tests of its tables and figures."""
 
+from typing import Any
+
 import numpy as np
 
 from experiments.paper.scores import pack
@@ -60,5 +62,24 @@ def results(top1=True):
             cell("uniform", 4, 1000, 9, top1),
             cell("uniform", 5, 2200, 1, top1),
             cell("dfp", 4, 1000, 30, top1),
+        ],
+    }
+
+
+def results_with_data():
+    """Of the same network, as `experiments.paper.calibrated` writes them."""
+    learned: dict[str, Any] = {"scale": "channel", "codebook_format": "float16"}
+    return results() | {
+        "learned": 50,
+        "commands": ["python -m experiments.paper.calibrated --network network"],
+        "cells": [
+            cell("knq", 4, 1300, 1, budget=None),
+            cell("uniform", 5, 1900, 2, budget=None, granularity="channel"),
+            cell("dfp", 5, 1800, 1, budget=None, granularity="channel"),
+            cell("dfp", 6, 2200, 0, budget=None, granularity="channel"),
+            cell("knq, data", 8, 900, 1, budget="3.5bpw", **learned),
+            cell("knq, data", 8, 1210, 0, budget="4.5bpw", **learned),
+            cell("enq, data", 8, 1000, 1, budget="4bpw", **learned),
+            cell("uniform, data", 4, 1000, 1, budget=None, **learned),
         ],
     }

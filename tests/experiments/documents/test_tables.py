@@ -184,6 +184,8 @@ def other_results(folder):
     (folder / "first_call.json").write_text(json.dumps(calls))
     (folder / "paper").mkdir()
     (folder / "paper" / "network.json").write_text(json.dumps(small_study.results()))
+    (folder / "paper_with_data").mkdir()
+    (folder / "paper_with_data" / "network.json").write_text(json.dumps(small_study.results_with_data()))
     (folder / "paper" / "features.json").write_text(json.dumps(small_study.results(top1=False) | {"title": "Features"}))
     return folder
 
@@ -298,6 +300,32 @@ def test_the_studys_tables_hold_every_answer(other_results, capsys):
         assert line in printed.splitlines(), line
 
 
+WITH_DATA = """
+Within 0 points of top-1: `knq, data` takes 0.55 times what fixed point takes: half or less on none of the \
+networks; beside fixed point, data nothing can be compared.
+
+Within 0.5 points of top-1: `knq, data` takes 0.55 times what fixed point takes: half or less on none of the \
+networks; beside fixed point, data nothing can be compared.
+
+Within 1 point of top-1: `knq, data` takes 0.50 times what fixed point takes: half or less on Network (surely \
+so on none of the networks); `knq, data` takes 0.90 times what fixed point, data takes: half or less on none \
+of the networks.
+"""
+
+
+def test_the_study_with_data_says_where_it_is_a_half(other_results, capsys):
+    assert tables.main(["--results", str(other_results), "--blocks", "with_data"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(WITH_DATA[1:])
+    for row in (
+        "| Network | 0 | 1 (4.5bpw) | none | none | 2 (dfp, 6, per channel) | 0.55 [0.50, 0.55] | – |",
+        "| Network | 1 | 1 (3.5bpw) | 1 (4bpw) | 1 (4) | 2 (dfp, 5, per channel) | 0.50 [0.50, 0.55] | 0.90 |",
+        "| Network | 100 | 50 | 80.0 % | 8,000 |",
+        "python -m experiments.paper.calibrated --network network",
+    ):
+        assert row in printed.splitlines(), printed
+
+
 def test_what_was_measured_whole_lacks_nothing():
     whole = small_study.results()
     cells = study.grid(study.METHODS, [4], ["float", "16", "12", "8", "6"], ["tensor", "channel"])
@@ -335,10 +363,13 @@ def test_each_network_with_data_has_a_picture(other_results, tmp_path, monkeypat
     assert np.ptp(matplotlib.image.imread(tmp_path / "data_network.png")) > 0
 
 
+STUDY = ("paper", "with_data", "study")
+
+
 def test_each_document_has_its_own_blocks(other_results, capsys):
     document = other_results / "docs" / "results" / "study.md"
     document.parent.mkdir(parents=True)
-    document.write_text("".join(f"<!-- {n} tables: begin -->\n<!-- {n} tables: end -->\n" for n in ("paper", "study")))
+    document.write_text("".join(f"<!-- {n} tables: begin -->\n<!-- {n} tables: end -->\n" for n in STUDY))
     assert tables.main(["--results", str(other_results), "--write", str(document)]) == 0
     assert tables.main(["--results", str(other_results), "--check", str(document)]) == 0
     document.write_text(document.read_text().replace("1,100", "1,101", 1))
@@ -358,7 +389,7 @@ def test_several_blocks_are_written_and_checked_together(other_results, capsys):
     document.write_text("".join(f"<!-- {name} tables: begin -->\n<!-- {name} tables: end -->\n" for name in names))
     arguments = ["--results", str(other_results), "--blocks", ",".join(names)]
     assert tables.main([*arguments, "--check", str(document)]) == 1
-    every = "accuracy and sensitivity and data and emulation and first_call and benchmark and paper"
+    every = "accuracy and sensitivity and data and emulation and first_call and benchmark and paper and with_data"
     assert f"the {every} tables differ" in capsys.readouterr().err
     assert tables.main([*arguments, "--write", str(document)]) == 0
     assert tables.main([*arguments, "--check", str(document)]) == 0
