@@ -408,7 +408,7 @@ def test_a_cell_measured_twice_is_an_error(other_results, capsys):
 def test_unknown_tables_are_an_error(capsys):
     with pytest.raises(SystemExit):
         tables.main(["--blocks", "speed"])
-    known = "headlines, accuracy, sensitivity, emulation, first_call, benchmark"
+    known = "headlines, accuracy, sensitivity, data, emulation, first_call, benchmark"
     assert f"unknown tables speed: the known are {known}" in capsys.readouterr().err
 
 
