@@ -77,7 +77,9 @@ def _as_good_as_float(result: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _with_data(result: dict[str, Any]) -> tuple[str, str, str]:
-    plain, learned = _cell(result, method="plain", size="4"), _cell(result, method="budget", size="4bpw")
+    plain, learned = (
+        _cell(result, method=way, size=size, levels="knq") for way, size in (("plain", "4"), ("budget", "4bpw"))
+    )
     return (
         f"{result['title']} at {learned['bits_per_weight']:.1f} bits a weight, scales and codebooks counted",
         f"top-1 {percent(learned['top1'])} with {result['learned']} unlabelled images, {percent(plain['top1'])} by the "

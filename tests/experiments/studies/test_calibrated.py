@@ -1,6 +1,5 @@
 """The experiment with data: leaves that folding makes neutral are not counted, and data bring what they should."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -80,12 +79,3 @@ def test_mistakes_end_with_their_reason(capsys, tmp_path):
     with pytest.raises(SystemExit):
         calibrated.main(["--network", "resnet20", "--data", str(tmp_path / "missing")])
     assert "missing" in capsys.readouterr().err
-
-
-def test_the_page_has_the_figures_of_the_results():
-    root = Path(__file__).parents[3]
-    page = (root / "docs" / "calibration.md").read_text(encoding="utf-8")
-    result = json.loads((root / "experiments" / "results" / "calibrated_tiny_darknet.json").read_text())
-    for cell in result["cells"]:
-        figures = f"| {cell['bits_per_weight']:.2f} | {cell['top1']:.1%} | {cell['agreement']:.1%} | {cell['kl']:.3f} |"
-        assert figures.replace("%", " %") in page, cell
