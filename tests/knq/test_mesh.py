@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from nuqjax._src.platform.host import x64
 import nuqjax
-from nuqjax._src.knq.run.mesh import Layout, fit_at_once
+from nuqjax._src.knq.run.mesh import MeshLayout, fit_at_once
 
 assert jax.device_count() == 8
 values = np.random.default_rng(0).standard_t(3, (2, 2**17)).astype(np.float32)
@@ -66,7 +66,7 @@ for dtype, num_levels, devices, spec in (
     rows = jnp.asarray(values, dtype)
     one = nuqjax.fit(rows, num_levels, tolerance=None)
     placed = jax.device_put(rows, NamedSharding(mesh_of((devices,), ("d",)), spec))
-    given = dict(num_levels=num_levels, layout=Layout(placed.sharding, rows.shape, (0,)), keep_zero=False)
+    given = dict(num_levels=num_levels, layout=MeshLayout(placed.sharding, rows.shape, (0,)), keep_zero=False)
     run = fit_at_once.lower(placed, None, None, tolerance=None, **given).compile()
     fitted = run(placed, None, None)
     np.testing.assert_array_equal(fitted.levels, one.levels)

@@ -133,7 +133,10 @@ def refine(
 
     def loss_of(tree: Any) -> float:
         values = decompress(tree)
-        return measured(zip(exact, (programs.outputs(values, batch) for batch in held_out), strict=True)).loss
+        outputs = [programs.outputs(values, batch) for batch in held_out]
+        if not all(np.isfinite(np.asarray(x, np.float64)).all() for x in outputs):
+            return math.nan
+        return measured(zip(exact, outputs, strict=True)).loss
 
     before = loss_of(cparams)
     if not math.isfinite(before):
@@ -265,14 +268,14 @@ def _part_of_levels(places: tuple[int, ...], leaf: Any) -> _Part:
     most = np.where(has_zero & (levels <= 0), 0, np.inf).astype(np.float32)
     ascending = np.all(np.diff(levels, axis=-1) >= 0, axis=-1, keepdims=True)
 
-    unit = _power_of_two(np.sqrt(np.square(levels).mean(axis=-1, keepdims=True)))
+    unit = _power_of_two(np.sqrt(np.square(levels, dtype=np.float64).mean(axis=-1, keepdims=True)))
     stored_as = leaf.codebook_format or leaf.levels.dtype
     return _Part(places, "levels", stored_as, unit, levels / unit, least, most, np.asarray(ascending))
 
 
 def _power_of_two(size: np.ndarray) -> np.ndarray:
-    """Returns the powers of two near to some sizes, and 1 for 0."""
-    return np.exp2(np.round(np.log2(np.where(size > 0, size, 1)))).astype(np.float32)
+    """Returns the powers of two near to some sizes, within normal float32 numbers, and 1 for 0."""
+    return np.exp2(np.clip(np.round(np.log2(np.where(size > 0, size, 1))), -126, 127)).astype(np.float32)
 
 
 def _stored(leaves: Sequence[Any], parts: Sequence[_Part], values: Sequence[Any]) -> list[Any]:

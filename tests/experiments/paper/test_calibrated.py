@@ -60,7 +60,7 @@ def test_data_win_for_every_method_and_everything_is_counted(network, tmp_path):
     results = run(tmp_path / "r.json", "--bits", "3", "--plain", "3,9")
     cells = {(c["cell"]["method"], c["cell"]["bits"]): c for c in results["cells"]}
     assert results["images"] == results["learned"] == 64
-    assert results["float"]["bytes"] == 4 * sum(WEIGHTS) + OFFSETS
+    assert results["float"]["bytes"] == 4 * WEIGHTS[0] + 2 * WEIGHTS[1] + OFFSETS  # a small leaf is kept in float16
     for method in calibrated.LEARNING:
         learned = cells[f"{method}, data", 3]
         assert learned["kl"] < cells[method, 3]["kl"]
