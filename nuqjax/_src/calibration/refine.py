@@ -245,7 +245,7 @@ def _parts(flat: Sequence[tuple[str, Any]], scales: bool, dense: str | None) -> 
                 parts.append(_Part(places, "scale", leaf.scale.dtype, unit, one, one / 4, one * 4, one < 0))
         elif named[places[0]] and _is_floating(leaf):
             values = np.asarray(leaf).astype(np.float32)
-            unit = _power_of_two(np.sqrt(np.square(values).mean(keepdims=True)))
+            unit = _power_of_two(np.sqrt(np.square(values, dtype=np.float64).mean(keepdims=True)))
             ends = np.full_like(values, np.inf)
             parts.append(_Part(places, None, leaf.dtype, unit, values / unit, -ends, ends, ends < 0))
     if dense is not None and all(part.field is not None for part in parts):
