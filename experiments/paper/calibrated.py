@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ from experiments.paper import study
 from experiments.paper.answers import EACH, answers_table, cells_table
 from experiments.paper.scores import of_bools, outcomes, summary, unpack
 from experiments.record.results import circumstances, keeper, read
-from experiments.record.settings import Setting, listed
+from experiments.record.settings import Setting, command_of, listed
 from experiments.studies.accuracy import sizes
 from experiments.studies.calibrated import kept_leaves
 
@@ -287,17 +286,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command line that measures the same, without what differs from machine to machine."""
-    words = ["python", "-m", "experiments.paper.calibrated"]
-    for name, value in vars(args).items():
-        if name not in ("data", "json") and value != _parser().get_default(name):
-            kept = ",".join(value) if isinstance(value, list) else value
-            kept = value.name if name == "weights" and isinstance(value, Path) else kept
-            words += ["--" + name, str(kept)]
-    return shlex.join(words)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
@@ -313,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(source, LabelledImages):
             raise ValueError(f"the images of {args.source} do not fit into memory: take fewer with --images")
         known = read(args.json) if args.json is not None and args.json.exists() else None
-        keep = keeper(args.json, [*(known or {}).get("commands", []), _command(args)])
+        keep = keeper(
+            args.json, [*(known or {}).get("commands", []), command_of("experiments.paper.calibrated", args, parser)]
+        )
         measured = None if args.study is None else read(args.study)
         results = run(
             network, variables, source, cells, learn=args.learn, batch=args.batch, known=known, measured=measured,

@@ -1,8 +1,11 @@
 """One way to compress a network, in the words of the command line, and what they mean to `nuqjax.compress`."""
 
+import argparse
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -163,3 +166,22 @@ def parse_rule(words: Sequence[str]) -> nuqjax.Rule:
         except (ValueError, KeyError) as error:
             raise ValueError(f"rule {pattern!r}: {assignment!r} cannot be read: {error}") from error
     return nuqjax.Rule(pattern, **options)
+
+
+def command_of(
+    module: str, args: argparse.Namespace, parser: argparse.ArgumentParser, without: Collection[str] = ("data", "json")
+) -> str:
+    """The command line that measures the same: all options but the defaults, and those that differ between machines.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--bits", type=listed, default=["4"]), parser.add_argument("--json")
+    >>> command_of("experiments.studies.accuracy", parser.parse_args(["--bits", "3,2", "--json", "here"]), parser)
+    'python -m experiments.studies.accuracy --bits 3,2'
+    """
+    words = ["python", "-m", module]
+    for name, value in vars(args).items():
+        if name not in without and value != parser.get_default(name):
+            kept = ",".join(value) if isinstance(value, list) else value
+            kept = value.name if name == "weights" and isinstance(value, Path) else kept
+            words += ["--" + name.replace("_", "-"), str(kept)]
+    return shlex.join(words)

@@ -31,7 +31,7 @@ from experiments import networks
 from experiments.data import images
 from experiments.networks import Network
 from experiments.record.results import circumstances, keeper
-from experiments.record.settings import Setting, listed, product
+from experiments.record.settings import Setting, command_of, listed, product
 from experiments.record.terminal import progress_bars
 
 
@@ -278,14 +278,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(args: argparse.Namespace) -> str:
     """The command line that measures the same, without what differs from machine to machine."""
-    words = ["python", "-m", "experiments.studies.accuracy"]
-    for name, value in vars(args).items():
-        if name not in ("data", "json", "resume", "rule") and value != _parser().get_default(name):
-            option = "--" + name.replace("_", "-")
-            words += [option, ",".join(value) if isinstance(value, list) else str(value)]
+    words = [command_of("experiments.studies.accuracy", args, _parser(), ("data", "json", "resume", "rule"))]
     for rule in args.rule:
-        words += ["--rule", *rule]
-    return shlex.join(words)
+        words += ["--rule", shlex.join(rule)]
+    return " ".join(words)
 
 
 def _read_known(path: Path, network: str, count: int | None) -> dict[str, Any]:

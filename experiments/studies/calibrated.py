@@ -278,16 +278,23 @@ def listed_cells(
     return cells + [Cell("budget", budget, method) for budget in budgets for method in levels]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--network", required=True, choices=networks.NETWORKS)
-    parser.add_argument("--data", help="folder with weights/ and images/ (default: $NUQJAX_DATA, else ../shared/data)")
-    parser.add_argument("--bits", type=listed, default=["4", "3"], help="index widths, 1 to 8 (default: 4,3)")
+def add_cells(parser: argparse.ArgumentParser, bits: Sequence[str]) -> None:
+    """Adds the options that `listed_cells` takes to a command line; `bits` are the default widths."""
+    parser.add_argument(
+        "--bits", type=listed, default=list(bits), help=f"index widths, 1 to 8 (default: {','.join(bits)})"
+    )
     parser.add_argument(
         "--ways", type=listed, default=WAYS, help=f"of compression to --bits (default: {','.join(WAYS)})"
     )
     parser.add_argument("--levels", type=listed, default=["knq"], help="methods that fit them (default: knq)")
     parser.add_argument("--budget", type=listed, default=[], help="budgets, such as 3.5bpw (default: none)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--network", required=True, choices=networks.NETWORKS)
+    parser.add_argument("--data", help="folder with weights/ and images/ (default: $NUQJAX_DATA, else ../shared/data)")
+    add_cells(parser, ["4", "3"])
     parser.add_argument("--learn", type=int, default=256, help="images that are learned from (default: 256)")
     parser.add_argument("--images", type=int, help="labelled images in all; half evaluate (default: all)")
     parser.add_argument("--json", type=Path, help="write the results to this file, after every cell")

@@ -12,7 +12,6 @@ outputs' SQNR when all sites have 16-bit words but one.
 
 import argparse
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from experiments import networks
 from experiments.data import images
 from experiments.networks import Network
 from experiments.record.results import circumstances, write
-from experiments.record.settings import listed
+from experiments.record.settings import command_of, listed
 from experiments.record.terminal import progress_bars
 from experiments.studies.accuracy import scores
 
@@ -288,13 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command line that measures the same, without what differs from machine to machine."""
-    words = ["python", "-m", "experiments.studies.emulation"]
-    for name, value in vars(args).items():
-        if name not in ("data", "json", "formats", "per_layer", "alone") and value != _parser().get_default(name):
-            words += ["--" + name.replace("_", "-"), ",".join(value) if isinstance(value, list) else str(value)]
-    return shlex.join(words)
+_LEFT_OUT = "data", "json", "formats", "per_layer", "alone"  # of the command that is kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -347,7 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if args.json is not None:
-        write(args.json, {"commands": [_command(args)], **results})
+        write(
+            args.json, {"commands": [command_of("experiments.studies.emulation", args, parser, _LEFT_OUT)], **results}
+        )
     console.print(table(results))
     return 0
 

@@ -17,7 +17,6 @@ Weightings:
 
 import argparse
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from experiments.data import images
 from experiments.data.images import LabelledImages
 from experiments.networks import Network, Variables
 from experiments.record.results import circumstances, keeper
-from experiments.record.settings import listed, parse_granularity
+from experiments.record.settings import command_of, listed, parse_granularity
 from experiments.record.terminal import progress_bars
 from experiments.studies.accuracy import scores, sizes
 
@@ -300,20 +299,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command line that measures the same, without what differs from machine to machine."""
-    words = ["python", "-m", "experiments.studies.sensitivity"]
-    for name, value in vars(args).items():
-        if name not in ("data", "json") and value != _parser().get_default(name):
-            words += ["--" + name, ",".join(value) if isinstance(value, list) else str(value)]
-    return shlex.join(words)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    keep = keeper(args.json, [_command(args)])
+    keep = keeper(args.json, [command_of("experiments.studies.sensitivity", args, parser)])
     try:
         with progress_bars() as progress:
             results = run(

@@ -32,9 +32,17 @@ from experiments.data import sources
 from experiments.data.images import LabelledImages
 from experiments.networks.transformer import Blocks, CharacterModel, VisionTransformer
 from experiments.record.results import circumstances, keeper
-from experiments.record.settings import listed
 from experiments.record.terminal import progress_bars
-from experiments.studies.calibrated import WAYS, Cell, Measures, compare, divergences, kept_leaves, listed_cells, table
+from experiments.studies.calibrated import (
+    Cell,
+    Measures,
+    add_cells,
+    compare,
+    divergences,
+    kept_leaves,
+    listed_cells,
+    table,
+)
 from experiments.studies.train import save
 
 _LENGTH = 128  # characters of a sequence
@@ -251,12 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", type=Path, default=Path("build"), help="folder of trained weights (default: build)"
     )
-    parser.add_argument("--bits", type=listed, default=["4", "3", "2"], help="index widths (default: 4,3,2)")
-    parser.add_argument("--budget", type=listed, default=[], help="budgets, such as 3.5bpw (default: none)")
-    parser.add_argument(
-        "--ways", type=listed, default=WAYS, help=f"of compression to --bits (default: {','.join(WAYS)})"
-    )
-    parser.add_argument("--levels", type=listed, default=["knq"], help="methods that fit them (default: knq)")
+    add_cells(parser, ["4", "3", "2"])
     parser.add_argument("--layers", type=int, default=24, help="blocks of the stack (default: 24)")
     parser.add_argument("--of", type=int, help="blocks of the stack that the time is told for (default: --layers)")
     parser.add_argument("--json", type=Path, help="write the results to this file, after every cell")

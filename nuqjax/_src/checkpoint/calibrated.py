@@ -8,6 +8,7 @@ from typing import Any
 
 from nuqjax._src.calibration.door import compressed_with_data
 from nuqjax._src.checkpoint.checkpoint import Checkpoint
+from nuqjax._src.checkpoint.journal import resumable
 from nuqjax._src.checkpoint.results import Results
 from nuqjax._src.compress.rules import Options, Rule
 from nuqjax._src.report.report import Report
@@ -63,7 +64,7 @@ def compress_with_data(
         store_entropy.constriction_library()  # raises before the work
     with claim(target, checkpoint.files, limit is not None) as place:
         results = Results(place, resume)
-        try:
+        with resumable(target, results):
             cparams, report, notes = compressed_with_data(
                 checkpoint.read(), options, rules, fn=fn, batches=batches, budget=budget, rate=rate, progress=progress,
                 once=results.once,
@@ -72,10 +73,5 @@ def compress_with_data(
                 warnings.warn(f"compress: {note}", stacklevel=2)
             made = report()
             save_at(place, cparams, made if rate is None else None, entropy_coding, limit)
-        except BaseException as error:
-            if len(results):
-                kept = f"{os.fspath(target)}.partial has what is done"
-                error.add_note(f"{kept}; --resume (resume=True) goes on from there")
-            raise
         results.remove()
     return replace(made, nbytes_file=os.path.getsize(place.path) if os.path.exists(place.path) else None)

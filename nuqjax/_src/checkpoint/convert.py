@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from nuqjax._src.checkpoint.checkpoint import Checkpoint, Leaf, open_checkpoint
-from nuqjax._src.checkpoint.journal import Journal
+from nuqjax._src.checkpoint.journal import Journal, resumable
 from nuqjax._src.compress.leaf import compress_leaf
 from nuqjax._src.compress.plan import LeafPlan, Plan, plan_leaves
 from nuqjax._src.compress.rules import Options, Rule
@@ -123,7 +123,7 @@ def compress_checkpoint(
     sharded = limit is not None and sum(plan.nbytes_after for plan in plans) > limit
 
     with claim(target, checkpoint.files, sharded) as place, Journal(place.folder, mark, resume) as journal:
-        try:
+        with resumable(target, journal):
             for leaf, plan, key in zip(checkpoint.leaves, plans, keys, strict=True):
                 if key not in journal:
                     kept, leaf_report = _compressed(leaf, plan)
@@ -143,11 +143,6 @@ def compress_checkpoint(
             files = write(place, tensors, _of_source(checkpoint) | about, tag, limit)
             written, read = sum(map(os.path.getsize, files)), sum(size for _, size, *_ in source_is)
             report = replace(report, nbytes_file=written, nbytes_source=read)
-        except BaseException as error:
-            if len(journal):
-                kept = f"{os.fspath(target)}.partial has what is done"
-                error.add_note(f"{kept}; --resume (resume=True) goes on from there")
-            raise
         journal.remove()
     if report.growth:
         warnings.warn(report.growth, stacklevel=2)

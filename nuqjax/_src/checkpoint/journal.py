@@ -2,8 +2,8 @@
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, BinaryIO
 
 from nuqjax._src.report.leaf_report import LeafReport
@@ -18,6 +18,18 @@ _CHUNK = 1 << 24
 _LINES, _TENSORS = "journal", "tensors"
 _VERSION = "journal 3"
 _FIELDS = {"key", "entry", "tensors", "report"}
+
+
+@contextmanager
+def resumable(target: str | os.PathLike[str], kept: Sized) -> Iterator[None]:
+    """Adds to an error inside, whatever it is, a note on how to go on, if some parts are kept; it is raised again."""
+    try:
+        yield
+    except BaseException as error:
+        if len(kept):
+            done = f"{os.fspath(target)}.partial has what is done"
+            error.add_note(f"{done}; --resume (resume=True) goes on from there")
+        raise
 
 
 class Journal:

@@ -3,46 +3,29 @@
 import itertools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import nuqjax
 from experiments import networks
 from experiments.data import sources
-from experiments.data.images import LabelledImages
-from experiments.networks import Network
 from experiments.paper import __main__ as door
 from experiments.paper import calibrated, study
 from experiments.paper.calibrated import counted, grid, of_study
 from experiments.paper.scores import of_bools, pack, unpack
 from experiments.record.results import RESULTS, read
 from experiments.record.settings import Setting
-
-
-class Small(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(16, (3, 3), use_bias=False)(x)))
-        return nn.Dense(10)(x.mean((1, 2)))
+from tests.experiments.small_network import small_network
 
 
 @pytest.fixture
 def network(monkeypatch):
     """A small network of random weights, and 128 images that differ."""
-    made = Network(
-        name="small", title="Small", module=Small(), weights="", convert=dict, images="cifar10", size=8,
-        preprocess=lambda pixels: pixels.astype(np.float32) / 255,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    low = rng.uniform(0, 255, size=(128, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
-    pixels = np.clip(low + rng.normal(size=(128, 8, 8, 3)) * 20, 0, 255).astype(np.uint8)
-    variables = jax.jit(made.module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    made, variables, labelled = small_network(16, 128)
     monkeypatch.setattr(networks, "get", lambda name: made)
     monkeypatch.setattr(networks, "load_features", lambda *_: variables)
-    monkeypatch.setattr(sources, "load", lambda *_: LabelledImages(pixels, np.arange(128) % 10))
+    monkeypatch.setattr(sources, "load", lambda *_: labelled)
     return made
 
 

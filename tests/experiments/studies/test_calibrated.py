@@ -2,41 +2,23 @@
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import nuqjax
 from experiments import networks
 from experiments.data import images
-from experiments.data.images import LabelledImages
-from experiments.networks import Network
 from experiments.record.intervals import between
 from experiments.studies import calibrated
 from experiments.studies.calibrated import Cell, kept_leaves, run, table
-
-
-class Small(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(32, (3, 3), use_bias=False)(x)))
-        return nn.Dense(10)(x.mean((1, 2)))
+from tests.experiments.small_network import small_network
 
 
 @pytest.fixture
 def network(monkeypatch):
     """A small network with random weights, and as many images as make five batches to learn from."""
-    made = Network(
-        name="small", title="Small", module=Small(), weights="", convert=dict, images="cifar10", size=8,
-        preprocess=lambda pixels: pixels.astype(np.float32) / 255,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    low = rng.uniform(0, 255, size=(320, 2, 2, 3)).repeat(4, axis=1).repeat(4, axis=2)
-    pixels = np.clip(low + rng.normal(size=(320, 8, 8, 3)) * 20, 0, 255).astype(np.uint8)
-    variables = made.module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    monkeypatch.setattr(images, "load_images", lambda *_: LabelledImages(pixels, np.arange(320) % 10))
+    made, variables, labelled = small_network(32, 320)
+    monkeypatch.setattr(images, "load_images", lambda *_: labelled)
     monkeypatch.setattr(networks, "load_features", lambda *_: variables)
     return made
 
