@@ -12,7 +12,7 @@ from jax.extend import core
 
 from nuqjax._src.trace.interpret import Interpreter, bind
 
-_MOST_TAPS = 64
+_MOST_TAPS = 256  # each is an operation to compile; up to 121 were measured (`experiments.speed.constants`)
 
 
 def convolve(eqn: core.JaxprEqn, x: Any, kernel: Any) -> Any:

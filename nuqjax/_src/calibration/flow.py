@@ -210,7 +210,7 @@ def _at_rate(
     return best[1:]
 
 
-_RATE_STEPS = 6
+_RATE_STEPS = 6  # at most: a rate that no price of a bit reaches ends here
 _SLACK = 6  # bytes for each coded leaf by which a file may be larger than predicted: a word and some digits
 _CLOSE = 0.005  # of the rate: a file that is smaller by no more than this is near enough
 

@@ -105,7 +105,7 @@ def nearest(task: Task, levels: np.ndarray, scale: np.ndarray | None, prices: Pr
     return choose
 
 
-_NEIGHBOURS = 3
+_NEIGHBOURS = 1  # more are never better where levels are spaced like these (`experiments.speed.constants`)
 
 
 def _cheaper(

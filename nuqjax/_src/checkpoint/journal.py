@@ -14,7 +14,7 @@ from nuqjax._src.store.report import report_from_json, report_to_json
 from nuqjax._src.store.target import forget, naming
 from nuqjax._src.store.write import to_json
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # bytes read at once
 _LINES, _TENSORS = "journal", "tensors"
 _VERSION = "journal 3"
 _FIELDS = {"key", "entry", "tensors", "report"}

@@ -198,7 +198,7 @@ def _binary_search(rows: jax.Array, cuts: jax.Array) -> jax.Array:
 
 _TABLE_LEVELS, _TABLE_LENGTH = 17, 2**16  # NumPy: from here on it pays to build a table for each row
 _STRETCH = 2**20  # values that share one table
-_COMPARE_CUTS = 31  # NumPy: up to this many, comparing with every threshold beats a binary search
+_COMPARE_CUTS = 63  # NumPy: up to this many, comparing with each beats a binary search (`experiments.speed.constants`)
 _SHORT = 64  # NumPy is slow along rows of so few values
 
 

@@ -1,16 +1,13 @@
 """Renders tables as text: cells are not read as markup, and do not move a terminal's cursor."""
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nuqjax._src.leaf.paths import printable
-
-if TYPE_CHECKING:
-    pass
 
 
 def shown(value: float | None, form: str) -> str:

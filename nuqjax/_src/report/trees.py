@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-_CHUNK = 1 << 20  # values compared at once
+_CHUNK = 1 << 20  # values compared at once (`experiments.speed.constants`)
 
 
 class Square(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 
 from nuqjax._src.leaf import packing
 
-_PRECISION = 24
+_PRECISION = 24  # bits of a frequency: what the coder of the library works with
 _STRETCH = 1 << 21  # indices coded or decoded at once
 _EXPANSION, _FREE = 64, 1 << 16
 """A stream of n bytes never stands for more than 64·n + 65,536 bytes of packed indices: what would, is not coded."""

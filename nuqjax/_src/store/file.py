@@ -20,7 +20,7 @@ from nuqjax._src.store.foreign import foreign_file
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _MAX_COUNT = 2**63 - 1
-_CHUNK = 1 << 24
+_CHUNK = 1 << 24  # bytes written at once (`experiments.speed.constants`)
 
 
 class HeaderEntry(NamedTuple):
