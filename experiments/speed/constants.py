@@ -173,11 +173,11 @@ def _rated(rate: float, *, seconds: bool = False) -> Callable[[], Task]:
     return lambda: task
 
 
-def _many(method: str = "knq") -> dict[str, Callable[[], Task]]:
+def _many() -> dict[str, Callable[[], Task]]:
     return {
-        "64 rows of 2,304, 16 levels": _fit(method, 64, 2304, 16),
-        "512 rows of 576, 8 levels": _fit(method, 512, 576, 8),
-        "a row of 100,000, 16 levels": _fit(method, 1, 100_000, 16),
+        "32 rows of 2,304, 16 levels": _fit("knq", 32, 2304, 16),
+        "128 rows of 576, 8 levels": _fit("knq", 128, 576, 8),
+        "a row of 30,000, 16 levels": _fit("knq", 1, 30_000, 16),
     }
 
 

@@ -1,12 +1,14 @@
 """What some hundred inputs bring to a transformer: a language model of characters, and a classifier of image patches.
 
     python -m experiments.studies.transformer --model characters --bits 4,3,2
-    python -m experiments.studies.transformer --model vit --source idx:/usr/share/datasets/fashion-mnist --bits 4,3,2
+    python -m experiments.studies.transformer --model vit --bits 4,3,2
+    python -m experiments.studies.transformer --model vit --source idx:FOLDER --bits 4,3,2
     python -m experiments.studies.transformer --model stack --layers 24
 
 The first two are trained where no weights are in `--weights`: some minutes on two cores, the same batches in the same
 order on every run. The text is that of Python's own help (`pydoc_data.topics`; other releases of Python have other
-words); one topic of ten evaluates. The third has random weights: it tells how long compression takes.
+words); one topic of ten evaluates. The images are the digits of scikit-learn, or those of `--source`.
+The third has random weights: it tells how long compression takes.
 """
 
 import argparse
@@ -25,6 +27,8 @@ import optax
 from flax import linen as nn
 from flax import traverse_util
 from rich.console import Console
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 import nuqjax
 from experiments import networks
@@ -96,13 +100,13 @@ def of_characters(characters: Text) -> Recipe:
 
 
 def of_images(images: LabelledImages) -> Recipe:
-    """The classifier of images: 128 images a step."""
+    """The classifier of images, each of which has 4 × 4 patches: 128 images a step."""
 
     def batch(number: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.random.default_rng(number).integers(0, len(images.labels), 128)
         return as_inputs(images.pixels[chosen]), images.labels[chosen]
 
-    return Recipe(VisionTransformer(), batch, steps=500, rate=2e-3)
+    return Recipe(VisionTransformer(patch=images.pixels.shape[1] // 4), batch, steps=500, rate=2e-3)
 
 
 def as_inputs(pixels: np.ndarray) -> np.ndarray:
@@ -166,15 +170,29 @@ def characters(weights: Path, on_step: Callable[[int, float], None]) -> Subject:
     return Subject("characters", title, recipe.module, variables, learned, held_out[:, :-1], held_out[:, 1:])
 
 
-def vit(weights: Path, source: str, on_step: Callable[[int, float], None]) -> Subject:
-    """The classifier of Fashion-MNIST's images; what it learns from is of those that it was trained on."""
-    shown, held_out = (sources.kept(sources.load(name, networks.get("lenet5"))) for name in (f"{source}:train", source))
-    assert isinstance(shown, LabelledImages)
-    assert isinstance(held_out, LabelledImages)
+def digits() -> tuple[LabelledImages, LabelledImages]:
+    """scikit-learn's scanned digits, 8 × 8 pixels: 1,297 to train on, 500 to evaluate on."""
+    found = load_digits()
+    pixels = np.round(found.images[..., None] * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(pixels, found.target.astype(np.int32), test_size=500, random_state=0)
+    return LabelledImages(parts[0], parts[2]), LabelledImages(parts[1], parts[3])
+
+
+def vit(weights: Path, source: str | None, on_step: Callable[[int, float], None]) -> Subject:
+    """The classifier of images; what it learns from is of those that it was trained on."""
+    if source is None:
+        (shown, held_out), name, what = digits(), "vit_digits", "digits"
+    else:
+        one, other = (sources.kept(sources.load(part, networks.get("lenet5"))) for part in (f"{source}:train", source))
+        assert isinstance(one, LabelledImages)
+        assert isinstance(other, LabelledImages)
+        shown, held_out, name, what = one, other, "vit", "images"
     recipe = of_images(shown)
-    variables = trained(recipe, weights / "transformer_vit.npz", on_step)
+    variables = trained(recipe, weights / f"transformer_{name}.npz", on_step)
     learned, inputs = as_inputs(shown.pixels[:256]), as_inputs(held_out.pixels[:1000])
-    return Subject("vit", "Vision transformer", recipe.module, variables, learned, inputs, held_out.labels[:1000])
+    return Subject(
+        name, f"Vision transformer of {what}", recipe.module, variables, learned, inputs, held_out.labels[:1000]
+    )
 
 
 def run(
@@ -255,7 +273,7 @@ def stack(layers: int, of: int, width: int = 1024, count: int = 32) -> dict[str,
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, choices=["characters", "vit", "stack"])
-    parser.add_argument("--source", default="idx:/usr/share/datasets/fashion-mnist", help="images for --model vit")
+    parser.add_argument("--source", help="images for --model vit, such as idx:FOLDER (default: scikit-learn's digits)")
     parser.add_argument(
         "--weights", type=Path, default=Path("build"), help="folder of trained weights (default: build)"
     )

@@ -66,6 +66,15 @@ def test_images_are_scored_by_their_labels():
     assert results["cells"][0]["kl"] > results["float"]["kl"] == 0
 
 
+def test_digits_that_evaluate_are_not_among_those_of_training():
+    shown, held_out = transformer.digits()
+    assert (shown.pixels.shape, held_out.pixels.shape) == ((1297, 8, 8, 1), (500, 8, 8, 1))
+    assert (shown.pixels.dtype, int(shown.pixels.max())) == (np.uint8, 255)
+    assert not {x.tobytes() for x in shown.pixels} & {x.tobytes() for x in held_out.pixels}
+    assert set(held_out.labels.tolist()) == set(range(10))
+    assert transformer.of_images(shown).module.patch == 2
+
+
 def test_the_time_of_a_stack_is_told_by_proportion(monkeypatch):
     given = []
     monkeypatch.setattr(nuqjax, "compress", lambda params, batches, **_: given.append((params, batches)))
