@@ -172,9 +172,9 @@ def characters(weights: Path, on_step: Callable[[int, float], None]) -> Subject:
 
 def digits() -> tuple[LabelledImages, LabelledImages]:
     """scikit-learn's scanned digits, 8 × 8 pixels: 1,297 to train on, 500 to evaluate on."""
-    found = load_digits()
+    found: Any = load_digits()
     pixels = np.round(found.images[..., None] * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(pixels, found.target.astype(np.int32), test_size=500, random_state=0)
+    parts: Any = train_test_split(pixels, found.target.astype(np.int32), test_size=500, random_state=0)
     return LabelledImages(parts[0], parts[2]), LabelledImages(parts[1], parts[3])
 
 

@@ -14,6 +14,7 @@ from nuqjax._src.knq.knq import fit_knq
 from nuqjax._src.leaf.assign import Fit, fit_by, with_zero
 from nuqjax._src.platform.host import flushed, on_host, row_by_row, to_numpy, why_unfit
 from nuqjax._src.platform.meshes import as_on_automatic, typed_spec
+from nuqjax._src.platform.types import Array
 
 _LEVELS: dict[str, Callable[..., Any]] = {
     "enq": enq_levels,
@@ -35,12 +36,12 @@ def check_method(method: str) -> None:
 
 @np.errstate(under="ignore")  # as by default: what is below the least normal number is rounded to 0
 def fit(
-    rows: jax.Array,
+    rows: Array,
     num_levels: int,
     method: str = "knq",
     *,
-    weights: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    weights: Array | None = None,
+    mask: Array | None = None,
     keep_zero: bool = False,
     tolerance: float | None = 1e-6,
 ) -> Fit:

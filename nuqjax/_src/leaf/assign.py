@@ -151,7 +151,7 @@ _COMPARE_LEVELS = 32  # up to this many, comparing with every threshold in one f
 
 
 @np.errstate(under="ignore")  # as by default: what is below the least normal number is rounded to 0
-def assign(rows: jax.Array, levels: jax.Array) -> jax.Array:
+def assign(rows: Array, levels: Array) -> jax.Array:
     """Returns the index of each value's nearest level; a value exactly between two levels takes the lower one.
 
     Args:
@@ -275,9 +275,7 @@ def _count_by_table(row: np.ndarray, cuts: np.ndarray, out: np.ndarray) -> None:
         out[start : start + BLOCK] = found
 
 
-def distortion(
-    rows: jax.Array, levels: jax.Array, weights: jax.Array | None = None, mask: jax.Array | None = None
-) -> jax.Array:
+def distortion(rows: Array, levels: Array, weights: Array | None = None, mask: Array | None = None) -> jax.Array:
     """Computes the squared error Σ wᵢ (xᵢ − nearest level)² of each row, summed in float64.
 
     Args:
@@ -299,7 +297,7 @@ def distortion(
         assert level is not None
         return to_jax(distortion_on_host(x, level, weight, counted))
     dtype = working_dtype(rows.dtype)
-    nearest = look_up(levels, assign(rows, levels))
+    nearest = look_up(jnp.asarray(levels), assign(rows, levels))
     with x64():
         error = lax.convert_element_type(rows, jnp.float64) - lax.convert_element_type(nearest, jnp.float64)
         square = error * error
