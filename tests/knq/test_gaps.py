@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nuqjax._src.knq.knq import fit_knq
 from nuqjax._src.knq.rows.long import sort_long_rows
 from nuqjax._src.knq.rows.sorted import sort_rows
-from nuqjax._src.knq.search.gaps import next_gaps, no_gaps, search_rows
+from nuqjax._src.knq.search.gaps import _weights_beside, next_gaps, no_gaps, search_rows
 from nuqjax._src.platform.host import x64
 from tests.families import FAMILIES, level_rounding
 
@@ -145,6 +145,27 @@ def test_weights_have_the_same_units_on_the_host_and_traced(sort, keep_zero):
             (on_host.size, *on_host.sums_below(cuts)), (traced.size, *traced.sums_below(cuts)), strict=True
         ):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("keep_zero", [False, True])
+@pytest.mark.parametrize("length", [40, 300, 5000])
+def test_weights_beside_a_gap_are_known_from_below_down_to_a_unit(length, keep_zero):
+    """v w/(v + w), the held zero being infinitely heavy: never more, and beside weights of a unit and more a third."""
+    rng = np.random.default_rng(length)
+    row = np.sort(rng.standard_normal(length).astype(np.float32))
+    weights = (2.0 ** -rng.uniform(0, 60, length)).astype(np.float32)
+    weights[rng.integers(length)] = 1
+    with x64():
+        ordered = sort_rows(row[None], np.full(1, 4.0), weights[None], None, keep_zero)
+        below_zero = int(np.searchsorted(row, 0))
+        exact = np.insert(weights.astype(np.float64), below_zero, np.inf) if keep_zero else weights.astype(np.float64)
+        cuts = np.arange(1, len(exact))[None]
+        found = np.asarray(_weights_beside(ordered, cuts, keep_zero))[0]
+    harmonic = 1 / (1 / exact[:-1] + 1 / exact[1:])
+    assert (found <= harmonic).all()
+    resolved = np.minimum(exact[:-1], exact[1:]) >= 2.0**-ordered.frac
+    assert resolved.mean() > 0.4
+    assert (found >= harmonic / 3)[resolved].all()
 
 
 @settings(max_examples=25)
