@@ -75,8 +75,10 @@ def test_small_tensors_share_one_for_each_dtype(tmp_path):
     assert nuqjax.load(path, leaves="^u4.2$", numpy=True)["u4.2"].tolist() == [1, 1, 1]
     nuqjax.save(path, tree, max_shard_size=2000)
     assert len(store.open_bundle(path).files) == len(tree)
-    nuqjax.save(path, dict(list(tree.items())[:31]))
-    assert len(store.open_bundle(path).files) == 31
+    nuqjax.save(path, {f"{n}": np.ones(3, "f4") for n in range(7)})
+    assert len(store.open_bundle(path).files) == 7
+    nuqjax.save(path, {f"{n}": np.ones(3, "f4") for n in range(8)})
+    assert set(store.open_bundle(path).files) == {"small.F32"}
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 100_000])

@@ -19,10 +19,10 @@ from nuqjax._src.store.report import report_to_json, with_coded_sizes
 from nuqjax._src.store.text import PLAIN, SHARED, from_text, to_text
 from nuqjax._src.store.tree import Structure
 
-# Where a tree has 32 or more tensors of at most 4 KiB, or coded indices, those of one dtype share one tensor of a file.
+# Where a tree has 8 or more tensors of at most 4 KiB, or coded indices, those of one dtype share one tensor of a file.
 # Each tensor costs a line of some 75 bytes in the header, which no reader accepts compressed: much, where tensors are
 # small.
-_SMALL, _MANY = 1 << 12, 32
+_SMALL, _MANY = 1 << 12, 8
 
 
 class LayoutBuilder:
