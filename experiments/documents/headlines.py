@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.record.markdown import markdown, percent
 from experiments.record.results import RESULTS
@@ -28,7 +28,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     rows = [
         _five_bits(_by_experiment(results, "studies.accuracy", NETWORK)),
         _as_good_as_float(_by_experiment(results, "studies.accuracy", NETWORK)),
-        _with_data(_by_experiment(results, "studies.calibrated", "Tiny Darknet")),
+        _with_data(_by_experiment(results, "studies.calibrated", NETWORK)),
         _integers(_by_experiment(results, "studies.emulation", "ResNet-20")),
         _speed(_by_experiment(results, "speed.fit tree", "")),
         _large(_by_experiment(results, "speed.large_checkpoint", "")),
@@ -84,7 +84,7 @@ def _with_data(result: dict[str, Any]) -> tuple[str, str, str]:
         f"{result['title']} at {learned['bits_per_weight']:.1f} bits a weight, scales and codebooks counted",
         f"top-1 {percent(learned['top1'])} with {result['learned']} unlabelled images, {percent(plain['top1'])} by the "
         f"weights alone ({plain['bits_per_weight']:.1f} bits; float32 {percent(result['float']['top1'])})",
-        f"studies.calibrated --network tiny_darknet --bits 4 --budget 4bpw --learn {result['learned']}",
+        f"studies.calibrated --network efficientnet_lite0 --bits 4 --budget 4bpw --learn {result['learned']}",
     )
 
 
@@ -116,28 +116,42 @@ def _large(result: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def draw(path: Path) -> None:
-    """Accuracy against bytes of a network, a line for each method: one codebook a layer, and one a channel."""
-    result = json.loads((RESULTS / "accuracy_efficientnet_lite0.json").read_text())
+    """Accuracy against bytes: a line for each method, with one codebook a layer and one a channel, and with data.
+
+    With data other images evaluate than without, so accuracy is told as the distance from the float network's.
+    """
+    result, learned = (
+        json.loads((RESULTS / f"{kind}_efficientnet_lite0.json").read_text()) for kind in ("accuracy", "calibrated")
+    )
     figure, axes = plt.subplots(figsize=(8.4, 4.4), layout="constrained")
+
+    def line(result: dict[str, Any], cells: Sequence[dict[str, Any]], form: str, **style: Any) -> None:
+        points = sorted((cell["bytes"], cell["top1"] - result["float"]["top1"]) for cell in cells)
+        axes.plot(*zip(*points, strict=True), form, **style)
+
     for method, (color, marker) in STYLES.items():
-        for granularity, line in (("tensor", "-"), ("channel", "--")):
+        for granularity, form in (("tensor", "-"), ("channel", "--")):
             setting = {"method": method, "granularity": granularity, "scale": "none", "rules": []}
             cells = [cell for cell in result["cells"] if setting.items() <= cell["setting"].items()]
-            cells.sort(key=lambda cell: cell["bytes"])
-            sizes, scores = [cell["bytes"] for cell in cells], [cell["top1"] for cell in cells]
-            axes.plot(sizes, scores, line, color=color, marker=marker, label=f"{method}, a codebook a {granularity}")
-    mixed = sorted((cell["bytes"], cell["top1"]) for cell in result["cells"] if cell["setting"]["rules"])
-    axes.plot(*zip(*mixed, strict=True), ":", color="#0072B2", marker="D", label="knq, bits chosen by layer")
-    whole = result["float"]
-    axes.axhline(whole["top1"], color="0.6", linestyle="--", linewidth=1, zorder=0)
-    axes.plot([whole["bytes"]], [whole["top1"]], "*", color="black", markersize=13, label="float32")
+            line(result, cells, form, color=color, marker=marker, label=f"{method}, a codebook a {granularity}")
+    mixed = [cell for cell in result["cells"] if cell["setting"]["rules"]]
+    line(result, mixed, ":", color="#0072B2", marker="D", label="knq, bits chosen by layer")
+    budgets = [cell for cell in learned["cells"] if cell["method"] == "budget" and cell["levels"] == "knq"]
+    label = f"knq, with {learned['learned']} unlabelled images"
+    line(learned, budgets, "-", color="black", marker="D", linewidth=2, label=label)
+    axes.axhline(0, color="0.6", linestyle="--", linewidth=1, zorder=0)
+    axes.plot([result["float"]["bytes"]], [0], "*", color="black", markersize=13, label="float32")
     axes.set_xscale("log", base=2)
     axes.set_xticks([2e6, 3e6, 4e6, 6e6, 8e6, 12e6, 18e6])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1e6:.0f} MB"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set(xlabel="memory: indices, codebooks and what stays dense", ylabel=f"top-1 of {result['images']:,} images")
-    axes.set_title(f"{result['title']}: accuracy against memory", fontsize=11)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f}".replace("-", "−")))
+    axes.set(
+        xlabel="memory: indices, codebooks and what stays dense",
+        ylabel="points of top-1 from float32, on the same images",
+    )
+    counts = f"{result['images']:,} images, {learned['images']:,} with data"
+    axes.set_title(f"{result['title']}: accuracy against memory ({counts})", fontsize=11)
     axes.legend(loc="center right", fontsize=8, frameon=False)
     axes.grid(color="0.93")
     axes.spines[["top", "right"]].set_visible(False)
