@@ -5,11 +5,13 @@ compressed leaves; both take the model as a function. `sensitivity` measures the
 each width, and `allocate` chooses each leaf's width within a budget.
 
 `Problem` and `Solution` hold plain arrays for one leaf. `shrunk` regularizes moments that come from few inputs, and
-`quantize` finds the levels, scales and indices with the least output error. `target` gives the weights to quantize
-where a layer's inputs are no longer the float ones, because layers before it are compressed.
+`quantize` finds the levels, scales and indices with the least output error; two of its steps stand alone, too:
+`error_feedback` chooses indices for given levels, and `refit` improves a given solution. `target` gives the weights to
+quantize where a layer's inputs are no longer the float ones, because layers before it are compressed.
 """
 
 from nuqjax._src.calibration.biases import correct_bias
+from nuqjax._src.calibration.parts import error_feedback, refit
 from nuqjax._src.calibration.problem import Problem, Solution, shrunk, target
 from nuqjax._src.calibration.refine import Refined, refine
 from nuqjax._src.calibration.second_moments import LeafMoments, Moments, moments
@@ -25,9 +27,11 @@ __all__ = [
     "Solution",
     "allocate",
     "correct_bias",
+    "error_feedback",
     "moments",
     "quantize",
     "refine",
+    "refit",
     "sensitivity",
     "shrunk",
     "target",

@@ -55,7 +55,7 @@ WINGS: dict[str, Wing] = {
     "compress": Wing("rules stacks plan view levels level_format leaf compress", "leaf fit report store", ("rich",)),
     "export": Wing("program onnx_file", "leaf trace apply store", ("flatbuffers", "jax2onnx", "onnx")),
     "calibration": Wing(
-        "fisher measures squares sweeps problem places level_formats stages rated solver "
+        "fisher measures squares sweeps problem places level_formats stages rated solver parts "
         "convolutions uses flat programs progress second_moments pairs biases layouts layers sequential widths flow "
         "refine door",
         "leaf trace fit fold report store compress",

@@ -8,7 +8,7 @@ output separately, levels for each codebook separately.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,21 +90,12 @@ def quantize(
     >>> list(solution.errors)
     ['nearest', 'feedback', 'refit']
     """
-    _check(problem, bits, rate)
+    _check_options(bits, rate)
     check_method(method)
-    weights = np.asarray(problem.weights)
-    dtype = np.dtype(weights.dtype)
-    unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
-    channels = (weights.astype(np.float64) / unit).astype(np.float32)
-    hessian = np.asarray(problem.hessian)
-    stretches = hessian.shape[1] if hessian.ndim == 4 else 1
-    hessian, order, moment = _ordered(hessian.reshape(-1, *hessian.shape[-2:]))
-    places = places_of(len(weights), order, stretches, granularity, scale)
-    visits = visited(channels, places)
-    held_zeros = visits == 0 if keep_zero else None
-    task = Task(
-        visits, hessian.astype(np.float32), places, held_zeros, codebook_format, dtype, unit, 1.0, form_of(method)
-    )  # fmt: skip
+    task, channels, hessian, moment = prepared("quantize", problem, granularity, scale)
+    held_zeros = task.weights == 0 if keep_zero else None
+    task = task._replace(held_zeros=held_zeros, codebook_format=codebook_format, form=form_of(method))
+    unit = task.level_unit
     matrix, pivots = feedback_matrix(hessian) if feedback else (None, np.einsum("gii->gi", hessian))
     if rate is None:
         factors = _power_means(channels, scale, 2 * bits)  # 6 to 15 % less error than with power 2
@@ -117,7 +108,37 @@ def quantize(
         levels = equal_steps(task, factors, pivots, 2**bits, rate)
         task, levels, factors = _as_stored(task, levels, factors)
         state, errors = rated_stages(task, levels, factors, matrix, pivots, rate=rate, refit=refit)
-    return _solution(task, state, {stage: float(error) * unit**2 * moment for stage, error in errors.items()})
+    return solution_of(task, state, {stage: float(error) * unit**2 * moment for stage, error in errors.items()})
+
+
+class Prepared(NamedTuple):
+    """A problem as the stages take it.
+
+    Attributes:
+      task: weights divided by `task.level_unit`, and normalised moments; of the formats and forms, the defaults.
+      channels: `[O, I]` float32 the weights divided by that unit.
+      hessian: `[G, I, I]` float64 the moments in the order of visit, divided by `moment`.
+      moment: the mean of their diagonals.
+    """
+
+    task: Task
+    channels: np.ndarray
+    hessian: np.ndarray
+    moment: float
+
+
+def prepared(name: str, problem: Problem, granularity: Granularity, scale: Scale) -> Prepared:
+    """Checks a problem, in the words of the function `name`, and puts it in the units and the order of the stages."""
+    _check(name, problem)
+    weights, hessian = np.asarray(problem.weights), np.asarray(problem.hessian)
+    unit = 2.0 ** int(np.frexp(np.abs(weights).max(initial=0).astype(np.float64))[1])
+    channels = (weights.astype(np.float64) / unit).astype(np.float32)
+    stretches = hessian.shape[1] if hessian.ndim == 4 else 1
+    hessian, order, moment = _ordered(hessian.reshape(-1, *hessian.shape[-2:]))
+    places = places_of(len(weights), order, stretches, granularity, scale)
+    visits, dtype = visited(channels, places), np.dtype(weights.dtype)
+    task = Task(visits, hessian.astype(np.float32), places, None, None, dtype, unit, 1.0)
+    return Prepared(task, channels, hessian, moment)
 
 
 def _stages(
@@ -150,10 +171,10 @@ def _stages(
     return state, errors
 
 
-def _check(problem: Problem, bits: int, rate: float | None) -> None:
+def _check(caller: str, problem: Problem) -> None:
     weights, hessian = np.asarray(problem.weights), np.asarray(problem.hessian)
     if weights.ndim != 2:
-        raise ValueError(f"quantize: weights of shape {weights.shape}, but [O, I] is wanted")
+        raise ValueError(f"{caller}: weights of shape {weights.shape}, but [O, I] is wanted")
     outputs, inputs = weights.shape
     groups = hessian.shape[0] if hessian.ndim else 0
     stretches = hessian.shape[1] if hessian.ndim == 4 and hessian.shape[1] else 1
@@ -161,12 +182,15 @@ def _check(problem: Problem, bits: int, rate: float | None) -> None:
     whole = hessian.shape[-2:] == (size, size) and size * stretches == inputs and hessian.ndim in (3, 4)
     if not whole or not groups or outputs % groups:
         raise ValueError(
-            f"quantize: moments of shape {hessian.shape} for weights of shape {weights.shape}, but "
+            f"{caller}: moments of shape {hessian.shape} for weights of shape {weights.shape}, but "
             f"[G, {inputs}, {inputs}] is wanted, with G a divisor of {outputs}; or [G, B, {inputs}/B, {inputs}/B]"
         )
     for name, array in (("weights", weights), ("moments", hessian)):
         if not np.isfinite(array).all():
-            raise ValueError(f"quantize: {name} that are NaN or infinite, but finite values are wanted")
+            raise ValueError(f"{caller}: {name} that are NaN or infinite, but finite values are wanted")
+
+
+def _check_options(bits: int, rate: float | None) -> None:
     if rate is not None and not rate >= 0:
         raise ValueError(f"quantize: rate={rate!r}, but the price of a bit is 0 or more")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
@@ -262,7 +286,8 @@ def sampled(rows: Any, inputs: int, most: int = _SAMPLE) -> Any:
     return rows[:, ::step]
 
 
-def _solution(task: Task, state: State, errors: dict[str, float]) -> Solution:
+def solution_of(task: Task, state: State, errors: dict[str, float]) -> Solution:
+    """Returns a state in the units and the layout of the problem."""
     indices = channels_of(state.indices, task.places)
     levels, scale = rounded_levels(state.levels * task.level_unit, task.codebook_format, task.dtype), None
     if state.scale is not None:
