@@ -110,11 +110,11 @@ def _done(result: object) -> None:
 def _fit(method: str, count: int, length: int, levels: int, *, traced: bool = False) -> Callable[[], Task]:
     rows = _normal(count, length)
     if not traced:
-        return lambda: lambda: _done(nuqjax.fit(rows, levels, method=method))
+        return lambda: lambda: _done(nuqjax.fit(rows, levels, method=method, tolerance=None))
 
     def make() -> Task:
         on_device = jnp.asarray(rows)
-        fitted = jax.jit(lambda rows: nuqjax.fit(rows, levels, method=method).levels)
+        fitted = jax.jit(lambda rows: nuqjax.fit(rows, levels, method=method, tolerance=None).levels)
         return lambda: _done(jax.block_until_ready(fitted(on_device)))
 
     return make

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nuqjax._src.leaf.rows import namespace
@@ -90,6 +91,11 @@ def unpack(packed: A, bits: int, count: int) -> A:
         return ((packed[..., None] >> shift) & (2**bits - 1)).reshape(*lead, -1)[..., :count]
     group, width = _period(bits)
     padded = xp.pad(packed, [(0, 0)] * len(lead) + [(0, -size % width)]).reshape(*lead, -(-size // width), width)
+    if xp is jnp and width == 3:  # whole indices in 24-bit words, which compilers fuse with the look-up, too
+        byte = [padded[..., n].astype(jnp.uint32) for n in range(3)]
+        words = byte[0] | (byte[1] << np.uint32(8)) | (byte[2] << np.uint32(16))
+        shift = lax.broadcasted_iota(jnp.uint32, (*words.shape, group), words.ndim) * np.uint32(bits)
+        return ((words[..., None] >> shift) & np.uint32(2**bits - 1)).astype(jnp.uint8).reshape(*lead, -1)[..., :count]
     columns = []
     for i in range(group):
         byte, shift = divmod(i * bits, 8)
