@@ -9,6 +9,7 @@ There are blocks of tables, each of what one or two commands (modules of `experi
 - `headlines`: six results, for the README;
 - `accuracy` against size (`studies.accuracy`), and what Fisher weights bring: `sensitivity` (`studies.sensitivity`);
 - `data`: compression with data beside compression without (`studies.calibrated`, `studies.transformer`);
+- `scales`: scales of channels by the weights alone (`studies.scales`);
 - `emulation`: networks on raw integers (`studies.emulation`), and the time it takes (`speed.emulation`);
 - `first_call` (`speed.first_call`), and the speed of the fit: `benchmark` (`speed.fit`);
 - `paper`: the paper's study in short (`paper.study`); `study`: all of it; `with_data`: the same question with data
@@ -89,6 +90,25 @@ def _with_data(result: dict[str, Any]) -> str:
         "`knq` with data less this",
     ]
     return "\n\n".join([title, markdown(header, rows, left=2), commands([result])])
+
+
+def scales(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown of scales by power means, by the weights alone: a row for each network, width and power."""
+    results = list(results)
+    rows = [
+        [
+            each["title"], str(cell["bits"]), _power(cell["power"]), f"{cell['sqnr_db']:.2f}", f"{cell['kl']:.3f}",
+            "" if cell["power"] == "largest" else "{:.3f} [{:.3f}, {:.3f}]".format(*cell["kl_less_largest"]),
+            percent(cell["agreement"]), percent(cell["top1"]),
+        ]
+        for result in results for each in result["networks"] for cell in each["cells"]
+    ]  # fmt: skip
+    header = ["network", "bits", "scale", "SQNR, dB", "KL", "KL less the first's", "as float", "top-1"]
+    return "\n\n".join([markdown(header, rows, left=3), commands(results)]) + "\n"
+
+
+def _power(power: float | str) -> str:
+    return {"largest": "largest magnitude", 2.0: "root mean square"}.get(power) or f"power {power:g}"
 
 
 _TASKS = {"top1": "top-1", "nats": "nats a character"}
@@ -282,6 +302,7 @@ BLOCKS = {
     "accuracy": _block("accuracy_*.json", accuracy, "studies.accuracy", "docs/results/accuracy.md"),
     "sensitivity": _block("sensitivity_*.json", sensitivity, "studies.sensitivity", "docs/results/accuracy.md"),
     "data": _block("calibrated_*.json", calibrated, "studies.calibrated", "docs/results/data.md"),
+    "scales": _block("scales*.json", scales, "studies.scales", "docs/results/data.md"),
     "emulation": _block("*emulation*.json", emulation, "studies.emulation", "docs/results/integers.md"),
     "first_call": _block("first_call*.json", first_call, "speed.first_call", "docs/results/speed.md"),
     "benchmark": _block("benchmark_fit*.json", speed_tables.tables, "speed.fit", "docs/results/speed.md"),

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class Cell:
     """A way to compress.
 
     Attributes:
-      method: "plain", "corrected" (its offsets by `correct_bias`), "calibrated" or "budget".
+      method: "plain", "corrected" (its offsets by `correct_bias`), "calibrated" or "budget"; of `peers_with_data` also
+        "fisher" (plain with `sensitivity` among its options) and "peer".
       size: bits, or the budget.
       levels: the method that fits them.
     """
@@ -140,27 +141,32 @@ def kept_leaves(fn: Callable[..., Any], params: Any, x: np.ndarray) -> tuple[dic
     return kept, whole
 
 
-def run(
-    network: Network,
-    data: Path,
-    cells: Sequence[Cell],
-    *,
-    learn: int = 256,
-    count: int | None = None,
-    on_cell: Callable[[dict[str, Any]], None] = lambda results: None,
-) -> dict[str, Any]:
-    """Evaluates each cell on the images that nothing was learned from.
+class Setting(NamedTuple):
+    """A folded network with what it learns from, and what is measured of it.
+
+    Attributes:
+      fn: the function of parameters and images.
+      params: the parameters that it needs, by path.
+      batches: images that are learned from.
+      measure: what is measured of each image that evaluates, for dense parameters.
+      told: the network, the counts of images and the circumstances, JSON-ready.
+    """
+
+    fn: Callable[..., Any]
+    params: dict[str, Any]
+    batches: list[np.ndarray]
+    measure: Callable[[Any], Measures]
+    told: dict[str, Any]
+
+
+def setting(network: Network, data: Path, *, learn: int = 256, count: int | None = None) -> Setting:
+    """What every form of a network is compared on.
 
     Args:
       network: which network.
       data: the data folder.
-      cells: ways to compress it.
       learn: images that are learned from, at most.
-      count: images in all; None takes all.
-      on_cell: called with the results so far after each cell.
-
-    Returns:
-      A JSON-ready dict: the circumstances, `float` and `cells`.
+      count: images in all; None takes all. Half of them evaluate.
     """
     labelled = images.load_images(network, data, count)
     pixels, labels = labelled.pixels[::2], labelled.labels[::2]
@@ -194,6 +200,32 @@ def run(
         "images": len(labels),
         **circumstances("jax", "flax", "numpy"),
     }
+    return Setting(fn, params, batches, measure, told)
+
+
+def run(
+    network: Network,
+    data: Path,
+    cells: Sequence[Cell],
+    *,
+    learn: int = 256,
+    count: int | None = None,
+    on_cell: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """Evaluates each cell on the images that nothing was learned from.
+
+    Args:
+      network: which network.
+      data: the data folder.
+      cells: ways to compress it.
+      learn: images that are learned from, at most.
+      count: images in all; None takes all.
+      on_cell: called with the results so far after each cell.
+
+    Returns:
+      A JSON-ready dict: the circumstances, `float` and `cells`.
+    """
+    fn, params, batches, measure, told = setting(network, data, learn=learn, count=count)
     return told | compare(
         fn, params, batches, cells, measure, on_cell=lambda results: on_cell(told | results), scale="channel"
     )
@@ -204,7 +236,7 @@ def compressed(
 ) -> tuple[Any, float | None]:
     """The compressed tree, and the divergence that was predicted."""
     given = {"codebook_format": jnp.float16, "method": cell.levels, **options}
-    if cell.method in ("plain", "corrected"):
+    if cell.method in ("plain", "fisher", "corrected"):
         cparams = nuqjax.compress(params, int(cell.size), **given)
         if cell.method == "corrected":
             cparams = nuqjax.calibration.correct_bias(fn, params, cparams, batches)
