@@ -43,8 +43,7 @@ class Cell:
     """A way to compress.
 
     Attributes:
-      method: "plain", "corrected" (its offsets by `correct_bias`), "calibrated" or "budget"; of `peers_with_data` also
-        "fisher" (plain with `sensitivity` among its options) and "peer".
+      method: "plain", "corrected" (its offsets by `correct_bias`), "calibrated" or "budget".
       size: bits, or the budget.
       levels: the method that fits them.
     """
@@ -236,7 +235,7 @@ def compressed(
 ) -> tuple[Any, float | None]:
     """The compressed tree, and the divergence that was predicted."""
     given = {"codebook_format": jnp.float16, "method": cell.levels, **options}
-    if cell.method in ("plain", "fisher", "corrected"):
+    if cell.method in ("plain", "corrected"):
         cparams = nuqjax.compress(params, int(cell.size), **given)
         if cell.method == "corrected":
             cparams = nuqjax.calibration.correct_bias(fn, params, cparams, batches)
