@@ -292,7 +292,7 @@ def test_linen_nnx_and_plain_functions_have_the_same_moments():
     variables = model.init(jax.random.key(0), x)
     for layer in ("conv", "dense"):
         for name in ("kernel", "bias"):
-            getattr(getattr(module, layer), name).set_value(variables["params"][layer][name])
+            setattr(getattr(module, layer), name, nnx.Param(variables["params"][layer][name]))
     of_linen = moments(model.apply, variables, [x])
     of_plain = moments(plain, variables["params"], [x])
     of_nnx = moments(lambda m, x: m(x), module, [x])

@@ -54,7 +54,7 @@ def grid(num_levels: int) -> np.ndarray:
 
 def squares(row, levels) -> np.ndarray:
     """(x − nearest level)² of each value in float64; the levels need not ascend."""
-    levels = np.sort(np.float64(levels))
+    levels = np.sort(np.asarray(levels, np.float64))
     middle = (levels[1:] + levels[:-1]) / 2
     return (row.astype(np.float64) - levels[np.searchsorted(middle, row)]) ** 2
 

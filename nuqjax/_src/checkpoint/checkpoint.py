@@ -16,7 +16,7 @@ import numpy as np
 from nuqjax._src.checkpoint.formats.hdf5 import open_h5
 from nuqjax._src.checkpoint.formats.msgpack import open_msgpack
 from nuqjax._src.checkpoint.formats.numpy import open_npy, open_npz
-from nuqjax._src.checkpoint.formats.orbax import open_orbax, orbax
+from nuqjax._src.checkpoint.formats.orbax import needs_names, open_orbax, orbax
 from nuqjax._src.checkpoint.formats.safetensors import open_safetensors
 from nuqjax._src.checkpoint.locate import READABLE, locate
 from nuqjax._src.checkpoint.names import NOTES, names_of, notes_for
@@ -161,6 +161,11 @@ def _check_keys(checkpoint: Checkpoint, format: str) -> None:
                 raise ValueError(f"{where}: the key {key.key!r} is not a string, and {format} would turn it into one")
             if format == "msgpack" and getattr(key, "key", None) == "__msgpack_chunked_array__":
                 raise ValueError(f"{where}: Flax's msgpack reserves this key")
+        if format == "orbax" and not leaf.path and (version := needs_names()):
+            raise ValueError(
+                f"{where} has no name, and orbax-checkpoint {version} does not store it; "
+                "pip install 'orbax-checkpoint>=0.12.1'"
+            )
         if format == "orbax" and len(leaf.path.encode()) > 32_000:
             raise ValueError(f"{where[:300]}…: the name is longer than orbax allows")
         if leaf.shape is not None:

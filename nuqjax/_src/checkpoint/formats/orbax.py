@@ -24,6 +24,12 @@ def orbax() -> Any:
     return orbax.checkpoint
 
 
+def needs_names() -> str | None:
+    """Returns the version of orbax if it stores no leaf without a name (before 0.12.1), else None."""
+    version = orbax().__version__
+    return version if [int(part) for part in version.split(".")[:3] if part.isdigit()] < [0, 12, 1] else None
+
+
 def open_orbax(path: str, skip: str | None) -> Checkpoint:
     """Opens an orbax checkpoint of one tree; each array is read on request."""
     ocp = orbax()
