@@ -254,5 +254,13 @@ def test_an_orbax_that_stores_no_leaf_without_a_name_is_told(tmp_path, monkeypat
     monkeypatch.setattr(orbax.checkpoint, "__version__", "0.11.24")
     with pytest.raises(ValueError, match=r"leaf '' has no name, and orbax-checkpoint 0\.11\.24 .*orbax-checkpoint>=0"):
         nuqjax.write_checkpoint(tmp_path / "b", source, "orbax")
-    monkeypatch.setattr(orbax.checkpoint, "__version__", "0.13.0rc1")
-    nuqjax.write_checkpoint(tmp_path / "b", source, "orbax")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "needed"),
+    [("0.11.40", True), ("0.12.0", True), ("0.12.1", False), ("0.13.0rc1", False), ("1.0", False)],
+)
+def test_orbax_stores_leaves_without_a_name_from_0_12_1_on(version, needed, monkeypatch):
+    monkeypatch.setattr(orbax.checkpoint, "__version__", version)
+    assert needs_names() == (version if needed else None)
