@@ -24,6 +24,8 @@ from nuqjax._src.knq.search.search import (
 )
 from nuqjax._src.leaf.rows import namespace
 
+# So few rows get more cuts: some five times the time (`experiments.speed.constants`), and an exact bound for rows of up
+# to 1,024 values.
 _FEW_ROWS = 8
 _COUNTED = 2**13  # longer rows of 16-bit values are counted, not sorted
 SHORT = 256  # distinct values of a row that the dense program handles and proves by itself, for any number of rows

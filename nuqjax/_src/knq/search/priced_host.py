@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_LANES = 128  # rows handled at once
+_LANES = 128  # rows handled at once (`experiments.speed.constants`)
 _GROUP = 16  # rows with windows of similar widths, handled together
 _NARROW = 12  # cells per interval, on average, up to which the gains of all intervals are stored
 _BAND = 2.5  # width of the widest intervals tried first, over the average
