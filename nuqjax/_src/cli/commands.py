@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from contextlib import nullcontext
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def compress(source: str, target: str, quiet: bool, output_axis: Any, **options:
     checkpoint = nuqjax.open_checkpoint(source, options["format"], options["separator"], options["skip"])
     say_skipped(checkpoint)
     total = sum(leaf.nbytes for leaf in checkpoint.leaves)
-    with bar:
+    with nullcontext() if quiet else bar:  # old releases of rich end a disabled bar with an empty line
         task = bar.add_task("compress", total=total)
         done = 0
 
