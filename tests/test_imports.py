@@ -29,7 +29,9 @@ class Wing(NamedTuple):
 # In the order of the flow: arrows point up this table only. The import of a name that only types need counts, too.
 WINGS: dict[str, Wing] = {
     "platform": Wing("types compat meshes host rounding"),
-    "leaf": Wing("paths qformat words rows fixed_point packing assign codebook_array check take codebooks shardings"),
+    "leaf": Wing(
+        "paths qformat words rows fixed_point packing matrix assign codebook_array check take codebooks shardings"
+    ),
     "trace": Wing("traced interpret operations"),
     "knq": Wing(
         "rows/sorted rows/long "
@@ -39,7 +41,8 @@ WINGS: dict[str, Wing] = {
         "leaf",
     ),
     "report": Wing("bars leaf_report trees render plot comparison report", "leaf", ("IPython", "matplotlib", "rich")),
-    "apply": Wing("after apply", "leaf trace"),
+    "kernels": Wing("after planes products product", "leaf"),
+    "apply": Wing("contraction apply", "leaf trace kernels"),
     "fold": Wing("program chains solver fold", "leaf trace"),
     "fit": Wing("per_row steps grid enq leaf_on_mesh methods", "leaf knq"),
     "emulate": Wing(

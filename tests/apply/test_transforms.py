@@ -202,12 +202,12 @@ LOOPS = {
 
 class TestLoops:
     def decoded(self, fn, *args):
-        """How many look-ups of levels stand outside of loops, and how many inside."""
+        """How many look-ups of levels and products stand outside of loops, and how many inside."""
         counts = [0, 0]
 
         def visit(jaxpr, inside):
             for eqn in jaxpr.eqns:
-                counts[inside] += eqn.primitive.name == "gather"
+                counts[inside] += eqn.primitive.name in ("gather", "codebook_product")
                 for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
                     inner = getattr(inner, "jaxpr", inner)
                     if hasattr(inner, "eqns"):

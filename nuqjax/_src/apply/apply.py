@@ -14,18 +14,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
 
-from nuqjax._src.apply.after import after, token_of
-from nuqjax._src.leaf.codebook_array import CodebookArray, check_layout, decode, dense_sharding, is_codebook_array
+from nuqjax._src.apply.contraction import contraction_of, view_of
+from nuqjax._src.kernels.after import after, token_of
+from nuqjax._src.kernels.product import product
+from nuqjax._src.leaf.codebook_array import (
+    CodebookArray,
+    check_layout,
+    decode,
+    decoding_levels,
+    dense_sharding,
+    held_by_jax,
+    is_codebook_array,
+    matrix_layout,
+)
 from nuqjax._src.leaf.paths import path_name
 from nuqjax._src.leaf.take import decode_take
 from nuqjax._src.platform.meshes import as_automatic, explicit_sharding
 from nuqjax._src.trace.interpret import CONTROL_FLOW, Interpreter, Rule, Site, bind, scan_parts
-from nuqjax._src.trace.traced import argument_name, trace, write_changes
+from nuqjax._src.trace.traced import argument_name, trace, varying_axes, write_changes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("leaf",), meta_fields=("path", "pending"))
@@ -307,6 +319,50 @@ def _taken_axis(eqn: core.JaxprEqn) -> int | None:
     return axis if whole and not numbers.operand_batching_dims else None
 
 
+def _dot(interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, left: Any, right: Any) -> Sequence[Any]:
+    """Multiplies with the matrix as it is stored; a dot that is no such product decodes the leaf."""
+    made = _product(eqn, left, right)
+    return bind(eqn, interpreter.lower_all((left, right))) if made is None else [made]
+
+
+def _product(eqn: core.JaxprEqn, left: Any, right: Any) -> jax.Array | None:
+    """Computes a `dot_general` of one leaf and one array by `kernels.product`; None where that cannot be."""
+    is_left = isinstance(left, Packed)
+    value, other = (left, right) if is_left else (right, left)
+    if isinstance(other, Packed) or value.leaf.stack_shape:
+        return None
+    arrays = [other, *jax.tree.leaves(value.leaf)]
+    if not any(isinstance(a, jax.core.Tracer) for a in arrays):
+        return None  # eagerly, each operation has the bits of the dense one
+    if explicit_sharding(*arrays) is not None or any(varying_axes(jax.typeof(a)) for a in arrays):
+        return None
+    params, dtype = eqn.params, eqn.outvars[0].aval.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    floating = all(jnp.issubdtype(t, jnp.floating) for t in (jnp.result_type(other), value.leaf.dtype, dtype))
+    if not floating or params.get("out_sharding") is not None or not _is_precision(params["precision"]):
+        return None
+    view = view_of(value.leaf, value.pending)
+    found = view and contraction_of(value.leaf, view, np.shape(other), eqn, is_left)
+    if found is None:
+        return None
+    casts = [e.params["new_dtype"] for e in value.pending if e.primitive.name == "convert_element_type"]
+    leaf = held_by_jax(value.leaf)
+    layout = matrix_layout(leaf)
+    layout = replace(layout, casts=(*layout.casts, *map(np.dtype, casts)))
+    kept = np.ndim(other) - len(params["dimension_numbers"][0][0])
+    x = lax.transpose(jnp.asarray(other), found.order)
+    made = product(
+        x.reshape(*x.shape[:kept], -1), decoding_levels(leaf), leaf.packed, leaf.scale,
+        layout=layout, over=found.over, precision=params["precision"], dtype=dtype, name=f"decode {value.path}",
+    )  # fmt: skip
+    return lax.transpose(made.reshape(found.shape), found.result)
+
+
+def _is_precision(precision: Any) -> bool:
+    """Returns whether it is one that holds for sums in float32."""
+    given = precision if isinstance(precision, tuple) else (precision,)
+    return all(each is None or isinstance(each, lax.Precision) for each in given)
+
+
 def _loop(loop_bytes: int, interpreter: Interpreter, site: Site, eqn: core.JaxprEqn, *operands) -> Sequence[Any]:
     """Decodes before a loop the leaves that each of its steps would decode, up to `loop_bytes` in all."""
     constants = _loop_constants(eqn, len(operands))
@@ -361,4 +417,6 @@ _RULES: dict[str, Rule] = {
 
 def _interpreter(loop_bytes: int) -> Interpreter:
     loop = functools.partial(_loop, loop_bytes)
-    return Interpreter(lambda x: isinstance(x, Packed), _lower, _RULES | {"scan": loop, "while": loop})
+    return Interpreter(
+        lambda x: isinstance(x, Packed), _lower, _RULES | {"dot_general": _dot, "scan": loop, "while": loop}
+    )

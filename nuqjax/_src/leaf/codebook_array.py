@@ -12,12 +12,12 @@ import jax.core
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from nuqjax._src.leaf import fixed_point, packing
 from nuqjax._src.leaf import rows as rows_
+from nuqjax._src.leaf.matrix import Layout, decode_matrix, factors
 from nuqjax._src.leaf.qformat import QFormat
 from nuqjax._src.leaf.rows import ChannelGroups, Granularity, InputGroups
 from nuqjax._src.platform.host import flushed, on_host, to_jax, to_numpy, working_dtype
@@ -295,19 +295,14 @@ def decoding_levels(leaf: CodebookArray) -> jax.Array:
 
 
 def _decode_slice(leaf: CodebookArray) -> jax.Array:
-    """Decodes one slice with arrays `[O, I]` only: TPUs pad other shapes, and one long row to many times its size."""
-    outputs, inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)
-    indices = packing.unpack(leaf.packed, leaf.bits, inputs).astype(jnp.int32)
-    levels = decoding_levels(leaf)
-    if leaf.granularity == "tensor":
-        values = levels[0].at[indices].get(mode="promise_in_bounds")
-    else:
-        output, input = (lax.broadcasted_iota(jnp.int32, (outputs, inputs), axis) for axis in (0, 1))
-        row = rows_.row_of(output, input, inputs, leaf.granularity)
-        values = levels.at[row, indices].get(mode="promise_in_bounds")
-    if leaf.scale is not None:
-        values = values * _factors(leaf, inputs).astype(values.dtype)
-    return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
+    matrix = decode_matrix(decoding_levels(leaf), leaf.packed, leaf.scale, matrix_layout(leaf))
+    return rows_.from_channels(matrix, leaf.slice_shape, leaf.axes)
+
+
+def matrix_layout(leaf: CodebookArray) -> Layout:
+    """Returns how the arrays of a slice stand for its channels `[O, I]`."""
+    inputs = rows_.channel_shape(leaf.slice_shape, leaf.axes)[1]
+    return Layout(leaf.bits, inputs, leaf.granularity, leaf.scale_group, (np.dtype(leaf.dtype),))
 
 
 def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
@@ -317,14 +312,10 @@ def _decode_slice_on_host(leaf: CodebookArray) -> np.ndarray:
     values = rows_.look_up(np.asarray(decoding_levels(leaf)), rows_.to_rows(indices, leaf.granularity))
     values = rows_.from_rows(values, outputs, inputs, leaf.granularity)
     if leaf.scale is not None:
-        values = flushed(flushed(values) * flushed(np.asarray(_factors(leaf, inputs)).astype(values.dtype)))
+        values = flushed(
+            flushed(values) * flushed(factors(np.asarray(leaf.scale), leaf.scale_group, inputs).astype(values.dtype))
+        )
     return rows_.from_channels(values.astype(leaf.dtype), leaf.slice_shape, leaf.axes)
-
-
-def _factors(leaf: CodebookArray, inputs: int) -> jax.Array:
-    """Returns `[O, I]` the scale of each value."""
-    xp = rows_.namespace(leaf.scale)
-    return xp.repeat(leaf.scale, min(leaf.scale_group, max(inputs, 1)), axis=-1)[:, :inputs]
 
 
 def with_levels(leaf: CodebookArray, levels: jax.Array) -> CodebookArray:

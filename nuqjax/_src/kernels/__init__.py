@@ -1,0 +1,1 @@
+"""Products with matrices that are stored as levels and packed indices, on plain arrays."""
