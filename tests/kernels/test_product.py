@@ -70,7 +70,7 @@ def test_every_value_is_that_of_decoding(bits, layout):
     sizes: dict[Over, int] = dict(zip(OVER, shape[::-1], strict=True))
 
     def run(levels, packed, scale):
-        eyes = {over: jnp.eye(size, dtype=dtype) for over, size in sizes.items()}
+        eyes: dict[Over, jax.Array] = {over: jnp.eye(size, dtype=dtype) for over, size in sizes.items()}
         made = {
             (over, name): product(eye, levels, packed, scale, layout=form, over=over, implementation=name)
             for over, eye in eyes.items()
