@@ -1,11 +1,11 @@
-"""What running compressed weights costs beside dense ones: decoding alone, and a product with few or many inputs.
+"""What running compressed weights costs beside dense ones: decoding, products with few or many inputs, transformers.
 
     python -m experiments.speed.running
     python -m experiments.speed.running --bits 3,4 --batch 1 --size 2048
 
 All times are the least of several calls, in turns with what they are compared with, in one process. Decoding is told in
-nanoseconds a weight beside doubling as many numbers; a product of x `[M, N]` with weights `[N, N]` as a ratio to the
-dense one. Temporaries are those that XLA states.
+nanoseconds a weight beside doubling as many numbers; a product of x `[M, N]` with weights `[N, N]`, and transformers of
+six blocks with a tied head, as ratios to the dense ones. Temporaries are those that XLA states.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
@@ -115,6 +116,50 @@ def products(size: int, widths: Sequence[int], batches: Sequence[int]) -> Table:
     return table
 
 
+class Transformer(nn.Module):
+    """Blocks of attention and a gated product over one token, and a head tied to the embedding."""
+
+    width: int = 512
+    blocks: int = 6
+    tokens: int = 32_768
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        embed = nn.Embed(self.tokens, self.width)
+        x = embed(ids)
+        for _ in range(self.blocks):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=8)(nn.LayerNorm()(x))
+            wide = nn.Dense(4 * self.width)(nn.LayerNorm()(x))
+            x = x + nn.Dense(self.width)(nn.gelu(wide))
+        return embed.attend(nn.LayerNorm()(x))
+
+
+def transformers(model: Transformer, widths: Sequence[int], batches: Sequence[int]) -> Table:
+    """One token of each of `batches` sequences: times, and CPU time of tracing and compiling, over the dense ones."""
+    table = Table("layout", "bits", "batch", "time", "trace + compile", "temporaries, MiB", "dense, MiB")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: generator.normal(0, 0.02, a.shape).astype(np.float32), shapes)
+    on_device = jax.tree.map(jnp.asarray, params)
+    for name in ("tensor", "channel"):
+        for bits in widths:
+            small = nuqjax.compress(params, bits=bits, method="uniform", **LAYOUTS[name])
+            for batch in batches:
+                ids = jnp.zeros((batch, 1), jnp.int32)
+                programs = {
+                    "compressed": program(nuqjax.apply(model.apply), small, ids),
+                    "dense": program(model.apply, on_device, ids),
+                }
+                found = seconds(programs, 5)
+                compressed, dense = programs["compressed"], programs["dense"]
+                table.add_row(
+                    name, str(bits), str(batch), f"{found['compressed'] / found['dense']:.2f}",
+                    f"{compressed.compile_seconds / dense.compile_seconds:.2f}",
+                    f"{compressed.temporaries / 2**20:.1f}", f"{dense.temporaries / 2**20:.1f}",
+                )  # fmt: skip
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,12 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--batch", type=listed, default=["1", "16", "256"], help="numbers of inputs (default: 1,16,256)"
     )
     parser.add_argument("--size", type=int, default=4096, help="N of the weights [N, N] (default: 4096)")
+    parser.add_argument("--width", type=int, default=512, help="width of the transformer (default: 512)")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks of the transformer (default: 6)")
     options = parser.parse_args(arguments)
     widths = [int(width) for width in options.bits]
     console = Console(width=120)
     console.print(f"jax {jax.__version__} on {jax.default_backend()}, weights [{options.size}, {options.size}]")
     console.print(decoding(options.size, widths))
     console.print(products(options.size, widths, [int(batch) for batch in options.batch]))
+    console.print(transformers(Transformer(options.width, options.blocks), widths, [1, 32]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def test_programs_give_what_their_functions_give_and_each_is_timed():
 
 
 def test_the_tables_have_a_row_for_each_case(capsys):
-    running.main(["--bits", "3,4", "--batch", "1,2", "--size", "64"])
+    running.main(["--bits", "3,4", "--batch", "1,2", "--size", "64", "--width", "32", "--blocks", "1"])
     printed = capsys.readouterr().out
     for name in running.LAYOUTS:
         assert name.split()[0] in printed
