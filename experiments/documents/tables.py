@@ -111,12 +111,25 @@ def _power(power: float | str) -> str:
     return {"largest": "largest magnitude", 2.0: "root mean square"}.get(power) or f"power {power:g}"
 
 
+def peers(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown of peers beside compression with data, and of those that did not run."""
+    return "\n\n".join(_with_data(result) + _missing(result["missing"]) for result in results) + "\n"
+
+
+def _missing(missing: Sequence[dict[str, str]]) -> str:
+    lines = [f"- {each['levels']}, {each['size']} bits: {each['why']}" for each in missing]
+    return "\n\nDid not run:\n\n" + "\n".join(lines) if lines else ""
+
+
 _TASKS = {"top1": "top-1", "nats": "nats a character"}
 _WAYS = {
     "plain": "by the weights alone",
     "corrected": "the same, `correct_bias`",
     "calibrated": "with data, one width",
     "budget": "with data, a budget",
+    "fisher": "by Fisher information",
+    "peer": "theirs",
+    "peer corrected": "theirs, then `correct_bias`",
 }
 
 
