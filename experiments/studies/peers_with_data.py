@@ -345,6 +345,7 @@ def run(
     fisher = importances(given)
     for width in bits:
         plain = ours(Cell("plain", str(width)), "plain")
+        ours(Cell("corrected", str(width)), "corrected")
         ours(Cell("fisher", str(width)), "plain", sensitivity=fisher)
         names = [name for name, leaf in plain.items() if isinstance(leaf, nuqjax.CodebookArray)]
         task = Task(

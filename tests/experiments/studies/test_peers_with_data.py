@@ -101,13 +101,14 @@ def test_peers_run_beside_knq_and_one_that_does_not_is_told(network):
     peers = {"same": Peer(watched, PEERS["coremltools, table per tensor"].side), "absent": Peer(_fails, lambda *_: 0)}
     results = run(network, Path(), [3], peers=peers)
     cells = {f"{cell['method']} {cell['levels']}": cell for cell in results["cells"]}
-    forms = ["plain knq", "fisher knq", "peer same", "peer corrected same", "calibrated uniform", "calibrated knq"]
+    ours = ["plain knq", "corrected knq", "fisher knq"], ["calibrated uniform", "calibrated knq"]
+    forms = [*ours[0], "peer same", "peer corrected same", *ours[1]]
     assert list(cells) == forms
     assert results["missing"] == [{"levels": "absent", "size": "3", "why": "No module named 'tool'"}]
     assert set(results["versions"]) >= {"qwix", "coreai-opt", "coremltools"}
     assert cells["peer same"]["bytes"] < cells["plain knq"]["bytes"]  # it has no scales
     assert cells["calibrated knq"]["kl"] < cells["peer corrected same"]["kl"] < cells["peer same"]["kl"]
-    assert len(results["pairs"]) == 5
+    assert len(results["pairs"]) == 6
     less = between(results["pairs"], "3", "peer same")
     assert less is not None
     assert less[0] == pytest.approx(cells["calibrated knq"]["kl"] - cells["peer same"]["kl"])
@@ -115,7 +116,7 @@ def test_peers_run_beside_knq_and_one_that_does_not_is_told(network):
     for name, kernel in task.kernels.items():
         assert task.moments[name].shape == (1, kernel.shape[1], kernel.shape[1])
         assert task.importances[name].shape == kernel.shape
-    assert table(results).row_count == 6
+    assert table(results).row_count == 7
     markdown = tables.peers([{**results, "commands": ["python -m peers"]}])
     assert markdown.endswith("Did not run:\n\n- absent, 3 bits: No module named 'tool'\n")
     assert "| same | theirs, then `correct_bias` |" in markdown
