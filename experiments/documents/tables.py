@@ -10,6 +10,7 @@ There are blocks of tables, each of what one or two commands (modules of `experi
 - `accuracy` against size (`studies.accuracy`), and what Fisher weights bring: `sensitivity` (`studies.sensitivity`);
 - `data`: compression with data beside compression without (`studies.calibrated`, `studies.transformer`);
 - `scales`: scales of channels by the weights alone (`studies.scales`);
+- `peers`: other tools beside compression with data (`studies.peers_with_data`);
 - `emulation`: networks on raw integers (`studies.emulation`), and the time it takes (`speed.emulation`);
 - `first_call` (`speed.first_call`), and the speed of the fit: `benchmark` (`speed.fit`);
 - `paper`: the paper's study in short (`paper.study`); `study`: all of it; `with_data`: the same question with data
@@ -316,6 +317,7 @@ BLOCKS = {
     "sensitivity": _block("sensitivity_*.json", sensitivity, "studies.sensitivity", "docs/results/accuracy.md"),
     "data": _block("calibrated_*.json", calibrated, "studies.calibrated", "docs/results/data.md"),
     "scales": _block("scales*.json", scales, "studies.scales", "docs/results/data.md"),
+    "peers": _block("peers_with_data_*.json", peers, "studies.peers_with_data", "docs/results/data.md"),
     "emulation": _block("*emulation*.json", emulation, "studies.emulation", "docs/results/integers.md"),
     "first_call": _block("first_call*.json", first_call, "speed.first_call", "docs/results/speed.md"),
     "benchmark": _block("benchmark_fit*.json", speed_tables.tables, "speed.fit", "docs/results/speed.md"),

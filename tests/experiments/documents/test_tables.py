@@ -138,6 +138,7 @@ def other_results(folder):
     cell = {"bits": 4, "power": 2.0, "sqnr_db": 20.5, "kl": 0.25, "agreement": 0.5, "top1": 0.75}
     scales = {"title": "Network", "cells": [cell | {"kl_less_largest": [0.125, 0.0, 0.25]}]}
     (folder / "scales.json").write_text(json.dumps({"commands": ["python -m scales"], "networks": [scales]}))
+    (folder / "peers_with_data_network.json").write_text(json.dumps({**data, "missing": []}))
     emulation = {
         "network": "network",
         "title": "Network",
@@ -410,7 +411,7 @@ def test_a_cell_measured_twice_is_an_error(other_results, capsys):
 def test_unknown_tables_are_an_error(capsys):
     with pytest.raises(SystemExit):
         tables.main(["--blocks", "speed"])
-    known = "headlines, accuracy, sensitivity, data, scales, emulation, first_call, benchmark"
+    known = "headlines, accuracy, sensitivity, data, scales, peers, emulation, first_call, benchmark"
     assert f"unknown tables speed: the known are {known}" in capsys.readouterr().err
 
 
