@@ -24,7 +24,7 @@ _product_p = core.Primitive("codebook_product")
 _PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 
 # A matrix of fewer values is decoded whole: it stays in the cache as well as a block does, and compiles faster.
-_SMALL = 2**20
+_SMALL = 2**21
 
 
 def product(
