@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 import nuqjax
 from experiments import networks
 from experiments.data import images
 from experiments.networks import Network
+from experiments.record import terminal
 from experiments.record.settings import listed
 from experiments.studies.calibrated import kept_leaves
 
@@ -103,12 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sizes: list[dict[str, Any]] = [{"bits": int(width)} for width in args.bits]
     sizes += [{"rate": rate} for rate in args.rate]
-    try:
+    with terminal.mistakes(parser):
         network = networks.get(args.network)
         rows = run(network, images.data_folder(args.data), sizes, args.learn)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    Console(width=None if sys.stdout.isatty() else 160).print(show(network, rows))
+        terminal.show(show(network, rows), 160)
     return 0
 
 

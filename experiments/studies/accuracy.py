@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -32,7 +31,7 @@ from experiments.data import images
 from experiments.networks import Network
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import Setting, command_of, listed, product
-from experiments.record.terminal import progress_bars
+from experiments.record.terminal import mistakes, progress_bars, show
 
 
 def run(
@@ -299,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
+    with mistakes(parser):
         settings = product(
             args.method, [int(b) for b in args.bits], args.granularity, args.scale, args.codebook_format, args.rule
         )
@@ -322,9 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=progress,
             )
         keep(results)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    Console(width=None if sys.stdout.isatty() else 200).print(table(results))
+        show(table(results))
     return 0
 
 

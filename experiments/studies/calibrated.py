@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from rich.console import Console
 from rich.table import Table
 
 import nuqjax
@@ -33,6 +32,7 @@ from experiments.networks import Network
 from experiments.record.intervals import between, paired
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import listed
+from experiments.record.terminal import mistakes, show
 
 WAYS = ("plain", "corrected", "calibrated")  # of compression to a number of bits
 _BATCH = 32
@@ -338,15 +338,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     given = shlex.join(sys.argv[1:] if argv is None else argv)
     keep = keeper(args.json, [f"python -m experiments.studies.calibrated {given}"])
-    try:
+    with mistakes(parser):
         cells = listed_cells(args.bits, args.budget, args.levels, args.ways)
         results = run(
             networks.get(args.network), images.data_folder(args.data), cells, learn=args.learn, count=args.images,
             on_cell=keep,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    Console(width=None if sys.stdout.isatty() else 200).print(table(results))
+        show(table(results))
     return 0
 
 

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import nuqjax
@@ -41,6 +40,7 @@ from experiments.networks import Network
 from experiments.record.intervals import between, paired
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import listed
+from experiments.record.terminal import mistakes, show
 from experiments.studies.calibrated import Cell, Measures, Setting, compressed, setting
 
 PACKAGES = ("coremltools", "coreai-opt", "torch", "qwix")
@@ -392,14 +392,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     given = shlex.join(sys.argv[1:] if argv is None else argv)
     keep = keeper(args.json, [f"python -m experiments.studies.peers_with_data {given}"])
-    try:
+    with mistakes(parser):
         results = run(
             networks.get(args.network), images.data_folder(args.data), [int(width) for width in args.bits],
             learn=args.learn, count=args.images, on_cell=keep,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    Console(width=None if sys.stdout.isatty() else 200).print(table(results))
+        show(table(results))
     return 0
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import nuqjax
@@ -25,6 +24,7 @@ from experiments.data import images
 from experiments.record.intervals import paired
 from experiments.record.results import keeper
 from experiments.record.settings import listed
+from experiments.record.terminal import mistakes, show
 from experiments.studies.calibrated import setting
 
 
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     given = shlex.join(sys.argv[1:] if argv is None else argv)
     keep = keeper(args.json, [f"python -m experiments.studies.scales {given}"])
-    try:
+    with mistakes(parser):
         results = run(
             args.networks,
             images.data_folder(args.data),
@@ -125,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             count=args.images,
             on_network=keep,
         )
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    Console(width=None if sys.stdout.isatty() else 200).print(table(results))
+        show(table(results))
     return 0
 
 

@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -37,7 +36,7 @@ from experiments.data.images import LabelledImages
 from experiments.networks import Network, Variables
 from experiments.record.results import circumstances, keeper
 from experiments.record.settings import command_of, listed, parse_granularity
-from experiments.record.terminal import progress_bars
+from experiments.record.terminal import mistakes, progress_bars, show
 from experiments.studies.accuracy import scores, sizes
 
 WEIGHTINGS = ("none", "fisher", "damped:1", "power:0.5")
@@ -304,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     keep = keeper(args.json, [command_of("experiments.studies.sensitivity", args, parser)])
-    try:
+    with mistakes(parser):
         with progress_bars() as progress:
             results = run(
                 networks.get(args.network),
@@ -318,9 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 on_cell=keep,
                 progress=progress,
             )
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    Console(width=None if sys.stdout.isatty() else 200).print(table(results))
+        show(table(results))
     return 0
 
 

@@ -5,8 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
+from experiments import networks
+from experiments.data import images
 from experiments.data.images import LabelledImages
 from experiments.networks import Network
 
@@ -31,3 +34,11 @@ def small_network(channels: int, examples: int) -> tuple[Network, Any, LabelledI
     pixels = np.clip(low + rng.normal(size=(examples, 8, 8, 3)) * 20, 0, 255).astype(np.uint8)
     variables = jax.jit(made.module.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     return made, variables, LabelledImages(pixels, np.arange(examples) % 10)
+
+
+def instead_of_data(monkeypatch: pytest.MonkeyPatch, channels: int, examples: int) -> Network:
+    """Returns a small network whose weights and images the studies find instead of trained ones."""
+    made, variables, labelled = small_network(channels, examples)
+    monkeypatch.setattr(images, "load_images", lambda *_: labelled)
+    monkeypatch.setattr(networks, "load_features", lambda *_: variables)
+    return made

@@ -90,8 +90,8 @@ def apply(fn: Callable[..., Any], *misplaced: Any, loop_bytes: int = LOOP_BYTES)
     (caches, batch statistics, counts of random streams) and the entries of dicts and lists. Where that is impossible,
     as for a compressed leaf, an error names the leaf.
 
-    Memory and speed: a leaf is decoded at each use, in each call; for dot products on a CPU in blocks, so that a large
-    weight, or a tied head, is never dense as a whole. Loops (`scan`, `while_loop`) are an exception: the
+    Memory and speed: a leaf is decoded at each use, in each call; for dot products under `jit` on one CPU in blocks, so
+    that a large weight, or a tied head, is never dense as a whole. Loops (`scan`, `while_loop`) are an exception: the
     weights that they close over are decoded once, before the first step, up to `loop_bytes` in all. Layers that a
     `scan` runs over are always decoded one by one, and look-ups row by row. To decode once for many calls, pass
     `nuqjax.decompress(cparams)` to `fn` itself.

@@ -111,7 +111,7 @@ def _moved(eqn: core.JaxprEqn, view: View) -> View | None:
         case "squeeze":
             kept = [a for a in range(len(view.shape)) if a not in params["dimensions"]]
             return View(*(tuple(part[a] for a in kept) for part in view))
-        case "reshape":
+        case "reshape" if params.get("dimensions") is None:
             return _reshaped(view, params["new_sizes"])
         case "broadcast_in_dim" if math.prod(params["shape"]) == math.prod(view.shape):
             strides = dict(zip(params["broadcast_dimensions"], view.strides, strict=True))

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nuqjax._src.leaf import rows
+from nuqjax._src.leaf import packing, rows
 from nuqjax._src.leaf.matrix import Layout
 from nuqjax._src.leaf.rows import ChannelGroups, InputGroups
 
-_MOST_CHOSEN = 4  # bits: a choice takes 2^bits − 1 operations
+MOST_CHOSEN = 4  # bits: a choice takes 2^bits − 1 operations
 
 
 class Stored(NamedTuple):
@@ -40,6 +40,16 @@ class Stored(NamedTuple):
     name: str = "decode"
 
 
+def planes_of(layout: Layout) -> tuple[int, int, int]:
+    """Returns the number of planes, the bytes that an index of each fill together, and the positions in a plane.
+
+    >>> planes_of(Layout(3, 20, "tensor", 0, ()))
+    (8, 3, 3)
+    """
+    planes, width = packing.period(layout.bits)
+    return planes, width, -(-layout.inputs // planes)
+
+
 def decode_planes(stored: Stored, layout: Layout, *, select: bool = False) -> list[jax.Array]:
     """Decodes the planes of a matrix or a block, in the accuracy of `decode_matrix`: the same values.
 
@@ -59,11 +69,11 @@ def decode_planes(stored: Stored, layout: Layout, *, select: bool = False) -> li
 
 def _indices(packed: jax.Array, layout: Layout) -> list[jax.Array]:
     """Returns the int32 indices of each plane, `[o, q]`."""
-    mask, width = 2**layout.bits - 1, layout.plane_bytes
+    mask, (count, width, _) = 2**layout.bits - 1, planes_of(layout)
     padded = jnp.pad(packed, ((0, 0), (0, -packed.shape[1] % width)))
     columns = padded.reshape(packed.shape[0], -1, width).astype(jnp.int32)
     planes = []
-    for plane in range(layout.planes):
+    for plane in range(count):
         byte, shift = divmod(plane * layout.bits, 8)
         index = columns[..., byte] >> shift
         if shift + layout.bits > 8:
@@ -74,7 +84,7 @@ def _indices(packed: jax.Array, layout: Layout) -> list[jax.Array]:
 
 def _valued(stored: Stored, indices: jax.Array, layout: Layout, plane: int, select: bool) -> jax.Array:
     """Returns the values of a plane from its indices."""
-    if select and layout.bits <= _MOST_CHOSEN:
+    if select and layout.bits <= MOST_CHOSEN:
         values = _selected(stored.levels, indices, layout, plane)
     elif layout.granularity == "tensor":
         values = stored.levels[0].at[indices].get(mode="promise_in_bounds")
@@ -85,7 +95,7 @@ def _valued(stored: Stored, indices: jax.Array, layout: Layout, plane: int, sele
         factors = _spread(stored.scale, layout.scale_group, indices.shape, layout, plane, stored.position)
         values = values * factors.astype(values.dtype)
     values = layout.cast(values)
-    if layout.inputs % layout.planes:
+    if layout.inputs % planes_of(layout)[0]:
         inside = _inputs(stored.position, indices.shape, layout, plane) < layout.inputs
         values = jnp.where(inside, values, jnp.zeros((), values.dtype))
     return values
@@ -100,7 +110,7 @@ def _rows(stored: Stored, shape: Sequence[int], layout: Layout, plane: int) -> j
 
 def _inputs(position: jax.Array | int, shape: Sequence[int], layout: Layout, plane: int) -> jax.Array:
     """Returns the positions in the matrix, `[o, q]`, of a plane's values."""
-    return (position + lax.broadcasted_iota(jnp.int32, shape, 1)) * layout.planes + plane
+    return (position + lax.broadcasted_iota(jnp.int32, shape, 1)) * planes_of(layout)[0] + plane
 
 
 def _spread(
@@ -109,8 +119,9 @@ def _spread(
     """Returns what stands for each run of `size` values of a channel, `[o, G]`, at a plane's positions, `[o, q]`."""
     if groups.shape[1] == 1:
         return jnp.broadcast_to(groups, shape)
-    if size % layout.planes == 0 and isinstance(position, int):
-        return jnp.repeat(groups, size // layout.planes, axis=1)[:, position : position + shape[1]]
+    planes, _, _ = planes_of(layout)
+    if size % planes == 0 and isinstance(position, int):
+        return jnp.repeat(groups, size // planes, axis=1)[:, position : position + shape[1]]
     input = _inputs(position, (1, shape[1]), layout, plane)[0]
     return groups.at[:, jnp.minimum(input // size, groups.shape[1] - 1)].get(mode="promise_in_bounds")
 

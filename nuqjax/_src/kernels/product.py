@@ -21,7 +21,6 @@ from nuqjax._src.kernels.products import IMPLEMENTATIONS, Over
 from nuqjax._src.leaf.matrix import Layout
 
 _product_p = core.Primitive("codebook_product")
-_PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 
 # A matrix of fewer values is decoded whole: it stays in the cache as well as a block does, and compiles faster.
 _SMALL = 2**21
@@ -56,6 +55,9 @@ def product(
 
     Returns:
       The product, up to the order of sums the same in every implementation.
+
+    Raises:
+      ValueError: there is no such implementation.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r}, but it must be None or one of {sorted(IMPLEMENTATIONS)}")
@@ -66,25 +68,19 @@ def product(
     )
 
 
-def chosen(platform: str, devices: int, layout: Layout, over: Over, batch: int, outputs: int) -> tuple[str, str]:
-    """Returns the implementation of a product of `batch` inputs on a platform, and why it is taken.
+def chosen(platform: str, devices: int, layout: Layout, outputs: int, batch: int) -> str:
+    """Returns the implementation of a product of `batch` inputs, where it is compiled for so many devices together.
 
-    >>> chosen("cpu", 1, Layout(4, 4096, "tensor", 0, (np.dtype("float32"),)), "inputs", 1, 4096)[0]
+    >>> chosen("cpu", 1, Layout(4, 4096, "tensor", 0, ()), 4096, 1)
     'blocks'
     """
     if devices > 1:
-        return "decode", "a matrix on several devices is left to the partitioner"
+        return "decode"  # the partitioner would gather what is cut into blocks
     if platform == "cpu":
-        if outputs * layout.inputs < _SMALL:
-            return "decode", "the matrix is small"
-        return "blocks", "a block stays in the cache"
-    if platform == "tpu":
-        if layout.bits in (1, 2, 4):
-            return "select", "planes need no exchange between lanes, and choices no reads"
-        return "decode", "indices cross bytes" if layout.bits != 8 else "there are too many levels to choose from"
-    if batch == 1:
-        return "reduce", "one kernel decodes, multiplies and sums"
-    return "decode", "no kernel decodes for many inputs"
+        return "decode" if outputs * layout.inputs < _SMALL else "blocks"
+    if platform == "tpu":  # planes of indices that cross no byte need no exchange between lanes
+        return "planes" if layout.bits in (1, 2, 4) else "decode"
+    return "reduce" if batch == 1 else "decode"
 
 
 def _compute(
@@ -109,9 +105,7 @@ def _lower(platform: str, context: Any, *arrays: Any, implementation: str | None
     x, _, packed, *_ = context.avals_in
     if implementation is None:
         devices = getattr(context.module_context.axis_context, "num_devices", None) or 2
-        implementation, _ = chosen(
-            platform, devices, params["layout"], params["over"], math.prod(x.shape[:-1]), packed.shape[0]
-        )
+        implementation = chosen(platform, devices, params["layout"], packed.shape[0], math.prod(x.shape[:-1]))
     function = mlir.lower_fun(partial(_compute, implementation=implementation, **params), multiple_results=False)
     return function(context, *arrays)
 
@@ -173,5 +167,5 @@ _product_p.def_abstract_eval(_abstract)
 ad.primitive_jvps[_product_p] = _jvp
 ad.primitive_transposes[_product_p] = _transpose
 batching.primitive_batchers[_product_p] = _batch
-for _platform in _PLATFORMS:
+for _platform in ("cpu", "tpu", "cuda", "rocm"):
     mlir.register_lowering(_product_p, partial(_lower, _platform), platform=_platform)

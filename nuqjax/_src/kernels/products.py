@@ -6,7 +6,6 @@ x `[…, O]` gives x W `[…, I]`. Sums are taken in different orders; values of
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from nuqjax._src.kernels.after import after
-from nuqjax._src.kernels.planes import Stored, decode_planes
+from nuqjax._src.kernels.planes import Stored, decode_planes, planes_of
 from nuqjax._src.leaf.matrix import Layout, decode_matrix
 
 Over: TypeAlias = Literal["inputs", "outputs"]
@@ -66,11 +65,9 @@ def reducing(x: jax.Array, stored: Stored, layout: Layout, over: Over, precision
     return (x * matrix.astype(sums)[None]).sum(axis=2 if over == "inputs" else 1)
 
 
-def in_planes(
-    x: jax.Array, stored: Stored, layout: Layout, over: Over, precision: Any, *, select: bool = False
-) -> jax.Array:
-    """Sums the products with the matrix's planes."""
-    planes = decode_planes(stored._replace(packed=after(stored.packed, x)), layout, select=select)
+def in_planes(x: jax.Array, stored: Stored, layout: Layout, over: Over, precision: Any) -> jax.Array:
+    """Sums the products with the matrix's planes, whose levels are chosen by comparisons where they are few."""
+    planes = decode_planes(stored._replace(packed=after(stored.packed, x)), layout, select=True)
     if over == "inputs":
         return _sum_of_planes(_planes_of(x, layout), planes, precision)
     parts = jnp.stack([_dot(x, plane, over, precision) for plane in planes], axis=-1)
@@ -92,9 +89,9 @@ def in_blocks(x: jax.Array, stored: Stored, layout: Layout, over: Over, precisio
             return _sum_of_planes(taken, planes, precision)
 
         return _over_blocks(block, outputs, size)
-    width, positions = layout.plane_bytes, layout.plane_inputs
+    count, width, positions = planes_of(layout)
     packed = jnp.pad(stored.packed, ((0, 0), (0, positions * width - stored.packed.shape[1])))
-    size = min(positions, max(8, values // (outputs * layout.planes)))
+    size = min(positions, max(8, values // (outputs * count)))
 
     def block_of_positions(start: jax.Array) -> jax.Array:
         some = lax.dynamic_slice_in_dim(packed, start * width, size * width, axis=1)
@@ -102,7 +99,7 @@ def in_blocks(x: jax.Array, stored: Stored, layout: Layout, over: Over, precisio
         parts = [_dot(x, plane, over, precision) for plane in planes]
         return jnp.concatenate(parts)  # [P·M, q]
 
-    parts = _over_blocks(block_of_positions, positions, size).reshape(layout.planes, x.shape[0], positions)
+    parts = _over_blocks(block_of_positions, positions, size).reshape(count, x.shape[0], positions)
     return jnp.moveaxis(parts, 0, -1).reshape(x.shape[0], -1)[:, : layout.inputs]
 
 
@@ -119,8 +116,9 @@ def _over_blocks(block: Callable[[jax.Array], jax.Array], count: int, size: int)
 
 def _planes_of(x: jax.Array, layout: Layout) -> jax.Array:
     """Returns x `[M, I]` at the positions of each plane: `[P, M, Q]`, 0 where a plane is beyond the matrix."""
-    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % layout.planes)))
-    return jnp.moveaxis(padded.reshape(x.shape[0], -1, layout.planes), 2, 0)
+    count, _, positions = planes_of(layout)
+    padded = jnp.pad(x, ((0, 0), (0, count * positions - x.shape[1])))
+    return jnp.moveaxis(padded.reshape(x.shape[0], positions, count), 2, 0)
 
 
 def _sum_of_planes(x: jax.Array, planes: list[jax.Array], precision: Any) -> jax.Array:
@@ -133,7 +131,6 @@ def _sum_of_planes(x: jax.Array, planes: list[jax.Array], precision: Any) -> jax
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "decode": decoding,
     "planes": _flat(in_planes),
-    "select": _flat(partial(in_planes, select=True)),
     "blocks": _flat(in_blocks),
     "reduce": _flat(reducing),
 }

@@ -1,6 +1,5 @@
 """Decodes matrices `[O, I]` that are stored as plain arrays: levels, packed indices and scales."""
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -42,21 +41,6 @@ class Layout:
         for dtype in self.casts:
             values = values.astype(dtype)
         return values
-
-    @property
-    def planes(self) -> int:
-        """The least number of indices that fill whole bytes, which is the number of planes (see `plane`)."""
-        return 8 // math.gcd(self.bits, 8)
-
-    @property
-    def plane_bytes(self) -> int:
-        """The number of bytes that an index of every plane fills together."""
-        return self.bits // math.gcd(self.bits, 8)
-
-    @property
-    def plane_inputs(self) -> int:
-        """The number of positions in a plane, ⌈I / planes⌉."""
-        return -(-self.inputs // self.planes)
 
 
 def decode_matrix(levels: jax.Array, packed: jax.Array, scale: jax.Array | None, layout: Layout) -> jax.Array:

@@ -25,7 +25,7 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def _period(bits: int) -> tuple[int, int]:
+def period(bits: int) -> tuple[int, int]:
     """Returns the least number of indices that fill whole bytes, and the number of these bytes."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
@@ -48,7 +48,7 @@ def pack(indices: A, bits: int) -> A:
     *lead, count = indices.shape
     if bits == 8:
         return indices.astype(jnp.uint8)
-    group, width = _period(bits)
+    group, width = period(bits)
     xp = namespace(indices)
     padded = indices.astype(jnp.uint8, copy=False)
     if count % group:
@@ -89,7 +89,7 @@ def unpack(packed: A, bits: int, count: int) -> A:
     if xp is jnp and 8 % bits == 0:  # no index crosses a byte: compilers fuse this form with the look-up
         shift = lax.broadcasted_iota(jnp.uint8, (*lead, size, 8 // bits), len(lead) + 1) * bits
         return ((packed[..., None] >> shift) & (2**bits - 1)).reshape(*lead, -1)[..., :count]
-    group, width = _period(bits)
+    group, width = period(bits)
     padded = xp.pad(packed, [(0, 0)] * len(lead) + [(0, -size % width)]).reshape(*lead, -(-size // width), width)
     if xp is jnp and width == 3:  # whole indices in 24-bit words, which compilers fuse with the look-up, too
         byte = [padded[..., n].astype(jnp.uint32) for n in range(3)]

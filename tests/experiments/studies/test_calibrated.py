@@ -7,20 +7,16 @@ import pytest
 
 import nuqjax
 from experiments import networks
-from experiments.data import images
 from experiments.record.intervals import between
 from experiments.studies import calibrated
 from experiments.studies.calibrated import Cell, kept_leaves, run, table
-from tests.experiments.small_network import small_network
+from tests.experiments.small_network import instead_of_data
 
 
 @pytest.fixture
 def network(monkeypatch):
     """A small network with random weights, and as many images as make five batches to learn from."""
-    made, variables, labelled = small_network(32, 320)
-    monkeypatch.setattr(images, "load_images", lambda *_: labelled)
-    monkeypatch.setattr(networks, "load_features", lambda *_: variables)
-    return made
+    return instead_of_data(monkeypatch, 32, 320)
 
 
 def test_data_win_at_the_same_bytes_and_a_budget_is_kept(network):

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 import nuqjax
-from experiments import networks
-from experiments.data import images
 from experiments.documents import tables
 from experiments.record.intervals import between
 from experiments.studies import peers_with_data
@@ -24,7 +22,7 @@ from experiments.studies.peers_with_data import (
     table,
     with_kernels,
 )
-from tests.experiments.small_network import small_network
+from tests.experiments.small_network import instead_of_data
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -85,10 +83,7 @@ def _fails(task: Task, bits: int) -> dict[str, np.ndarray]:
 @pytest.fixture
 def network(monkeypatch):
     """A small network with random weights, and as many images as make two batches to learn from."""
-    made, variables, labelled = small_network(32, 128)
-    monkeypatch.setattr(images, "load_images", lambda *_: labelled)
-    monkeypatch.setattr(networks, "load_features", lambda *_: variables)
-    return made
+    return instead_of_data(monkeypatch, 32, 128)
 
 
 def test_peers_run_beside_knq_and_one_that_does_not_is_told(network):
