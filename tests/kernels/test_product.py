@@ -84,6 +84,18 @@ def test_every_value_is_that_of_decoding(bits, layout):
         np.testing.assert_array_equal(got, matrix.T if over == "inputs" else matrix, err_msg=f"{over} {name}")
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_level_that_no_value_has_is_in_no_result(bits, implementation):
+    """Padding of rows to whole bytes has the index 0."""
+    (levels, _, _), form = stored((7, 13), bits)
+    packed = packing.pack(jnp.ones((7, 13), jnp.uint8), bits)
+    levels = levels.at[:, 0].set(jnp.nan)
+    for over, size in zip(OVER, (13, 7), strict=True):
+        got = product(jnp.ones((1, size)), levels, packed, layout=form, over=over, implementation=implementation)
+        np.testing.assert_allclose(got, jnp.full_like(got, size * levels[0, 1]), rtol=1e-6)
+
+
 @pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("bits", [1, 3, 4, 7])
@@ -273,10 +285,13 @@ EAGER, BOTH = "eagerly", "two leaves"
 OTHERS = {
     EAGER: lambda p, x: x @ p["w"],
     BOTH: lambda p, x: p["w"] @ p["w"],
-    "a batch of matrices": lambda p, x: jnp.einsum("gbi,gio->gbo", x.reshape(4, 40, 10), p["w"].reshape(4, 10, 40)),
+    "a batch, if only of one": lambda p, x: lax.dot_general(x[None], p["w"][None], (((2,), (1,)), ((0,), (0,)))),
     "an axis of both kinds": lambda p, x: x.reshape(1600) @ p["w"].reshape(1600, 1),
     "integers": lambda p, x: lax.dot_general(
         x.astype(jnp.int32), p["w"].astype(jnp.int32), (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+    ),
+    "integers times floats": lambda p, x: lax.dot_general(
+        x.astype(jnp.int8), p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     ),
     "sums as an algorithm says": lambda p, x: jnp.dot(x, p["w"], precision=lax.DotAlgorithmPreset.F32_F32_F32),
 }
